@@ -1,0 +1,83 @@
+# Needs make and Python 3.10 to 3.13, nothing else. `make` alone lists what there is.
+
+# The first of these that fits makes the environment; `make env PYTHON=/path/to/python3.12` names another one.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
+# What `make run` runs: make run ARGS="--epochs 0 --batch_size 0". `python mscnn_helpers.py --help` lists it all.
+ARGS ?= --epochs 5 --light_mode
+# SYSTEM_PYTHON=1 uses the Python on the path as it is and installs nothing: for conda, containers and Colab.
+SYSTEM_PYTHON ?=
+
+# TensorFlow's start-up chatter would bury the progress; its errors still show.
+TF_CPP_MIN_LOG_LEVEL ?= 2
+export TF_CPP_MIN_LOG_LEVEL
+
+# ensurepip is asked for because Debian and Ubuntu ship venv without it. The *base* Python is reported, since an
+# activated .venv must not be the Python that replaces .venv.
+CHECK = import ensurepip, sys, venv; v = sys.version_info[:3]; assert (3, 10) <= v[:2] <= (3, 13); \
+  print(sys._base_executable + " %d.%d.%d" % v)
+NO_PYTHON = Python 3.10 to 3.13 with its venv module is needed. Tried: $(PYTHON). \
+  On Debian or Ubuntu: apt install python3-venv. Another one: make env PYTHON=/path/to/python3.12
+
+ifeq ($(SYSTEM_PYTHON),)
+FOUND := $(shell for python in $(PYTHON); do "$$python" -c '$(CHECK)' 2>/dev/null && break; done)
+# Written last, so that a half-made environment has none; named by all that the environment depends on.
+STAMP := .venv/made-by-python-$(lastword $(FOUND))-from-$(firstword $(shell cksum requirements.lock))
+RUN := .venv/bin/python
+else
+STAMP :=
+RUN := $(firstword $(PYTHON))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help env run lab test test-slow lint format lock badges clean distclean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP) ## Make .venv from requirements.lock, if it is not there, whole and up to date
+
+$(STAMP):
+	@$(if $(FOUND),,$(error $(NO_PYTHON)))
+	@echo "Making .venv with Python $(lastword $(FOUND)): about 120 packages, 3 GB on disk, once."
+	@rm -rf .venv
+	@trap 'echo "Interrupted. Nothing is broken: the next make starts .venv afresh." >&2; exit 130' INT TERM; \
+	  { $(firstword $(FOUND)) -m venv .venv && \
+	    $(RUN) -m pip install --disable-pip-version-check -r requirements.lock && touch $@; } || \
+	  { echo "Making .venv failed, see above. The next make starts it afresh." >&2; exit 1; }
+
+run: env ## Run the five notebooks in light mode into runs/latest; ARGS="…" for other options
+	@$(RUN) mscnn_helpers.py $(ARGS)
+
+lab: env ## Open JupyterLab on notebooks/
+	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+
+test: env ## Run the tests, but for the slow ones
+	@$(RUN) -m pytest -m "not slow"
+
+test-slow: env ## Run the slow tests
+	@$(RUN) -m pytest -m slow
+
+lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m nbstripout --verify --keep-id notebooks/*.ipynb
+	@$(RUN) .github/badges.py --check
+
+format: env ## Bring code and notebooks into the shape that `make lint` wants
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+	@$(RUN) -m nbstripout --keep-id notebooks/*.ipynb
+
+lock: env ## Write requirements.lock anew: the newest versions that requirements.txt and pyproject.toml allow
+	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 --group dev \
+	  --custom-compile-command "make lock" --output-file requirements.lock requirements.txt
+
+badges: env ## Write the repository's address and ref (pyproject.toml) into notebooks and READMEs
+	@$(RUN) .github/badges.py
+
+clean: ## Remove caches and runs/, trained models included
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+distclean: clean ## The same, and .venv
+	rm -rf .venv
