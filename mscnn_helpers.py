@@ -1,0 +1,2189 @@
+"""MSCNN: a two-stage image classifier that says OTHER when it should.
+
+    uint8 images ──► Stage 1 CNN ──► category c ─┐
+         │                                       ├──► confidence P(c is right) ──► ≥ threshold ?  c : OTHER
+         └────► Stage 2 CNN of category c ───────┘          (calibrated)
+
+Stage 1 sorts an image into one of C categories. Stage 2 has one small CNN a category; the one of the
+predicted category judges whether Stage 1 is right. Both opinions are combined into one calibrated
+confidence, and an image whose confidence is below the threshold is OTHER. The field calls this selective
+classification, misclassification detection, or classification with a reject option.
+
+The sections follow the data: 1 Settings, 2 Data, 3 Networks, 4 Decision, 5 The model, 6 Training,
+7 Evaluation, 8 Explanation, 9 Figures, 10 Running. A section uses only itself and those above.
+
+In comments beside tensors: B images in a batch, N in a split, H × W pixels, C categories.
+
+References
+    Geifman & El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
+    Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (the shape of the CNNs; airbench).
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (CAM).
+    Selvaraju et al., "Grad-CAM", ICCV 2017.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import os
+import pickle
+import platform
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def _without_native_logs():
+    """Hides what TensorFlow's C++ side prints to stderr while it is imported (no log level does)."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+with _without_native_logs():
+    import keras
+    import tensorflow as tf
+
+OTHER = "OTHER"
+
+
+# ======================================================================================================
+# 1 Settings: names, parameters, the run folder
+# ======================================================================================================
+
+
+class MSCNNError(ValueError):
+    """Something the user can mend: the message says what was wrong, what is allowed and what to do."""
+
+
+def project_root() -> Path:
+    """The folder of this module; relative paths in the parameters start here."""
+    return Path(__file__).resolve().parent
+
+
+def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str]) -> tuple[int, ...]:
+    """Turns a user's choice of categories into indices, in the order of `names`.
+
+    Args:
+        chosen: names, indices or both: `"ship,truck"`, `"8,9"`, `"ship,9"`, `"[8, 9]"`, `8`, `["ship", 9]`.
+            Empty means all. Duplicates are folded.
+        names: the category names of the data set, (C,).
+
+    Returns:
+        Indices, ascending.
+
+    Raises:
+        MSCNNError: an unknown name, or an index outside 0..C-1.
+    """
+    if isinstance(chosen, str):
+        chosen = [part.strip(" '\"") for part in chosen.strip(" []()").split(",")]
+    elif isinstance(chosen, (int, np.integer)):
+        chosen = [chosen]
+    wanted = [one for one in chosen if one != ""]
+    return tuple(sorted({_category_index(one, names) for one in wanted})) or tuple(range(len(names)))
+
+
+def _category_index(one: str | int, names: Sequence[str]) -> int:
+    text = str(one)
+    if text in names:  # before the digits: MNIST's names are digits
+        return list(names).index(text)
+    if text.lstrip("-").isdigit():
+        if 0 <= int(text) < len(names):
+            return int(text)
+        raise MSCNNError(f"Category index {text} is out of range: use 0 to {len(names) - 1}.")
+    folded = {name.lower(): name for name in names}
+    if text.lower() in folded:
+        return list(names).index(folded[text.lower()])
+    close = difflib.get_close_matches(text.lower(), folded, n=1)
+    hint = f" Did you mean {folded[close[0]]}?" if close else ""
+    raise MSCNNError(f"Unknown category '{text}'.{hint} Choose among: {', '.join(names)}.")
+
+
+def _parameter(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of a run: the same names on the command line, in papermill and in the notebooks.
+
+    Raises:
+        MSCNNError: a value of the wrong type or outside its range.
+    """
+
+    epochs: int = _parameter(50, "passes over the train split; 0: the recipe's own choice")
+    batch_size: int = _parameter(32, "images a training step; 0: the recipe's own choice")
+    stage2_only: bool = _parameter(False, "keep Stage 1 as it is; needs --load_model or a model in the run folder")
+    stage2_categories: str = _parameter("", "Stage 2 categories to retrain: ship,truck or 8,9; empty: all")
+    threshold: float = _parameter(0.7, "confidence below which an image becomes OTHER, 0 to 1")
+    light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
+    load_model: str = _parameter("", "model file to start from")
+    save_model: str = _parameter("multistage_cnn_model", "name of the model file in the run folder, or a path")
+    dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
+    seed: int = _parameter(0, "seed of the splits and of the training")
+    run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
+
+    def __post_init__(self):
+        if isinstance(self.stage2_categories, (int, list, tuple)):  # papermill's -p turns 8 into a number
+            object.__setattr__(self, "stage2_categories", str(self.stage2_categories))
+        if isinstance(self.threshold, int) and not isinstance(self.threshold, bool):
+            object.__setattr__(self, "threshold", float(self.threshold))
+        kinds = {"int": int, "bool": bool, "str": str, "float": float}
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not kinds[one.type]:
+                raise MSCNNError(f"{one.name} is {value!r}: it has to be of type {one.type}.")
+        for name in ("epochs", "batch_size", "seed"):
+            if getattr(self, name) < 0:
+                raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
+        if not 0 <= self.threshold <= 1:
+            raise MSCNNError(f"threshold is {self.threshold:g}: it is a confidence, so use 0 to 1 (default 0.7).")
+        if not self.save_model.strip():
+            raise MSCNNError("save_model is empty: give the model file a name, such as multistage_cnn_model.")
+
+    def mode(self, names: Sequence[str]) -> str:
+        """Says what this run trains, for example 'Stage 1 frozen, categories ship, truck only'."""
+        chosen = categories_from(self.stage2_categories, names)
+        if not self.stage2_only:
+            return "both stages are trainable"
+        if len(chosen) == len(names):
+            return "Stage 1 frozen"
+        return f"Stage 1 frozen, categories {', '.join(names[c] for c in chosen)} only"
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file beside `path`, then moves it there: `path` is never half-written."""
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise MSCNNError(f"Cannot write {path}: {error.strerror or error}. Choose another place.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Run:
+    """One notebook's hold on the run folder, the only thing that carries state between notebooks.
+
+    Args:
+        notebook: name of the notebook without `.ipynb`; its seconds are recorded under it.
+        settings: the parameters of the run.
+
+    Raises:
+        MSCNNError: the run folder cannot be written.
+    """
+
+    def __init__(self, notebook: str, settings: Settings):
+        self.notebook, self.settings, self.started = notebook, settings, time.time()
+        self.folder = project_root() / settings.run_dir
+        self.figures = self.folder / "figures"
+        try:
+            self.figures.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.figures):
+                pass
+        except OSError as error:
+            raise MSCNNError(
+                f"Cannot write into the run folder {self.folder}: {error.strerror}. Choose another run_dir."
+            ) from error
+
+    @property
+    def model_path(self) -> Path:
+        """Where the finished model is saved."""
+        return _with_suffix(self.folder / Path(self.settings.save_model), self.settings.save_model)
+
+    @property
+    def stage1_path(self) -> Path:
+        """Where notebook 02 leaves the model for 03, so that a finished model survives until a new one is."""
+        return self.folder / "stage1.keras"
+
+    def starting_model(self) -> Path | None:
+        """The model file to start from: `load_model`, or with `stage2_only` the run folder's; else None.
+
+        Raises:
+            MSCNNError: the file is not there.
+        """
+        wanted = self.settings.load_model
+        if not wanted and not self.settings.stage2_only:
+            return None
+        if not wanted and not self.model_path.is_file():
+            raise MSCNNError(
+                f"stage2_only keeps Stage 1, but there is no model at {self.model_path}: "
+                "give load_model, or run once without stage2_only."
+            )
+        if not wanted:
+            return self.model_path
+        places = [_with_suffix(base / wanted, wanted) for base in (project_root(), Path.cwd(), self.folder)]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise MSCNNError(f"No model file '{wanted}': looked for {' and '.join(dict.fromkeys(map(str, places)))}.")
+        return found
+
+    def read(self, name: str) -> dict:
+        """Reads `metrics.json` or `history.json` (by its stem); an absent file reads as {}."""
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise MSCNNError(f"{path} is damaged ({error}): delete it and run from notebook 01.") from error
+
+    def write(self, name: str, **entries: Any) -> None:
+        """Sets entries of `metrics.json` or `history.json` and keeps the rest."""
+        text = json.dumps(_jsonable({**self.read(name), **entries}), indent=2, ensure_ascii=False)
+        _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    def require(self, name: str, entry: str, notebook: str) -> Any:
+        """Reads one entry that an earlier notebook has left.
+
+        Raises:
+            MSCNNError: it is not there; the message names the notebook that makes it.
+        """
+        record = self.read(name)
+        if entry not in record:
+            raise MSCNNError(f"{self.folder} holds no '{entry}' yet: run notebook {notebook} first.")
+        return record[entry]
+
+    def save_figure(self, figure, name: str):
+        """Saves a Matplotlib figure as `figures/NAME.png` and returns it, so that a notebook shows it.
+
+        On the fallback data set the figure says so in its title.
+        """
+        if self.read("metrics").get("dataset", {}).get("fallback"):
+            figure.text(0.5, 1.0, FALLBACK_NOTICE, ha="center", va="bottom", color="firebrick", weight="bold")
+        path = self.figures / f"{name}.png"
+        _write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
+        return figure
+
+    def finish(self) -> None:
+        """Records the notebook's seconds; the last cell of each notebook."""
+        seconds = dict(self.read("metrics").get("seconds", {}))
+        seconds[self.notebook] = round(time.time() - self.started, 1)
+        self.write("metrics", seconds=seconds)
+        print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
+
+
+def _with_suffix(path: Path, name: str) -> Path:
+    return path if name.endswith(".keras") else path.with_name(path.name + ".keras")
+
+
+def _jsonable(value: Any) -> Any:
+    """NumPy numbers and arrays as plain ones; NaN, which JSON lacks, as null."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_jsonable(one) for one in value]
+    if isinstance(value, (np.bool_, np.integer)):
+        return value.item()
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+# ======================================================================================================
+# 2 Data: find, check, load, light mode, splits
+# ======================================================================================================
+
+IMAGE_SIZE = 32  # pixels; other sizes are resized when they are loaded
+FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION_NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_MD5 = {  # as published inside the archive's torchvision and TensorFlow readers
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+KERAS_DATA_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"
+MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+FASHION_MD5 = {  # zalandoresearch/fashion-mnist, README
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+DOWNLOAD_PATIENCE = 10  # seconds to wait for a server's first answer
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, H, W, channels) and labels int64 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:  # of images, where a tuple would count its two fields
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Split:
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in four splits.
+
+    train: what training sees. calibration: choices (epochs, thresholds, roll-back). certification: only
+    for a certificate. test: only for the last number.
+    """
+
+    name: str
+    source: str
+    category_names: tuple[str, ...]
+    train: Split
+    calibration: Split
+    certification: Split
+    test: Split
+    flip: bool = True  # whether a mirrored image keeps its category (a digit does not)
+    fallback: bool = False
+    light_mode: bool = False
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.train.images.shape[1:]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every image and label of every split, in order."""
+        digest = hashlib.sha256(json.dumps(self.category_names).encode())
+        for split in (self.train, self.calibration, self.certification, self.test):
+            digest.update(np.ascontiguousarray(split.images))
+            digest.update(np.ascontiguousarray(split.labels))
+        return digest.hexdigest()
+
+    def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the train split, (channels,) each, of pixels in 0..255."""
+        counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(self.train.images, -1, 0)])
+        levels, share = np.arange(256), counts / counts.sum(axis=1, keepdims=True)  # (channels, 256)
+        mean = share @ levels
+        return mean, np.sqrt(np.maximum(share @ levels**2 - mean**2, 1.0))
+
+    def describe(self) -> dict:
+        """What `metrics.json` says of the data."""
+        sizes = {name: len(getattr(self, name)) for name in ("train", "calibration", "certification", "test")}
+        return {
+            "name": self.name, "source": self.source, "fallback": self.fallback, "fingerprint": self.fingerprint,
+            "light_mode": self.light_mode, "category_names": list(self.category_names), "sizes": sizes,
+        }  # fmt: skip
+
+
+@dataclass
+class _Raw:
+    """A data set as it was found: uint8 images, integer labels, and no test split if there is none."""
+
+    name: str
+    source: str
+    names: Sequence[str]
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray | None = None
+    y_test: np.ndarray | None = None
+    flip: bool = True
+
+
+def data_folder() -> Path:
+    """Where data sets are looked for and downloaded to: `MSCNN_DATA_DIR`, or Keras' own cache."""
+    default = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets"
+    return Path(os.environ.get("MSCNN_DATA_DIR") or default).expanduser()
+
+
+def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) -> Dataset:
+    """Loads a data set and splits it; see `Settings.dataset` for the names.
+
+    `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
+    `fallback=True`. A named data set never falls back.
+
+    Raises:
+        MSCNNError: the data is absent, damaged or not of the form described in the README.
+    """
+    if name != "auto":
+        return _split(_read_dataset(name), light_mode, seed)
+    try:
+        return _split(_cifar10(), light_mode, seed)
+    except FileNotFoundError as reason:
+        print(f"{'!' * 88}\n{FALLBACK_NOTICE}.\n{reason}\n{'!' * 88}")
+        return dataclasses.replace(_split(_digits(), light_mode, seed), fallback=True)
+
+
+def _read_dataset(name: str) -> _Raw:
+    builtin = {"cifar10": _cifar10, "digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist}
+    if name in builtin:
+        try:
+            return builtin[name]()
+        except FileNotFoundError as error:
+            raise MSCNNError(str(error)) from error
+    path = next((p for p in (project_root() / name, Path.cwd() / name) if p.exists()), None)
+    if path is not None and path.is_dir():
+        return _image_folder(path)
+    if path is not None and path.suffix == ".npz":
+        return _npz(path)
+    raise MSCNNError(f"Unknown dataset '{name}': use auto, {', '.join(builtin)}, a .npz file or an image folder.")
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _download(url: str, known_hash: str, name: str) -> Path:
+    """Downloads one file into the data folder by pooch, or finds it there; its hash is checked.
+
+    Raises:
+        FileNotFoundError: no network, or the server does not answer. (Not MSCNNError: `auto` falls back.)
+    """
+    import pooch
+    import requests
+
+    folder = data_folder()
+    if not (folder / name).is_file():
+        # In a thread, since a name server that is silent is not bound by a time limit of requests.
+        answers: list[bool] = []
+
+        def ask() -> None:
+            with contextlib.suppress(requests.RequestException):
+                answers.append(requests.head(url, timeout=DOWNLOAD_PATIENCE / 2, allow_redirects=True).ok)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(DOWNLOAD_PATIENCE)
+        if not any(answers):
+            raise FileNotFoundError(
+                f"{name} is not in {folder} and cannot be downloaded now (no answer from {url.split('/')[2]}). "
+                "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
+            )
+    try:
+        fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=False)
+        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
+    except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
+        raise FileNotFoundError(f"The download of {name} failed: {error}") from error
+
+
+def _cifar10() -> _Raw:
+    """CIFAR-10 in the publishers' layout: 50,000 train and 10,000 test images, uint8 (N, 32, 32, 3)."""
+    folder = _find_cifar10() or _download_cifar10()
+    parts = []
+    for name, expected in CIFAR10_MD5.items():
+        content = (folder / name).read_bytes()
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != expected:  # before it is unpickled: a pickle can run code
+            raise MSCNNError(
+                f"{folder / name} is damaged: its MD5 is {found}, published is {expected}. Delete it and start again."
+            )
+        batch = pickle.loads(content, encoding="bytes")
+        images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
+        parts.append((images, np.asarray(batch[b"labels"])))
+    x_train, y_train = (np.concatenate(arrays) for arrays in zip(*parts[:5], strict=True))
+    return _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
+
+
+def _find_cifar10() -> Path | None:
+    base = data_folder()
+    # The second and third are where Keras itself unpacks it.
+    places = [base, base / "cifar-10-batches-py-target", base / "cifar-10-python"]
+    folders = [place / "cifar-10-batches-py" for place in places] + [base]
+    return next((f for f in folders if all((f / name).is_file() for name in CIFAR10_MD5)), None)
+
+
+def _download_cifar10() -> Path:
+    archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
+    target = data_folder() / "cifar-10-batches-py"
+    target.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        for name in CIFAR10_MD5:
+            content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
+            _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
+    return target
+
+
+def _digits() -> _Raw:
+    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 grey."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
+    return _Raw("digits", "scikit-learn", [str(d) for d in range(10)], images, digits.target, flip=False)
+
+
+def _mnist() -> _Raw:
+    path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
+    return dataclasses.replace(_npz(path), name="mnist", flip=False)
+
+
+def _fashion_mnist() -> _Raw:
+    paths = [
+        _download(KERAS_DATA_URL + name, f"md5:{md5}", f"fashion-mnist/{name}") for name, md5 in FASHION_MD5.items()
+    ]
+    content = [np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths]
+    x_train, x_test = (one[16:].reshape(-1, 28, 28, 1) for one in content[::2])  # 16 bytes of header
+    return _Raw("fashion_mnist", str(paths[0].parent), FASHION_NAMES, x_train, content[1][8:], x_test, content[3][8:])
+
+
+def _npz(path: Path) -> _Raw:
+    """A `.npz` with x_train, y_train, x_test, y_test and optionally class_names; no pickles are opened."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise MSCNNError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
+    missing = {"x_train", "y_train", "x_test", "y_test"} - arrays.keys()
+    if missing:
+        raise MSCNNError(f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(arrays))}.")
+    x_train, x_test = _as_uint8(arrays["x_train"], "x_train"), _as_uint8(arrays["x_test"], "x_test")
+    y_train, y_test = _as_labels(arrays["y_train"], x_train), _as_labels(arrays["y_test"], x_test)
+    names = arrays.get("class_names", np.arange(max(y_train.max(), y_test.max()) + 1)).astype(str).tolist()
+    if max(y_train.max(), y_test.max()) >= len(names):
+        raise MSCNNError(f"{path} has labels up to {max(y_train.max(), y_test.max())} but {len(names)} class_names.")
+    return _Raw(path.stem, str(path), names, x_train, y_train, x_test, y_test)
+
+
+def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:
+    """Grey or RGB images as uint8 (N, H, W, channels)."""
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) == 0:
+        raise MSCNNError(f"{name} has shape {images.shape}: use (N, H, W), (N, H, W, 1) or (N, H, W, 3).")
+    low, high = float(images.min()), float(images.max())
+    if np.issubdtype(images.dtype, np.floating) and low >= 0 and high <= 1:
+        images = np.round(images * 255)
+    elif not (low >= 0 and high <= 255):
+        raise MSCNNError(f"{name} goes from {low:g} to {high:g}: use 0 to 255, or floats from 0 to 1.")
+    return images.astype(np.uint8)
+
+
+def _as_labels(labels: np.ndarray, images: np.ndarray) -> np.ndarray:
+    labels = np.asarray(labels).reshape(-1)
+    if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise MSCNNError(f"Labels have to be {len(images)} integers from 0: got {len(labels)} of {labels.dtype}.")
+    return labels
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+
+
+def _image_folder(folder: Path) -> _Raw:
+    """Images in `train/<category>/*` and `test/<category>/*`, or without a split in `<category>/*`."""
+    train = folder / "train" if (folder / "train").is_dir() else folder
+    names = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        raise MSCNNError(f"{train} needs a folder for each of at least two categories; it has {len(names)}.")
+    raw = _Raw(folder.name, str(folder), names, *_read_categories(train, names))
+    if train != folder and (folder / "test").is_dir():
+        raw.x_test, raw.y_test = _read_categories(folder / "test", names)
+    return raw
+
+
+def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = [], []
+    for label, name in enumerate(names):
+        files = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise MSCNNError(f"No images of category '{name}' in {folder / name}: add some, or remove the folder.")
+        images += [read_image(path) for path in files]
+        labels += [label] * len(files)
+    return np.stack(images), np.asarray(labels)
+
+
+def read_image(path: str | Path, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)) -> np.ndarray:
+    """Reads a picture as uint8 of `input_shape`: the middle square, resized.
+
+    Raises:
+        MSCNNError: the file is absent or not a picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    height, width, channels = input_shape
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+    except FileNotFoundError as error:
+        raise MSCNNError(f"There is no image at {path}.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise MSCNNError(f"{path} cannot be read as an image: {error}") from error
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(fitted, np.uint8).reshape(height, width, channels)
+
+
+def _resized(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, h, w, channels) -> (N, 32, 32, channels), a thousand images at a time."""
+    if images.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
+        return images
+    chunks = [images[i : i + 1000] for i in range(0, len(images), 1000)]
+    resize = functools.partial(tf.image.resize, size=(IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+    return np.concatenate([np.clip(np.round(resize(chunk)), 0, 255).astype(np.uint8) for chunk in chunks])
+
+
+LIGHT_FLOOR = (1500, 300)  # light mode keeps at least this many train and test images
+
+
+def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
+    """Stratified, seeded splits: 90 % train, 5 % calibration, 5 % certification, and the test images.
+
+    A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
+    a calibration on a handful of images is worth nothing. Without test images a fifth is set aside.
+    """
+    train = Split(raw.x_train, raw.y_train.astype(np.int64))
+    if raw.x_test is None:
+        train, test = _parted(train, round(0.2 * len(train)), seed)
+    else:
+        test = Split(raw.x_test, raw.y_test.astype(np.int64))
+    if light_mode:
+        train, test = (
+            _parted(one, max(len(one) // 10, floor), seed)[1] if len(one) > floor else one
+            for one, floor in zip((train, test), LIGHT_FLOOR, strict=True)
+        )
+    held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
+    train, rest = _parted(train, 2 * held, seed)
+    calibration, certification = _parted(rest, held, seed)
+    splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
+    return Dataset(raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode)
+
+
+def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Sets `count` images aside, every category in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        kept, aside = train_test_split(np.arange(len(split)), test_size=count, stratify=split.labels, random_state=seed)
+    except ValueError as error:
+        raise MSCNNError(f"Too few images to split {len(split)} by category, setting {count} aside: {error}") from error
+    return split.take(np.sort(kept)), split.take(np.sort(aside))
+
+
+# ======================================================================================================
+# 3 Networks: layers, and the one builder of Stage 1 and Stage 2 CNNs
+# ======================================================================================================
+
+STAGE1_WIDTHS = (64, 128, 128)  # 54 million multiply-adds an image of 32 x 32 x 3
+STAGE2_WIDTHS = (32, 64, 64)  # 17 million
+_serializable = keras.saving.register_keras_serializable(package="mscnn")
+
+
+@_serializable
+class RandomFlipCrop(keras.layers.Layer):
+    """Mirrors half of the images and shifts each by up to `shift` pixels, in training only.
+
+    Works on uint8, before the images become floats. The border is filled by reflection. Two gathers do
+    it, which costs far less than Keras' general affine layers.
+    """
+
+    def __init__(self, flip: bool = True, shift: int = 2, **kwargs):
+        super().__init__(**{"dtype": "uint8", **kwargs})
+        self.flip, self.shift = flip, shift
+
+    def call(self, images, training=False):
+        if not training:
+            return images
+        batch, (height, width) = tf.shape(images)[0], images.shape[1:3]
+        rows, columns = self._indices(batch, height), self._indices(batch, width)
+        if self.flip:
+            mirrored = tf.random.uniform((batch, 1)) < 0.5
+            columns = tf.where(mirrored, width - 1 - columns, columns)
+        images = tf.gather(images, rows, axis=1, batch_dims=1)  # (B, H, W, channels)
+        return tf.gather(images, columns, axis=2, batch_dims=1)  # (B, H, W, channels)
+
+    def _indices(self, batch, size: int):
+        """Which row (or column) each row of the result is taken from, reflected at the border: (B, size)."""
+        start = tf.random.uniform((batch, 1), -self.shift, self.shift + 1, tf.int32)
+        return (size - 1) - tf.abs((size - 1) - tf.abs(start + tf.range(size)))
+
+    def get_config(self):
+        return {**super().get_config(), "flip": self.flip, "shift": self.shift}
+
+
+@_serializable
+class WhiteningConv(keras.layers.Layer):
+    """2 x 2 convolution whose fixed kernel decorrelates neighbouring pixels; only its bias is trained.
+
+    The kernel comes from `whitening_kernel`. Filters are the eigenvectors of the patches and their
+    negatives, so 8 a channel. Source: airbench (Jordan 2024, section 3.2).
+    """
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        self.kernel = self.add_weight(shape=(2, 2, channels, 8 * channels), trainable=False, name="kernel")
+        self.bias = self.add_weight(shape=(8 * channels,), initializer="zeros", name="bias")
+
+    def call(self, images):
+        return keras.ops.conv(images, self.kernel, padding="valid") + self.bias  # (B, H-1, W-1, 8 channels)
+
+
+@_serializable
+class FusedBatchNormalization(keras.layers.Layer):
+    """BatchNormalization in one fused operation, without scale and with a fast offset.
+
+    Keras' own layer is several operations on CPU and takes a third of a step. The offset is stored divided
+    by `OFFSET_GAIN`, which multiplies its learning rate by the square of that (Jordan 2024, section 3.4).
+    """
+
+    OFFSET_GAIN = 8.0  # learning rate x 64
+
+    def __init__(self, momentum: float = 0.95, epsilon: float = 1e-3, **kwargs):
+        super().__init__(**kwargs)
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def build(self, input_shape):
+        # Statistics stay float32 under mixed precision: a running mean in bfloat16 would stop moving.
+        state = {"shape": (input_shape[-1],), "dtype": "float32", "autocast": False}
+        self.offset = self.add_weight(initializer="zeros", name="offset", **state)
+        self.moving_mean = self.add_weight(initializer="zeros", name="moving_mean", trainable=False, **state)
+        self.moving_variance = self.add_weight(initializer="ones", name="moving_variance", trainable=False, **state)
+
+    def call(self, inputs, training=False):
+        offset = tf.convert_to_tensor(self.offset.value) * self.OFFSET_GAIN  # (channels,)
+        normalize = functools.partial(
+            tf.raw_ops.FusedBatchNormV3,
+            x=inputs,
+            scale=tf.ones_like(offset),
+            offset=offset,
+            epsilon=self.epsilon,
+        )
+        if not (training and self.trainable):  # frozen means that the statistics stand still, too
+            mean, variance = (tf.convert_to_tensor(v.value) for v in (self.moving_mean, self.moving_variance))
+            return normalize(mean=mean, variance=variance, is_training=False).y
+        result = normalize(mean=[], variance=[], is_training=True)
+        for moving, now in (
+            (self.moving_mean, result.batch_mean),
+            (self.moving_variance, result.batch_variance),
+        ):
+            moving.assign(moving.value * self.momentum + now * (1 - self.momentum))
+        return result.y
+
+    def get_config(self):
+        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+@_serializable
+class PartialIdentity(keras.initializers.Initializer):
+    """Convolution kernels (3, 3, in, out) whose first `in` filters pass their input on unchanged.
+
+    The rest is uniform in ± 1 / sqrt(fan in). Source: 'dirac' initialisation in airbench (Jordan 2024, 3.3).
+    """
+
+    def __call__(self, shape, dtype=None):
+        random = keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")
+        kernel = np.array(random(shape))
+        count = min(shape[2], shape[3])
+        kernel[:, :, :, :count] = 0
+        kernel[1, 1, range(count), range(count)] = 1
+        return keras.ops.convert_to_tensor(kernel, dtype)
+
+
+def build_cnn(
+    name: str,
+    input_shape: Sequence[int],
+    categories: int,
+    widths: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    flip: bool,
+    policy: str,
+) -> keras.Model:
+    """A small CNN from uint8 images (B, H, W, channels) to float32 logits (B, categories).
+
+    Whitening, then a block a width: 3x3 convolution, pooling, 3x3 convolution. The outputs of the blocks
+    are named `block1`, `block2`, ...; the last is averaged over its area and goes through ONE dense layer,
+    so that a Class Activation Map can be read off its kernel.
+
+    Args:
+        mean, std: of each channel of the train split, in pixel values 0..255.
+        flip: whether training mirrors images.
+        policy: Keras dtype policy of the convolutions: "float32" or "mixed_bfloat16".
+    """
+    layers = keras.layers
+    inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
+    x = RandomFlipCrop(flip)(x)
+    x = layers.Normalization(mean=list(mean), variance=[float(s) ** 2 for s in std], dtype="float32")(x)
+    x = layers.ReLU(dtype=policy)(WhiteningConv(name="whitening", dtype=policy)(x))  # (B, H-1, W-1, 8 channels)
+    for block, width in enumerate(widths, start=1):
+        for half in (1, 2):
+            x = layers.Conv2D(
+                width, 3, padding="same", use_bias=False, kernel_initializer=PartialIdentity(), dtype=policy
+            )(x)
+            if half == 1:
+                x = layers.MaxPooling2D(2, dtype=policy)(x)
+            x = FusedBatchNormalization(dtype=policy)(x)
+            x = layers.ReLU(dtype=policy, name=f"block{block}" if half == 2 else None)(x)
+    x = layers.GlobalAveragePooling2D(dtype="float32", name="pooled")(x)  # (B, widths[-1])
+    return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
+
+
+def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
+    """The kernel of `WhiteningConv`, float32 (2, 2, channels, 8 channels), from uint8 images (N, H, W, channels)."""
+    x = (images.astype(np.float32) - mean) / std
+    corners = [x[:, i : i - 1 or None, j : j - 1 or None] for i in (0, 1) for j in (0, 1)]
+    patches = np.stack(corners, axis=3).reshape(-1, 4 * x.shape[-1])  # (patches, 4 channels)
+    values, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    kernel = (vectors / np.sqrt(values + epsilon)).reshape(2, 2, x.shape[-1], -1)
+    return np.concatenate([kernel, -kernel], axis=-1).astype(np.float32)
+
+
+def fastest_policy(repeats: int = 5) -> str:
+    """Probes whether convolutions forward and backward are faster in bfloat16 here; takes under a second.
+
+    Returns:
+        "mixed_bfloat16" where it is at least 1.2 times as fast, else "float32".
+    """
+
+    def seconds(dtype) -> float:
+        images, kernel = tf.ones((64, 16, 16, 64), dtype), tf.ones((3, 3, 64, 64), dtype)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            with tf.GradientTape() as tape:
+                tape.watch((images, kernel))
+                out = tf.nn.conv2d(images, kernel, 1, "SAME")
+            float(tf.reduce_sum(tf.cast(tape.gradient(out, kernel), tf.float32)))  # waits for the result
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    try:
+        return "mixed_bfloat16" if seconds(tf.bfloat16) * 1.2 < seconds(tf.float32) else "float32"
+    except tf.errors.OpError:  # no bfloat16 kernel on this device
+        return "float32"
+
+
+# ======================================================================================================
+# 4 Decision: log-odds, calibrated confidence, threshold (NumPy in, NumPy out)
+# ======================================================================================================
+
+# Coefficients of a calibration row: intercept, weight of Stage 1's log-odds, weight of Stage 2's.
+COMMON_PRIOR = np.array([0.0, 0.5, 0.5])
+COMMON_STRENGTH = np.array([0.1, 1.0, 1.0])  # of the common row towards COMMON_PRIOR: 1 / variance
+ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the common row: 1 / variance
+
+
+def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
+    """log p(c) - log sum of the others' p, in float64, where a softmax in float32 would round to 1.
+
+    Args:
+        logits: (B, C).
+        category: the category c of each row, (B,).
+
+    Returns:
+        float64 (B,).
+    """
+    from scipy.special import logsumexp
+
+    logits = np.array(logits, np.float64)  # a copy: it is written to
+    rows = np.arange(len(logits))
+    chosen = logits[rows, category]
+    logits[rows, category] = -np.inf
+    return chosen - logsumexp(logits, axis=1) if len(logits) else chosen
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)) without overflow."""
+    from scipy.special import expit
+
+    return expit(x)
+
+
+def fit_calibration_row(
+    stage1: np.ndarray, stage2: np.ndarray, right: np.ndarray, towards: np.ndarray, strength: np.ndarray
+) -> np.ndarray:
+    """Logistic regression of 'Stage 1 is right' on both log-odds, shrunk towards given coefficients.
+
+    The weights of the log-odds are kept from falling below 0: more evidence never lowers the confidence.
+    Without images the row is `towards` itself. (Platt 1999, with a Gaussian prior.)
+
+    Args:
+        stage1, stage2: log-odds, (N,). right: bool (N,).
+        towards, strength: mean and 1 / variance of the prior of (intercept, weight 1, weight 2), (3,).
+
+    Returns:
+        float64 (3,).
+    """
+    from scipy.optimize import minimize
+
+    features = np.column_stack([np.ones(len(stage1)), stage1, stage2]).astype(np.float64)  # (N, 3)
+    sign = np.where(right, 1.0, -1.0)  # (N,)
+
+    def loss(row):
+        margin, pull = sign * (features @ row), row - towards
+        gradient = -features.T @ (sign * sigmoid(-margin)) + strength * pull
+        return np.logaddexp(0, -margin).sum() + 0.5 * (strength * pull**2).sum(), gradient
+
+    return minimize(loss, towards, jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None), (0, None)]).x
+
+
+def combined_confidence(rows: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray) -> np.ndarray:
+    """P(Stage 1 is right) of each image, float64 (B,), from calibration rows (C, 3) and log-odds (B,)."""
+    intercept, weight1, weight2 = rows[category].T  # (B,) each
+    return sigmoid(intercept + weight1 * stage1 + weight2 * stage2)
+
+
+def accept(category: np.ndarray, confidence: np.ndarray, threshold: float, other: int) -> np.ndarray:
+    """The decision: the category where confidence >= threshold, else `other`; (B,)."""
+    return np.where(confidence >= threshold, category, other)
+
+
+def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
+    """How badly the confidences fit, by predicted category: mean negative log likelihood in nats, (count,).
+
+    A proper score: it falls when the confidences rank better and when they are better calibrated. NaN where
+    Stage 1 predicts a category for no image.
+    """
+    given = np.clip(np.where(right, confidence, 1 - confidence), 1e-12, 1)  # what was given to the truth
+    images = np.bincount(category, minlength=count)
+    total = np.bincount(category, weights=-np.log(given), minlength=count)
+    return np.divide(total, images, out=np.full(count, np.nan), where=images > 0)
+
+
+class Decisions(NamedTuple):
+    """What `MultiStageCNN.decide` says of B images; every field has B rows."""
+
+    category: np.ndarray  # int 0..C, C meaning OTHER
+    stage1_category: np.ndarray  # int 0..C-1
+    stage1_confidence: np.ndarray  # softmax probability of stage1_category
+    stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is right
+    confidence: np.ndarray  # both combined and calibrated: what the threshold is held against
+    stage1_log_odds: np.ndarray  # float64, the same as the confidences before the sigmoid
+    stage2_log_odds: np.ndarray
+    stage1_logits: np.ndarray  # (B, C)
+
+
+# ======================================================================================================
+# 5 The model: both stages, freezing, fingerprints, decide, save and load
+# ======================================================================================================
+
+
+@_serializable
+class MultiStageCNN(keras.Model):
+    """Stage 1, the ten Stage 2 CNNs, their companion and the calibration: all that a decision needs.
+
+    Args:
+        category_names: (C,).
+        image_shape: (H, W, channels) of the uint8 images.
+        mean, std: of each channel of the train split, in pixel values 0..255.
+        flip: whether a mirrored image keeps its category. If so, training mirrors images and Stage 2's
+            log-odds are the mean over the image and its mirror image.
+        dataset: name of the data set the model is trained on.
+        threshold: confidence below which an image is OTHER.
+        policy: Keras dtype policy of the convolutions.
+
+    The companion is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
+    of it. It is kept so that a category can be started again.
+    """
+
+    def __init__(
+        self,
+        category_names: Sequence[str],
+        image_shape: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        flip: bool = True,
+        dataset: str = "",
+        threshold: float = 0.7,
+        policy: str = "float32",
+        stage1_widths: Sequence[int] = STAGE1_WIDTHS,
+        stage2_widths: Sequence[int] = STAGE2_WIDTHS,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._settings = {
+            "category_names": list(category_names), "image_shape": list(image_shape),
+            "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
+            "policy": policy, "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
+        }  # fmt: skip
+        self.category_names = tuple(category_names)
+        self.image_shape, self.flip, self.dataset, self.threshold = (
+            tuple(image_shape),
+            flip,
+            dataset,
+            threshold,
+        )
+        count = len(self.category_names)
+        build = functools.partial(
+            build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy
+        )
+        self.stage1 = build("stage1", widths=stage1_widths)
+        self.companion = build("companion", widths=stage2_widths)
+        self.stage2 = {name: build(name, widths=stage2_widths) for name in map(_category_key, range(count))}
+        # Not a number until `calibrate` has run, so that an uncalibrated model is noticed.
+        not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
+        self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
+        self.rows = self.add_weight(shape=(count, 3), name="rows", autocast=False, **not_yet)
+        images, weights = tf.TensorSpec((None, *image_shape), tf.uint8), self.companion.weights
+        self._stage1_graph = tf.function(lambda images: self.stage1(images, training=False), input_signature=[images])
+        self._stage2_graph = tf.function(
+            self._stage2_logits, input_signature=[[tf.TensorSpec(w.shape, w.dtype) for w in weights], images]
+        )
+        self.built = True
+
+    @classmethod
+    def for_dataset(cls, data: Dataset, policy: str | None = None, **settings) -> MultiStageCNN:
+        """A new model for a data set: its input statistics and whitening from the train split, weights random."""
+        mean, std = data.channel_statistics()
+        model = cls(
+            data.category_names, data.input_shape, mean, std, data.flip, data.name, policy=policy or fastest_policy(),
+            **settings,
+        )  # fmt: skip
+        kernel = whitening_kernel(data.train.images[:5000], mean, std)
+        for network in (model.stage1, model.companion, *model.stage2.values()):
+            network.get_layer("whitening").kernel.assign(kernel)
+        return model
+
+    def get_config(self):
+        return {**self._settings, "threshold": self.threshold}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    # ---- parts
+
+    def stage2_of(self, category: int) -> keras.Model:
+        """The Stage 2 CNN of a category: uint8 (B, H, W, channels) -> logits (B, C)."""
+        return self.stage2[_category_key(category)]
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(np.isfinite(self.rows.numpy()).all())
+
+    def parts(self) -> dict[str, list[np.ndarray]]:
+        """Every array of the model by part: 'stage1', 'companion', 'stage2/ship', 'calibration/ship', ..."""
+        parts = {"stage1": self.stage1.get_weights(), "companion": self.companion.get_weights()}
+        parts |= {f"stage2/{n}": self.stage2_of(c).get_weights() for c, n in enumerate(self.category_names)}
+        parts["calibration/common"] = [self.common_row.numpy()]
+        rows = self.rows.numpy()
+        return parts | {f"calibration/{n}": [rows[c]] for c, n in enumerate(self.category_names)}
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each part, so that anyone can check what a training has left untouched."""
+        return {
+            name: hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+            for name, arrays in self.parts().items()
+        }
+
+    # ---- freezing
+
+    def set_stage1_trainable(self, flag: bool = True) -> None:
+        """Frozen (False): training moves no weight and no BatchNormalization statistic of Stage 1."""
+        self.stage1.trainable = bool(flag)
+
+    def set_stage2_category_trainable(self, categories: str | int | Iterable = "", flag: bool = True) -> None:
+        """Freezes or frees the Stage 2 CNNs (and calibration rows) of the given categories; '' means all."""
+        for category in categories_from(categories, self.category_names):
+            self.stage2_of(category).trainable = bool(flag)
+
+    def train_only(self, categories: str | int | Iterable) -> None:
+        """Freezes everything but the Stage 2 CNNs of the given categories."""
+        self.set_stage1_trainable(False)
+        self.set_stage2_category_trainable("", False)
+        self.set_stage2_category_trainable(categories, True)
+
+    def trainable_categories(self) -> tuple[int, ...]:
+        return tuple(c for c in range(len(self.category_names)) if self.stage2_of(c).trainable)
+
+    def trainable_summary(self) -> str:
+        """What is trainable, printable: `✓ ship: True   ✗ cat: False`."""
+
+        def line(name: str, flag: bool) -> str:
+            return f"{'✓' if flag else '✗'} {name}: {flag}"
+
+        free = self.trainable_categories()
+        stage2 = [line(name, c in free).ljust(20) for c, name in enumerate(self.category_names)]
+        rows = ["   ".join(stage2[i : i + 5]).rstrip() for i in range(0, len(stage2), 5)]
+        return "\n".join([line("Stage 1", self.stage1.trainable), "Stage 2", *rows])
+
+    # ---- forward
+
+    def call(self, images, training=False):
+        """uint8 (B, H, W, channels) -> {"stage1": logits (B, C), "stage2": log-odds of each category (B, C)}."""
+        stage2 = [
+            log_odds_tensor(self.stage2_of(c)(images, training=training), c) for c in range(len(self.category_names))
+        ]
+        return {"stage1": self.stage1(images, training=training), "stage2": tf.stack(stage2, axis=1)}
+
+    def _stage2_logits(self, weights, images):
+        """Stage 2's logits (B, C) for given weights: all Stage 2 CNNs are one graph, traced once."""
+        with keras.StatelessScope(state_mapping=list(zip(self.companion.weights, weights, strict=True))):
+            return self.companion(images, training=False)
+
+    def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
+        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels)."""
+        return _in_batches(self._stage1_graph, self._checked(images), batch_size, len(self.category_names))
+
+    def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
+        """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,)."""
+        weights = [tf.convert_to_tensor(w.value) for w in self.stage2_of(category).weights]
+        graph = functools.partial(self._stage2_graph, weights)
+        views = [images, images[:, :, ::-1]] if self.flip else [images]
+        where = np.full(len(images), category)
+        logits = [_in_batches(graph, view, batch_size, len(self.category_names)) for view in views]
+        return np.mean([log_odds(one, where) for one in logits], axis=0)
+
+    def log_odds(self, images: np.ndarray, batch_size: int = 512):
+        """Both stages' opinion: category int (B,), Stage 1's and Stage 2's log-odds float64 (B,), logits (B, C).
+
+        Only the Stage 2 CNN of the predicted category is run: the images are sorted by category first.
+        """
+        logits = self.stage1_logits(images, batch_size)
+        category = logits.argmax(axis=1)  # (B,)
+        stage2 = np.zeros(len(images))
+        for c in np.unique(category):
+            here = np.flatnonzero(category == c)
+            stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
+        return category, log_odds(logits, category), stage2, logits
+
+    def decide(self, images: np.ndarray, threshold: float | None = None, batch_size: int = 512) -> Decisions:
+        """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
+
+        Args:
+            threshold: in place of the model's own.
+
+        Raises:
+            MSCNNError: images of another shape, or a model that is not calibrated yet.
+        """
+        if not self.is_calibrated:
+            raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
+        category, stage1, stage2, logits = self.log_odds(images, batch_size)
+        confidence = combined_confidence(self.rows.numpy(), category, stage1, stage2)
+        final = accept(
+            category, confidence, self.threshold if threshold is None else threshold, len(self.category_names)
+        )
+        return Decisions(final, category, sigmoid(stage1), sigmoid(stage2), confidence, stage1, stage2, logits)
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        if np.ndim(images) != 4 or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
+            raise MSCNNError(
+                f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
+                f"uint8 (B, {', '.join(map(str, self.image_shape))}). read_image() and load_dataset() give that."
+            )
+        return images
+
+    # ---- calibration
+
+    def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
+        """Fits the calibration rows on the calibration split.
+
+        Args:
+            categories: fit only these rows, shrunk towards the common row as it is. None: fit all, the
+                common row too.
+        """
+        category, stage1, stage2, _ = self.log_odds(split.images)
+        right, rows = category == split.labels, self.rows.numpy()
+        if categories is None:
+            self.common_row.assign(fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH))
+        for c in range(len(self.category_names)) if categories is None else categories:
+            here = category == c
+            rows[c] = fit_calibration_row(
+                stage1[here], stage2[here], right[here], self.common_row.numpy(), ROW_STRENGTH
+            )
+        self.rows.assign(rows)
+
+    # ---- save, load
+
+    def save(self, filepath: str | Path, **kwargs) -> None:
+        """Saves the whole model as one `.keras` file, beside the old one first: a file is whole or the old one."""
+        path = Path(filepath)
+        _write_whole(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
+
+    def check_matches(self, data: Dataset) -> None:
+        """Raises MSCNNError if the model was made for another data set."""
+        mine = (self.dataset, self.category_names, self.image_shape)
+        if mine != (data.name, data.category_names, data.input_shape):
+            raise MSCNNError(
+                f"The model is for {self.dataset} with {len(self.category_names)} categories and images of "
+                f"{self.image_shape}, the data is {data.name} with {len(data.category_names)} and {data.input_shape}: "
+                "choose the data set the model was trained on, or train a new model."
+            )
+
+
+def _category_key(category: int) -> str:
+    return f"category_{category}"
+
+
+def log_odds_tensor(logits, category):
+    """As `log_odds`, for tensors and one category: float32 (B, C) -> (B,)."""
+    others = tf.one_hot(category, tf.shape(logits)[1], on_value=-np.inf, off_value=0.0)  # (C,)
+    return tf.gather(logits, category, axis=1) - tf.reduce_logsumexp(logits + others, axis=1)
+
+
+def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int) -> np.ndarray:
+    """Runs a graph over images, `batch_size` at a time: (N, ...) -> float32 (N, width).
+
+    The last batch is filled up to a multiple of 8, so that few shapes occur: each new one costs the
+    libraries below TensorFlow some milliseconds of preparation.
+    """
+    results = [np.zeros((0, width), np.float32)]
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        filled = np.concatenate([batch, np.zeros((-len(batch) % 8, *batch.shape[1:]), batch.dtype)])
+        results.append(graph(tf.constant(filled)).numpy()[: len(batch)])
+    return np.concatenate(results)
+
+
+def load_model(path: str | Path) -> MultiStageCNN:
+    """Loads a model file.
+
+    Raises:
+        MSCNNError: it is missing, damaged or not of this project.
+    """
+    if not Path(path).is_file():
+        raise MSCNNError(f"There is no model file at {path}.")
+    try:
+        model = keras.saving.load_model(path)
+    except Exception as error:  # a broken file fails in many ways: zip, JSON, HDF5, Keras
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise MSCNNError(f"{path} is damaged or not a model of this project: {reason}") from error
+    if not isinstance(model, MultiStageCNN):
+        raise MSCNNError(f"{path} holds a {type(model).__name__}, not a MultiStageCNN.")
+    return model
+
+
+# ======================================================================================================
+# 6 Training: Stage 1, companion, Stage 2, selective retraining
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the CNNs are trained; `recipe_for` chooses epochs and batch size for the data at hand."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float = 0.75  # peak, at batches of 512; proportional to the batch size
+    momentum: float = 0.85
+    weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight
+    label_smoothing: float = 0.0
+    warm_up: float = 0.23  # share of the steps in which the learning rate rises
+    stage2_learning_rate: float = 0.02  # at batches of 256
+    stage2_share: float = 0.125  # images drawn for a category in an epoch, as a share of the train split
+
+
+def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
+    """The recipe for a number of train images; epochs or batch size 0 leave the choice to it."""
+    small = images < 20_000  # more, smaller steps where an epoch has few images
+    return Recipe(epochs or (20 if small else 16), batch_size or (64 if small else 512))
+
+
+def _optimizer(peak: float, steps: int, recipe: Recipe, warm_up: float) -> keras.optimizers.Optimizer:
+    """SGD with Nesterov momentum; the learning rate rises, then falls along a cosine to a hundredth."""
+    rising = int(warm_up * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.2 * peak if rising else peak, max(steps - rising, 1), alpha=0.01,
+        warmup_target=peak if rising else None, warmup_steps=rising,
+    )  # fmt: skip
+    return keras.optimizers.SGD(schedule, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
+
+
+class KeepBestWeights(keras.callbacks.Callback):
+    """Puts back the weights of the epoch with the best accuracy on the calibration split (the later of equals)."""
+
+    def on_train_begin(self, logs=None):
+        self.best, self.weights, self.epoch = -1.0, None, 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs["val_accuracy"] >= self.best:
+            self.best, self.weights, self.epoch = logs["val_accuracy"], self.model.get_weights(), epoch + 1
+
+    def on_train_end(self, logs=None):
+        if self.weights is not None:
+            self.model.set_weights(self.weights)
+            print(f"Best on the calibration split: {self.best:.1%} after epoch {self.epoch}; its weights are kept.")
+
+
+def train_classifier(
+    network: keras.Model, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
+) -> dict[str, list[float]]:
+    """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the companion.
+
+    Args:
+        log_dir: folder for TensorBoard logs; None: none are written.
+
+    Returns:
+        The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split), one value an
+        epoch. Empty lists for 0 epochs do not occur: a recipe has at least one.
+
+    Raises:
+        MSCNNError: the network is frozen.
+    """
+    if not network.trainable:
+        raise MSCNNError(f"{network.name} is frozen: call set_stage1_trainable(True), or leave stage2_only off.")
+    keras.utils.set_random_seed(seed)
+    steps = -(-len(data.train) // recipe.batch_size) * recipe.epochs
+    peak = recipe.learning_rate * recipe.batch_size / 512
+    one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
+    # A second Model on the same layers, so that optimizer and metrics do not end up in the model file.
+    trainer = keras.Model(network.inputs, network.outputs)
+    trainer.compile(
+        _optimizer(peak, steps, recipe, recipe.warm_up),
+        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
+        metrics=["accuracy"],
+        jit_compile=False,  # XLA was slower on CPU wherever it was measured
+    )
+    logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
+    history = trainer.fit(
+        data.train.images, one_hot(data.train.labels), batch_size=recipe.batch_size, epochs=recipe.epochs, verbose=2,
+        validation_data=(data.calibration.images, one_hot(data.calibration.labels)), validation_batch_size=500,
+        callbacks=[KeepBestWeights(), *logs],
+    )  # fmt: skip
+    return history.history
+
+
+def train_stage1(
+    model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
+) -> dict[str, list[float]]:
+    """Trains Stage 1 where it stands; see `train_classifier`."""
+    return train_classifier(model.stage1, data, recipe, seed, log_dir)
+
+
+def train_companion(
+    model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
+) -> dict[str, list[float]]:
+    """Trains the companion, then makes every trainable Stage 2 CNN a copy of it."""
+    history = train_classifier(model.companion, data, recipe, seed + 1, log_dir)
+    for category in model.trainable_categories():
+        model.stage2_of(category).set_weights(model.companion.get_weights())
+    return history
+
+
+class LogOdds(keras.layers.Layer):
+    """Logits (B, C) -> log-odds of one category (B,); the category can be changed without a new graph."""
+
+    def build(self, input_shape):
+        self.category = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False)
+
+    def call(self, logits):
+        return log_odds_tensor(logits, tf.convert_to_tensor(self.category.value))
+
+
+def draw_stage2_images(
+    labels: np.ndarray, probability: np.ndarray, category: int, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Chooses what a Stage 2 CNN is trained on: in turn an image of its category and a hard one of another.
+
+    Images of other categories are drawn in proportion to `probability` + 0.001: what Stage 1 would mistake
+    for the category is what its judge has to know.
+
+    Args:
+        labels: (N,). probability: Stage 1's softened probability of `category` for each image, (N,).
+        count: how many indices to draw, with replacement; even positions hold the category.
+
+    Returns:
+        int64 (count,).
+    """
+    own = np.flatnonzero(labels == category)
+    weight = np.where(labels == category, 0.0, probability + 0.001)
+    indices = np.empty(count, np.int64)
+    indices[0::2] = rng.choice(own, len(indices[0::2]))
+    indices[1::2] = rng.choice(len(labels), len(indices[1::2]), p=weight / weight.sum())
+    return indices
+
+
+class Stage2Trainer:
+    """Trains Stage 2 CNNs one after the other with one graph: weights are copied in and out.
+
+    Args:
+        model: only the Stage 2 CNNs that are trained change.
+        data: train and calibration splits are used.
+        recipe: its epochs scale the number of steps.
+    """
+
+    ROUNDS = 5  # points of the history of each category
+    TEMPERATURE = 2.0  # softens Stage 1's softmax on the images that it was trained on
+
+    def __init__(self, model: MultiStageCNN, data: Dataset, recipe: Recipe):
+        self.model, self.data = model, data
+        self.batch_size = min(256, recipe.batch_size)
+        images = recipe.stage2_share * recipe.epochs * len(data.train)
+        self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
+        logits = model.stage1_logits(data.train.images)
+        self.probability = np.asarray(tf.nn.softmax(logits / self.TEMPERATURE))  # (N, C)
+        self.train_images = tf.constant(data.train.images)
+        self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
+        self.network = keras.models.clone_model(model.companion)
+        self.head = LogOdds()
+        self.trainer = keras.Sequential([self.network, self.head])
+        peak = recipe.stage2_learning_rate * self.batch_size / 256
+        self.trainer.compile(
+            _optimizer(peak, self.steps * self.ROUNDS, recipe, warm_up=0.0),
+            keras.losses.BinaryCrossentropy(from_logits=True),
+            metrics=[keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)],
+            jit_compile=False,
+        )
+
+    def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
+        """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value a round."""
+        keras.utils.set_random_seed(seed)
+        self.network.set_weights(start.get_weights())
+        self.trainer.build((None, *self.model.image_shape))
+        self.head.category.assign(category)
+        for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
+            variable.assign(tf.zeros_like(variable))
+        here = self.predicted == category  # the question is only asked where Stage 1 says `category`
+        judged = self.data.calibration.take(here)
+        history = self.trainer.fit(
+            self._batches(category, np.random.default_rng(seed)), epochs=self.ROUNDS, steps_per_epoch=self.steps,
+            validation_data=(judged.images, judged.labels == category) if here.any() else None,
+            shuffle=False, verbose=0,
+        ).history  # fmt: skip
+        self.model.stage2_of(category).set_weights(self.network.get_weights())
+        return history
+
+    def _batches(self, category: int, rng: np.random.Generator) -> tf.data.Dataset:
+        """All batches of one training: images uint8 (B, H, W, channels), labels float32 (B,)."""
+        labels = self.data.train.labels
+        count = self.ROUNDS * self.steps * self.batch_size
+        indices = draw_stage2_images(labels, self.probability[:, category], category, count, rng)
+        right = (labels[indices] == category).astype(np.float32)
+        batches = tf.data.Dataset.from_tensor_slices((indices, right)).batch(self.batch_size, drop_remainder=True)
+        return batches.map(lambda i, y: (tf.gather(self.train_images, i), y)).prefetch(2)
+
+
+def train_stage2(
+    model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, start: str = "companion"
+) -> dict[str, dict[str, list[float]]]:
+    """Trains the trainable Stage 2 CNNs: 'Stage 1 says c: is it right?'
+
+    Each CNN is fine-tuned by binary cross-entropy on its log-odds of c, on batches that are half images of c
+    and half images that Stage 1 takes, or nearly takes, for c.
+
+    Args:
+        start: "companion": begin with a copy of the companion; "current": go on from the CNN as it is.
+
+    Returns:
+        A history for each category's name: loss, accuracy, val_loss, val_accuracy.
+    """
+    trainer, histories = Stage2Trainer(model, data, recipe), {}
+    for category in model.trainable_categories():
+        begun, name = time.time(), model.category_names[category]
+        network = model.companion if start == "companion" else model.stage2_of(category)
+        histories[name] = history = trainer.train(category, network, seed + 100 + category)
+        accuracy = f"accuracy {history['accuracy'][-1]:.3f}, loss {history['loss'][-1]:.3f}"
+        print(f"Stage 2 {name}: {accuracy}, {time.time() - begun:.0f} s", flush=True)
+    return histories
+
+
+def stage2_is_kept(model: MultiStageCNN, settings: Settings) -> bool:
+    """Whether notebook 03 leaves Stage 2 as it is: only some categories of a finished model are to be retrained."""
+    some = len(categories_from(settings.stage2_categories, model.category_names)) < len(model.category_names)
+    return settings.stage2_only and some and model.is_calibrated
+
+
+class Retraining(NamedTuple):
+    """What became of one category; losses are mean log losses on the calibration split, in nats."""
+
+    category: str
+    loss_before: float
+    loss_after: float
+    kept: bool
+
+
+def calibration_losses(model: MultiStageCNN, data: Dataset) -> np.ndarray:
+    """Log loss of the confidences on the calibration split, by predicted category, (C,)."""
+    decisions = model.decide(data.calibration.images)
+    right = decisions.stage1_category == data.calibration.labels
+    return log_loss_by_category(decisions.stage1_category, decisions.confidence, right, len(model.category_names))
+
+
+def weakest_categories(model: MultiStageCNN, data: Dataset, count: int = 2) -> tuple[int, ...]:
+    """The categories whose confidences fit worst on the calibration split."""
+    losses = np.nan_to_num(calibration_losses(model, data), nan=-1.0)
+    return tuple(sorted(np.argsort(-losses, kind="stable")[:count].tolist()))
+
+
+def retrain_stage2(
+    model: MultiStageCNN,
+    data: Dataset,
+    categories: str | int | Iterable,
+    recipe: Recipe,
+    seed: int = 0,
+    start: str = "current",
+    keep_worse: bool = False,
+) -> tuple[list[Retraining], dict[str, dict[str, list[float]]]]:
+    """Retrains the Stage 2 CNNs and calibration rows of some categories; all else stays bit for bit.
+
+    A category whose log loss on the calibration split did not fall is put back as it was, unless
+    `keep_worse`. Everything but the chosen categories is left frozen.
+
+    Returns:
+        One `Retraining` a chosen category, and the histories.
+    """
+    chosen = categories_from(categories, model.category_names)
+    before = {c: (model.stage2_of(c).get_weights(), model.rows.numpy()[c]) for c in chosen}
+    losses = calibration_losses(model, data)
+    model.train_only(chosen)
+    histories = train_stage2(model, data, recipe, seed, start)
+    model.calibrate(data.calibration, chosen)
+    new_losses, rows, results = calibration_losses(model, data), model.rows.numpy(), []
+    for c in chosen:
+        kept = keep_worse or bool(new_losses[c] < losses[c])
+        if not kept:
+            weights, rows[c] = before[c]
+            model.stage2_of(c).set_weights(weights)
+        results.append(Retraining(model.category_names[c], losses[c], new_losses[c], kept))
+    model.rows.assign(rows)
+    return results, histories
+
+
+# ======================================================================================================
+# 7 Evaluation: reports and selective metrics (NumPy in, NumPy out)
+# ======================================================================================================
+
+
+def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The risk-coverage curve: the error rate among the k most confident images, for k = 1..N.
+
+    Images of equal confidence cannot be told apart, so each counts with the group's mean error: the curve
+    does not depend on the order of the images.
+
+    Returns:
+        coverage (N,), ascending to 1, and selective risk (N,).
+    """
+    confidence, wrong = np.asarray(confidence), 1.0 - np.asarray(right, np.float64)
+    _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident
+    mean_wrong = np.bincount(group, weights=wrong) / np.bincount(group)
+    accepted = np.arange(1, len(wrong) + 1)
+    return accepted / len(wrong), np.cumsum(mean_wrong[np.sort(group)]) / accepted
+
+
+def aurc(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Area under the risk-coverage curve: the mean selective risk over all coverages (Geifman et al. 2019)."""
+    return float(risk_coverage(confidence, right)[1].mean())
+
+
+def failure_metrics(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """How well a confidence tells right from wrong predictions.
+
+    Returns:
+        aurc; auroc_failure: probability that a right image has the higher confidence; fpr95: share of the
+        wrong images accepted at the highest threshold that accepts 95 % of the right ones. The last two are
+        NaN where all predictions are right, or all wrong.
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    right = np.asarray(right, bool)
+    if right.all() or not right.any():
+        return {"aurc": aurc(confidence, right), "auroc_failure": np.nan, "fpr95": np.nan}
+    false_positives, true_positives, _ = roc_curve(right, confidence, drop_intermediate=False)
+    return {
+        "aurc": aurc(confidence, right),
+        "auroc_failure": float(roc_auc_score(right, confidence)),
+        "fpr95": float(false_positives[np.searchsorted(true_positives, 0.95)]),
+    }
+
+
+def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, float]:
+    """What the final decisions are worth, at the threshold they were made with.
+
+    Returns:
+        coverage: share of images not sent to OTHER. selective_accuracy: accuracy among those.
+        accuracy_other_wrong: accuracy where OTHER counts as an error. stage_report_accuracy: share of
+        images accepted where Stage 1 is right or rejected where it is wrong.
+    """
+    accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
+    return {
+        "coverage": accepted.mean(),
+        "selective_accuracy": right[accepted].mean() if accepted.any() else np.nan,
+        "accuracy_other_wrong": (accepted & right).mean(),
+        "stage_report_accuracy": (accepted == right).mean(),
+    }
+
+
+def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict[str, dict[str, float]]:
+    """The entries `stage1` and `two_stage` of `metrics.json`; all rates are fractions of 1."""
+    right = decisions.stage1_category == labels
+    return {
+        "stage1": {"accuracy": right.mean(), **failure_metrics(decisions.stage1_log_odds, right)},
+        "two_stage": {
+            "threshold": threshold,
+            **selective_metrics(decisions, labels),
+            **failure_metrics(decisions.confidence, right),
+        },
+    }
+
+
+def stage_truth(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
+    """The truth of the stage report: the category where Stage 1 is right, OTHER where it is wrong; (B,)."""
+    return np.where(decisions.stage1_category == labels, labels, other)
+
+
+def classification_report(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> str:
+    """scikit-learn's report over the C categories and OTHER."""
+    from sklearn.metrics import classification_report as report
+
+    return report(truth, decided, labels=range(len(names) + 1), target_names=[*names, OTHER], digits=3, zero_division=0)
+
+
+def confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Confusion matrix with OTHER last, int (C+1, C+1): rows are the truth, columns the decision."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(truth, decided, labels=range(len(names) + 1))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
+    where = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
+    count = np.bincount(where, minlength=bins)
+    sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, right)]
+    mean, accuracy = (np.divide(s, count, out=np.full(bins, np.nan), where=count > 0) for s in sums)
+    return mean, accuracy, count
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy over the bins (Guo et al. 2017)."""
+    mean, accuracy, count = reliability(confidence, right, bins)
+    return float(np.nansum(np.abs(mean - accuracy) * count) / count.sum())
+
+
+# ======================================================================================================
+# 8 Explanation: Class Activation Maps, decision trace
+# ======================================================================================================
+
+
+def class_activation_map(network: keras.Model, images: np.ndarray, category: int) -> np.ndarray:
+    """The original CAM: what each place of the last feature map adds to the category's logit.
+
+    For networks that end in global average pooling and one dense layer. Source: Zhou et al. 2016.
+
+    Args:
+        images: uint8 (B, H, W, channels).
+
+    Returns:
+        float32 (B, h, w); its mean plus the dense layer's bias is the logit.
+    """
+    features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
+    weights = network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
+    return np.asarray(tf.cast(features, tf.float32)) @ weights
+
+
+def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: str = "block2") -> np.ndarray:
+    """Grad-CAM: where a layer's features raise a target. Source: Selvaraju et al. 2017, section 3.
+
+    Args:
+        images: uint8 (B, H, W, channels).
+        target: from logits (B, C) to the value to explain (B,), such as `lambda z: z[:, 3]`.
+        layer: a layer with a feature map; its size is the map's.
+
+    Returns:
+        float32 (B, h, w), at least 0.
+    """
+    features = network.get_layer(layer).output
+    maps = keras.Model(network.inputs[0], features)(images, training=False)  # (B, h, w, K)
+    head = keras.Model(features, network.outputs[0])
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        value = target(head(maps, training=False))
+    gradient = tf.cast(tape.gradient(value, maps), tf.float32)  # (B, h, w, K)
+    weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (B, 1, 1, K)
+    return np.asarray(tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=-1)))
+
+
+class DecisionTrace(NamedTuple):
+    """How one image was decided."""
+
+    image: np.ndarray  # uint8 (H, W, channels)
+    truth: str  # "" where it is not known
+    stage1_map: np.ndarray  # (h, w): why this category
+    stage2_map: np.ndarray  # (h, w): why right; where it is empty, nothing speaks for 'right'
+    top3: list[tuple[str, float]]  # Stage 1's most probable categories
+    stage2_confidence: float
+    confidence: float
+    verdict: str
+
+
+def trace_decisions(
+    model: MultiStageCNN, images: np.ndarray, labels: np.ndarray | None = None, threshold: float | None = None
+) -> list[DecisionTrace]:
+    """Explains the decisions on uint8 images (B, H, W, channels), one trace an image."""
+    decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
+    probability = np.asarray(tf.nn.softmax(decisions.stage1_logits))  # (B, C)
+    traces = []
+    for i, c in enumerate(decisions.stage1_category):
+        one = images[i : i + 1]
+        traces.append(
+            DecisionTrace(
+                image=images[i],
+                truth="" if labels is None else names[labels[i]],
+                stage1_map=grad_cam(model.stage1, one, lambda z, c=c: z[:, c])[0],
+                stage2_map=grad_cam(model.stage2_of(c), one, lambda z, c=c: log_odds_tensor(z, c))[0],
+                top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
+                stage2_confidence=float(decisions.stage2_confidence[i]),
+                confidence=float(decisions.confidence[i]),
+                verdict=names[decisions.category[i]],
+            )
+        )
+    return traces
+
+
+# ======================================================================================================
+# 9 Figures: arrays in, a Matplotlib Figure out; none is shown here
+# ======================================================================================================
+
+MAP_COLOURS = "magma"  # perceptually uniform, and readable without colour vision
+
+
+def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
+    """A figure and its axes in a flat array; closed for pyplot, so that a notebook shows it only once."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained"
+    )
+    plt.close(figure)
+    return figure, axes.ravel()
+
+
+def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
+    axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=8, color=colour)
+    axis.set_axis_off()
+
+
+def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", columns: int = 8):
+    """A grid of uint8 images (N, H, W, channels), a caption above each."""
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = _axes(rows, columns, 1.25, 1.5)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short
+        _show_image(axis, image, caption)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_samples(data: Dataset, columns: int = 8):
+    """A row of train images for each category."""
+    chosen = [np.flatnonzero(data.train.labels == c)[:columns] for c in range(len(data.category_names))]
+    figure, axes = _axes(len(chosen), columns, 0.9, 0.95)
+    for axis in axes:
+        axis.set_axis_off()
+    for row, (indices, name) in enumerate(zip(chosen, data.category_names, strict=True)):
+        for column, i in enumerate(indices):
+            _show_image(axes[row * columns + column], data.train.images[i], name if column == 0 else "")
+    figure.suptitle(f"{data.name}: {columns} train images of each category")
+    return figure
+
+
+def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3):
+    """Train images (first column) as training sees them in different epochs."""
+    chosen = data.train.images[:rows]
+    layer = RandomFlipCrop(data.flip)
+    seen = np.stack([np.asarray(layer(tf.constant(chosen), training=True)) for _ in range(columns - 1)], axis=1)
+    images = np.concatenate([chosen[:, None], seen], axis=1).reshape(-1, *data.input_shape)
+    captions = ["original", *[f"epoch {e + 1}" for e in range(columns - 1)]] * rows
+    return plot_images(images, captions, "Every epoch sees a slightly different picture", columns)
+
+
+def plot_history(history: dict[str, dict]):
+    """Loss and accuracy by epoch, train and calibration, a row a stage.
+
+    Args:
+        history: `{"stage1": {"loss": [...], "accuracy": [...], "val_loss": [...], "val_accuracy": [...]},
+            "stage2": {category name: the same}}`; for Stage 2 the mean over the categories is drawn bold.
+    """
+    stages = [stage for stage in ("stage1", "companion", "stage2") if history.get(stage)]
+    figure, axes = _axes(max(1, len(stages)), 2, 5, 2.8)
+    titles = {
+        "stage1": "Stage 1",
+        "companion": "Companion",
+        "stage2": "Stage 2 (thin: a category, thick: their mean)",
+    }
+    for row, stage in enumerate(stages):
+        for column, measure in enumerate(("loss", "accuracy")):
+            axis = axes[2 * row + column]
+            runs = list(history[stage].values()) if stage == "stage2" else [history[stage]]
+            for key, label, colour in ((measure, "train", "C0"), (f"val_{measure}", "calibration", "C1")):
+                _plot_runs(axis, [run[key] for run in runs if run.get(key)], label, colour)
+            axis.set(
+                title=titles[stage],
+                xlabel="epoch" if stage != "stage2" else "fifth of the training",
+                ylabel=measure,
+            )
+            axis.legend(frameon=False)
+            axis.grid(alpha=0.3)
+    return figure
+
+
+def _plot_runs(axis, runs: list[list[float]], label: str, colour: str) -> None:
+    for run in runs if len(runs) > 1 else []:
+        axis.plot(range(1, len(run) + 1), run, color=colour, alpha=0.25, linewidth=0.8)
+    if runs:
+        mean = np.mean(runs, axis=0)
+        axis.plot(range(1, len(mean) + 1), mean, color=colour, marker=".", label=label)
+
+
+def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
+    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row."""
+    import seaborn
+
+    labels = [*names, OTHER] if len(names) < len(matrix) else list(names)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    size = 2.5 + 0.55 * len(labels)
+    figure, (axis,) = _axes(1, 1, size + 0.8, size)
+    seaborn.heatmap(
+        share, annot=matrix, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis, linewidths=0.5, annot_kws={"fontsize": 8},
+        xticklabels=labels, yticklabels=labels, cbar_kws={"label": "share of the true category"},
+    )  # fmt: skip
+    axis.set(title=title, xlabel="decided", ylabel="true")
+    axis.tick_params(axis="x", rotation=45)
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dict[str, float] | None = None):
+    """Risk-coverage curves.
+
+    Args:
+        curves: label -> (confidence (N,), right bool (N,)).
+        at: label -> threshold to mark on its curve.
+    """
+    figure, (axis,) = _axes(1, 1, 6, 4)
+    for label, (confidence, right) in curves.items():
+        coverage, risk = risk_coverage(confidence, right)
+        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, right):.4f})")
+        accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
+        if accepted:
+            axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
+    axis.set(xlabel="coverage: share of images accepted", ylabel="selective risk: errors among them", xlim=(0, 1))
+    axis.set_ylim(bottom=0)
+    axis.set_title("Lower is better: fewer errors among the accepted images", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int = 10):
+    """Reliability diagram: accuracy against confidence; on the diagonal a confidence means what it says.
+
+    Args:
+        curves: label -> (confidence (N,) in 0..1, right bool (N,)).
+    """
+    figure, (axis, counts) = _axes(1, 2, 4.5, 4)
+    axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    for label, (confidence, right) in curves.items():
+        mean, accuracy, count = reliability(confidence, right, bins)
+        error = calibration_error(confidence, right, bins)
+        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
+        counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
+    axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
+    counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
+    axis.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, names: Sequence[str], title: str):
+    """Images with what was decided, how confidently, and what is true."""
+    full = [*names, OTHER]
+    captions = [
+        f"{full[d]} {p:.0%}" + (f"\n({full[c]}?)" if d != c else "") + f"\ntrue: {full[t]}"
+        for d, c, p, t in zip(decisions.category, decisions.stage1_category, decisions.confidence, labels, strict=True)
+    ]
+    return plot_images(images, captions, title)
+
+
+def select(decisions: Decisions, indices: np.ndarray) -> Decisions:
+    """The decisions on some of the images."""
+    return Decisions(*(values[indices] for values in decisions))
+
+
+def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float], marked: float):
+    """What a threshold buys: coverage and selective accuracy at each, with one threshold marked."""
+    figure, (axis,) = _axes(1, 1, 6, 3.6)
+    grid = np.asarray(thresholds)
+    accepted = np.asarray(confidence)[None, :] >= grid[:, None]  # (thresholds, N)
+    with np.errstate(invalid="ignore"):
+        accuracy = (accepted & right).sum(axis=1) / accepted.sum(axis=1)
+    axis.plot(grid, accepted.mean(axis=1), label="coverage")
+    axis.plot(grid, accuracy, label="accuracy of what is accepted")
+    axis.axvline(marked, color="grey", linestyle=":")
+    axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02), title=f"threshold {marked:.2f}")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="lower left")
+    return figure
+
+
+def plot_retraining(results: Sequence[Retraining]):
+    """Log loss on the calibration split before and after retraining, side by side."""
+    figure, (axis,) = _axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
+    place = np.arange(len(results))
+    axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
+    axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
+    labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
+    axis.set_xticks(place, labels)
+    axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_decision_traces(traces: Sequence[DecisionTrace]):
+    """One row an image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
+    figure, axes = _axes(len(traces), 4, 2.3, 2.0)
+    for row, trace in enumerate(traces):
+        picture, first, second, text = axes[4 * row : 4 * row + 4]
+        _show_image(picture, trace.image, f"true: {trace.truth}" if trace.truth else "your image")
+        for axis, heat, title in (
+            (first, trace.stage1_map, "why this category"),
+            (second, trace.stage2_map, "why right"),
+        ):
+            _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
+        top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
+        text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
+        colour = "firebrick" if trace.verdict == OTHER else "darkgreen"
+        text.text(0, 0.02, f"{trace.verdict} ({trace.confidence:.0%})", fontsize=12, weight="bold", color=colour)
+        text.set_axis_off()
+    return figure
+
+
+def _show_map(axis, image: np.ndarray, heat: np.ndarray, title: str) -> None:
+    """A map (h, w) over its image, from nothing (transparent) to its largest value."""
+    _show_image(axis, image, title)
+    height, width = image.shape[:2]
+    axis.imshow(
+        heat / max(float(heat.max()), 1e-9), cmap=MAP_COLOURS, alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )  # fmt: skip
+
+
+# ======================================================================================================
+# 10 Running: what a notebook starts and ends with, the notebook runner, the command line
+# ======================================================================================================
+
+NOTEBOOKS = (
+    "01_data_and_light_mode",
+    "02_stage1_training",
+    "03_stage2_training",
+    "04_selective_retraining",
+    "05_evaluation_and_cam",
+)
+
+
+def device_name() -> str:
+    """The device that trains: the GPU's name, or the processor's."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model or platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the figures."""
+    from importlib.metadata import version
+
+    names = ("tensorflow", "keras", "numpy", "scikit-learn")
+    found = {name: version(name) for name in names if name != "tensorflow"}
+    return {"python": platform.python_version(), "tensorflow": tf.__version__, **found}
+
+
+def start_data(run: Run) -> Dataset:
+    """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
+    settings = run.settings
+    data = load_dataset(settings.dataset, settings.light_mode, settings.seed)
+    settings.mode(data.category_names)  # an unknown category is refused now, not after an hour of training
+    run.starting_model()
+    _write_whole(run.folder / "metrics.json", lambda path: path.write_text("{}"))
+    run.write(
+        "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settings), versions=versions(),
+        device=device_name(),
+    )  # fmt: skip
+    return data
+
+
+def continue_data(run: Run) -> Dataset:
+    """Notebooks 02 to 05: the data set that notebook 01 has found, without looking for another.
+
+    Raises:
+        MSCNNError: notebook 01 has not run here, or with other parameters.
+    """
+    settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
+    asked = run.read("metrics")["parameters"]
+    for name in ("dataset", "light_mode", "seed"):
+        if asked[name] != getattr(settings, name):
+            raise MSCNNError(
+                f"{run.folder} was begun with {name}={asked[name]!r}, this notebook has {getattr(settings, name)!r}: "
+                f"run {NOTEBOOKS[0]} with the same parameters first, or use another run_dir."
+            )
+    name = known["name"] if settings.dataset == "auto" else settings.dataset
+    data = dataclasses.replace(load_dataset(name, settings.light_mode, settings.seed), fallback=known["fallback"])
+    if data.fallback:
+        print(FALLBACK_NOTICE)
+    return data
+
+
+def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStageCNN:
+    """Loads a model that `notebook` has left, sets the run's threshold and checks that it fits the data.
+
+    Raises:
+        MSCNNError: there is none, or it is for other data.
+    """
+    if not path.is_file():
+        raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
+    model = load_model(path)
+    model.check_matches(data)
+    model.threshold = run.settings.threshold
+    return model
+
+
+def in_notebook_of_a_person() -> bool:
+    """Whether a notebook is run by a person who can move a slider, not by papermill or nbconvert."""
+    return "ipykernel" in sys.modules and not os.environ.get("MSCNN_HEADLESS")
+
+
+class _Progress(logging.Handler):
+    """Turns papermill's log into one line a cell, and passes on what the cells print."""
+
+    def __init__(self, title: str, cells: int):
+        super().__init__()
+        self.title, self.cells = title, cells
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("Executing Cell"):
+            number = message.removeprefix("Executing Cell").strip(" -")
+            print(f"[{self.title}] cell {number} of {self.cells}", flush=True)
+        elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook")):
+            print("    " + message.rstrip().replace("\n", "\n    "), flush=True)
+
+
+def run_notebook(name: str, settings: Settings) -> Path:
+    """Runs one notebook by papermill into the run folder, and writes its HTML page beside it.
+
+    Raises:
+        MSCNNError: a cell failed; the message holds its error and names the partial notebook.
+    """
+    import nbformat
+    import papermill
+
+    source = project_root() / "notebooks" / f"{name}.ipynb"
+    target = project_root() / settings.run_dir / "notebooks" / f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger, progress = logging.getLogger("papermill"), _Progress(name, len(nbformat.read(source, 4).cells))
+    logger.addHandler(progress)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            dataclasses.asdict(settings),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=True,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise MSCNNError(
+            f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook so far: {target}"
+        ) from error
+    finally:
+        logger.removeHandler(progress)
+        if target.is_file():
+            _write_html(target)
+    return target
+
+
+def _write_html(notebook: Path) -> None:
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
+    _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
+
+
+def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
+    """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
+    started, run = time.time(), Run("total", settings)
+    os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels
+    run.starting_model()  # a missing model is refused before anything runs
+    for name in notebooks:
+        run_notebook(name, settings)
+    seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
+    run.write("metrics", seconds=seconds)
+    return run.read("metrics")
+
+
+def print_result(run: Run) -> None:
+    """The end of a run: the report of the 11 categories, the figures that matter, and where to look."""
+    metrics = run.read("metrics")
+    one, two = metrics["stage1"], metrics["two_stage"]
+    data = metrics["dataset"]
+    print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
+    print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
+    if data["fallback"]:
+        print(FALLBACK_NOTICE)
+    print(f"Stage 1 accuracy {one['accuracy']:.1%}. At threshold {two['threshold']:g}: ", end="")
+    accepted = "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} right"
+    print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
+    print(f"Area under the risk-coverage curve: {two['aurc']:.4f}, by Stage 1's softmax alone {one['aurc']:.4f}.")
+    print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
+    print("  notebooks/05_evaluation_and_cam.html   the whole evaluation\n  figures/ · metrics.json · history.json")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser, made from `Settings`, so that names, types and defaults are the same everywhere."""
+    parser = argparse.ArgumentParser(
+        prog="python mscnn_helpers.py",
+        description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
+        "by running the notebooks 01 to 05 into a run folder.",
+        epilog="examples:\n"
+        "  a first look, minutes       python mscnn_helpers.py --epochs 5 --light_mode\n"
+        "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
+        "  retrain two categories      python mscnn_helpers.py --stage2_only --stage2_categories ship,truck\n"
+        "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for one in dataclasses.fields(Settings):
+        text = one.metadata["help"] + ("" if one.default in ("", False) else f" (default: {one.default})")
+        if one.type == "bool":
+            parser.add_argument(f"--{one.name}", action="store_true", help=text)
+        else:
+            kind = {"int": int, "float": float, "str": str}[one.type]
+            parser.add_argument(f"--{one.name}", type=kind, default=one.default, metavar=one.type.upper(), help=text)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
+    parsed = command_line().parse_args(arguments)
+    try:
+        settings = Settings(**vars(parsed))
+        run_all(settings)
+        print_result(Run("total", settings))
+    except MSCNNError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
