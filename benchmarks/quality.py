@@ -1,0 +1,144 @@
+"""Measures the quality, the time and the memory of whole runs, and writes quality.json and RESULTS.md.
+
+    python benchmarks/quality.py                    full data, the recipe's own choice, seeds 0, 1 and 2
+    python benchmarks/quality.py --documented       full data, 50 epochs in batches of 32 (the defaults), seed 0
+    python benchmarks/quality.py --quick            light mode, 5 epochs, seed 0: under three minutes on two cores
+
+Each run is the command line that a user types, in a process of its own. Memory is the proportional set size
+summed over the run's processes (pages they share count once), read every half second.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "quality.json"
+KINDS = {  # name: (what the table says of it, arguments)
+    "full": ("full data, the recipe's own choice", "--epochs 0 --batch_size 0"),
+    "documented": ("full data, 50 epochs, batches of 32", "--epochs 50 --batch_size 32"),
+    "light": ("light mode, 5 epochs, batches of 32", "--epochs 5 --light_mode"),
+}
+
+
+def watch_memory(process: psutil.Process, peak: list[int]) -> None:
+    """Keeps in `peak[0]` the largest sum of the proportional set sizes of a process and its children, in bytes."""
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        total = 0
+        for one in [process, *process.children(recursive=True)]:
+            try:
+                total += one.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        peak[0] = max(peak[0], total)
+        time.sleep(0.5)
+
+
+def measure(kind: str, seed: int, dataset: str) -> dict:
+    """Runs the command line once; returns its metrics.json with minutes and memory.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    run_dir = f"runs/quality/{kind}_{seed}"
+    arguments = f"{KINDS[kind][1]} --seed {seed} --dataset {dataset} --run_dir {run_dir}"
+    print(f"python mscnn_helpers.py {arguments}", flush=True)
+    started, peak = time.time(), [0]
+    process = psutil.Popen([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT)
+    watching = threading.Thread(target=watch_memory, args=(process, peak), daemon=True)
+    watching.start()
+    if process.wait():
+        raise SystemExit(f"The run of seed {seed} failed, see above.")
+    metrics = json.loads((ROOT / run_dir / "metrics.json").read_text(encoding="utf-8"))
+    kept = ("dataset", "stage1", "two_stage", "seconds", "versions", "device", "parameters")
+    return {
+        "kind": kind,
+        "seed": seed,
+        "command": f"python mscnn_helpers.py {arguments}",
+        "minutes": (time.time() - started) / 60,
+        "peak_memory_gb": peak[0] / 1e9,
+        "commit": commit(),
+        **{name: metrics[name] for name in kept},
+    }
+
+
+def commit() -> str:
+    """The commit that is measured, with '+' where files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    # What this script writes does not count.
+    changed = subprocess.run(
+        [*git, "diff", "--stat", "HEAD", "--", ".", ":!benchmarks"], capture_output=True, text=True
+    )
+    return head + ("+" if changed.stdout.strip() else "")
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median (minimum to maximum), or the one value there is."""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def table(runs: list[dict]) -> str:
+    """RESULTS.md from all the runs: a row a kind, the median over its seeds, and then every run."""
+    lines = [
+        "# Results", "", "Written by `python benchmarks/quality.py` (see its first lines for the other forms).",
+        "All figures are of the test split of the data set named; AURC is the area under the risk-coverage",
+        "curve (lower is better), gain is how far the two stages are below Stage 1's softmax alone on the same",
+        "model. Median over the seeds, in brackets minimum and maximum.", "",
+        "| run | seeds | Stage 1 accuracy | coverage at 0.7 | accuracy of the accepted | AURC softmax |"
+        " AURC two stages | gain | minutes | peak memory, GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for kind, (title, _) in KINDS.items():
+        mine = [run for run in runs if run["kind"] == kind]
+        if mine:
+            one, two = [run["stage1"] for run in mine], [run["two_stage"] for run in mine]
+            gains = [1 - b["aurc"] / a["aurc"] for a, b in zip(one, two, strict=True)]
+            cells = [
+                f"{mine[0]['dataset']['name']}, {title}", ", ".join(str(run["seed"]) for run in mine),
+                spread([a["accuracy"] for a in one], "{:.2%}"), spread([b["coverage"] for b in two], "{:.1%}"),
+                spread([b["selective_accuracy"] for b in two], "{:.2%}"),
+                spread([a["aurc"] for a in one], "{:.5f}"), spread([b["aurc"] for b in two], "{:.5f}"),
+                spread(gains, "{:.1%}"), spread([run["minutes"] for run in mine], "{:.1f}"),
+                spread([run["peak_memory_gb"] for run in mine], "{:.2f}"),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| command | commit | device | versions |", "|---|---|---|---|"]
+    for run in runs:
+        versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+        lines.append(f"| `{run['command']}` | {run['commit']} | {run['device']} | {versions} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures, and replaces the runs of the same kind and seed in quality.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="light mode, seed 0")
+    parser.add_argument("--documented", action="store_true", help="the documented defaults, seed 0")
+    parser.add_argument("--seeds", default="", help="comma-separated, in place of the form's own")
+    parser.add_argument("--dataset", default="cifar10", help="as the command line's (default: cifar10)")
+    options = parser.parse_args()
+    kind = "light" if options.quick else "documented" if options.documented else "full"
+    seeds = options.seeds or ("0,1,2" if kind == "full" else "0")
+    for seed in map(int, seeds.split(",")):
+        new = measure(kind, seed, options.dataset)
+        old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
+        runs = [run for run in old if (run["kind"], run["seed"]) != (kind, seed)] + [new]
+        runs.sort(key=lambda run: (list(KINDS).index(run["kind"]), run["seed"]))
+        RESULTS.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+        (HERE / "RESULTS.md").write_text(table(runs), encoding="utf-8")
+    print((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
