@@ -451,7 +451,7 @@ def _read_dataset(name: str) -> _Raw:
             return builtin[name]()
         except FileNotFoundError as error:
             raise MSCNNError(str(error)) from error
-    path = next((p for p in (project_root() / name, Path.cwd() / name) if p.exists()), None)
+    path = next((p for p in (project_root() / name, Path.cwd() / name) if name and p.exists()), None)
     if path is not None and path.is_dir():
         return _image_folder(path)
     if path is not None and path.suffix == ".npz":
@@ -543,7 +543,9 @@ def _digits() -> _Raw:
 
 
 def _mnist() -> _Raw:
-    path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
+    path = data_folder() / "mnist.npz"  # as it is, if it is there: nothing in it is executed
+    if not path.is_file():
+        path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
     return dataclasses.replace(_npz(path), name="mnist", flip=False)
 
 
@@ -571,6 +573,11 @@ def _npz(path: Path) -> _Raw:
     names = arrays.get("class_names", np.arange(max(y_train.max(), y_test.max()) + 1)).astype(str).tolist()
     if max(y_train.max(), y_test.max()) >= len(names):
         raise MSCNNError(f"{path} has labels up to {max(y_train.max(), y_test.max())} but {len(names)} class_names.")
+    absent = [name for label, name in enumerate(names) if not (y_train == label).any()]
+    if absent:
+        raise MSCNNError(f"{path} has no train images of category '{absent[0]}': number the labels without gaps.")
+    if x_train.shape[-1] != x_test.shape[-1]:
+        raise MSCNNError(f"{path}: x_train has {x_train.shape[-1]} channels, x_test has {x_test.shape[-1]}.")
     return _Raw(path.stem, str(path), names, x_train, y_train, x_test, y_test)
 
 
@@ -692,6 +699,7 @@ def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
 
 STAGE1_WIDTHS = (64, 128, 128)  # 54 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
+LOGIT_SCALE = 0.25
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
@@ -703,9 +711,14 @@ class RandomFlipCrop(keras.layers.Layer):
     it, which costs far less than Keras' general affine layers.
     """
 
-    def __init__(self, flip: bool = True, shift: int = 2, **kwargs):
+    def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
         super().__init__(**{"dtype": "uint8", **kwargs})
-        self.flip, self.shift = flip, shift
+        self.flip, self.shift, self.seed = flip, shift, seed
+        self.random = keras.random.SeedGenerator(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Starts the random numbers anew, also for a graph that has been traced already."""
+        self.random.state.assign([seed, 0])
 
     def call(self, images, training=False):
         if not training:
@@ -713,18 +726,18 @@ class RandomFlipCrop(keras.layers.Layer):
         batch, (height, width) = tf.shape(images)[0], images.shape[1:3]
         rows, columns = self._indices(batch, height), self._indices(batch, width)
         if self.flip:
-            mirrored = tf.random.uniform((batch, 1)) < 0.5
+            mirrored = keras.random.uniform((batch, 1), dtype="float32", seed=self.random) < 0.5
             columns = tf.where(mirrored, width - 1 - columns, columns)
         images = tf.gather(images, rows, axis=1, batch_dims=1)  # (B, H, W, channels)
         return tf.gather(images, columns, axis=2, batch_dims=1)  # (B, H, W, channels)
 
     def _indices(self, batch, size: int):
         """Which row (or column) each row of the result is taken from, reflected at the border: (B, size)."""
-        start = tf.random.uniform((batch, 1), -self.shift, self.shift + 1, tf.int32)
+        start = keras.random.randint((batch, 1), -self.shift, self.shift + 1, dtype="int32", seed=self.random)
         return (size - 1) - tf.abs((size - 1) - tf.abs(start + tf.range(size)))
 
     def get_config(self):
-        return {**super().get_config(), "flip": self.flip, "shift": self.shift}
+        return {**super().get_config(), "flip": self.flip, "shift": self.shift, "seed": self.seed}
 
 
 @_serializable
@@ -829,7 +842,7 @@ def build_cnn(
     """
     layers = keras.layers
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
-    x = RandomFlipCrop(flip)(x)
+    x = RandomFlipCrop(flip, name="augmentation")(x)
     x = layers.Normalization(mean=list(mean), variance=[float(s) ** 2 for s in std], dtype="float32")(x)
     x = layers.ReLU(dtype=policy)(WhiteningConv(name="whitening", dtype=policy)(x))  # (B, H-1, W-1, 8 channels)
     for block, width in enumerate(widths, start=1):
@@ -842,6 +855,8 @@ def build_cnn(
             x = FusedBatchNormalization(dtype=policy)(x)
             x = layers.ReLU(dtype=policy, name=f"block{block}" if half == 2 else None)(x)
     x = layers.GlobalAveragePooling2D(dtype="float32", name="pooled")(x)  # (B, widths[-1])
+    # Smaller inputs, smaller steps of the dense layer: at a high learning rate it is the first to diverge.
+    x = layers.Rescaling(LOGIT_SCALE, name="scaled")(x)
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
@@ -1185,7 +1200,7 @@ class MultiStageCNN(keras.Model):
         return Decisions(final, category, sigmoid(stage1), sigmoid(stage2), confidence, stage1, stage2, logits)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
-        if np.ndim(images) != 4 or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
+        if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
             raise MSCNNError(
                 f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
                 f"uint8 (B, {', '.join(map(str, self.image_shape))}). read_image() and load_dataset() give that."
@@ -1324,6 +1339,12 @@ class KeepBestWeights(keras.callbacks.Callback):
             print(f"Best on the calibration split: {self.best:.1%} after epoch {self.epoch}; its weights are kept.")
 
 
+def _seed(network: keras.Model, seed: int) -> None:
+    """Seeds all that is random in a training: Python, NumPy, TensorFlow (shuffling), and the augmentation."""
+    keras.utils.set_random_seed(seed)
+    network.get_layer("augmentation").reseed(seed)
+
+
 def train_classifier(
     network: keras.Model, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
 ) -> dict[str, list[float]]:
@@ -1341,7 +1362,7 @@ def train_classifier(
     """
     if not network.trainable:
         raise MSCNNError(f"{network.name} is frozen: call set_stage1_trainable(True), or leave stage2_only off.")
-    keras.utils.set_random_seed(seed)
+    _seed(network, seed)
     steps = -(-len(data.train) // recipe.batch_size) * recipe.epochs
     peak = recipe.learning_rate * recipe.batch_size / 512
     one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
@@ -1450,7 +1471,7 @@ class Stage2Trainer:
 
     def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
         """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value a round."""
-        keras.utils.set_random_seed(seed)
+        _seed(self.network, seed)
         self.network.set_weights(start.get_weights())
         self.trainer.build((None, *self.model.image_shape))
         self.head.category.assign(category)
@@ -1695,7 +1716,7 @@ def class_activation_map(network: keras.Model, images: np.ndarray, category: int
         float32 (B, h, w); its mean plus the dense layer's bias is the logit.
     """
     features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
-    weights = network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
+    weights = LOGIT_SCALE * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
     return np.asarray(tf.cast(features, tf.float32)) @ weights
 
 
@@ -1960,7 +1981,9 @@ def plot_retraining(results: Sequence[Retraining]):
 
 def plot_decision_traces(traces: Sequence[DecisionTrace]):
     """One row an image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
-    figure, axes = _axes(len(traces), 4, 2.3, 2.0)
+    figure, axes = _axes(max(1, len(traces)), 4, 2.3, 2.0)
+    for axis in axes:
+        axis.set_axis_off()
     for row, trace in enumerate(traces):
         picture, first, second, text = axes[4 * row : 4 * row + 4]
         _show_image(picture, trace.image, f"true: {trace.truth}" if trace.truth else "your image")
@@ -1973,7 +1996,6 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         colour = "firebrick" if trace.verdict == OTHER else "darkgreen"
         text.text(0, 0.02, f"{trace.verdict} ({trace.confidence:.0%})", fontsize=12, weight="bold", color=colour)
-        text.set_axis_off()
     return figure
 
 
@@ -2098,11 +2120,12 @@ def run_notebook(name: str, settings: Settings) -> Path:
     """
     import nbformat
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     source = project_root() / "notebooks" / f"{name}.ipynb"
     target = project_root() / settings.run_dir / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    logger, progress = logging.getLogger("papermill"), _Progress(name, len(nbformat.read(source, 4).cells))
+    logger, progress = logging.getLogger("papermill"), _Progress(name, len(nbformat.read(source, 4).cells) + 1)
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -2118,6 +2141,11 @@ def run_notebook(name: str, settings: Settings) -> Path:
     except papermill.PapermillExecutionError as error:
         raise MSCNNError(
             f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook so far: {target}"
+        ) from error
+    except DeadKernelError as error:
+        raise MSCNNError(
+            f"{name}: its Python process died, most often because the memory is used up. "
+            f"Close other programs, or use light_mode.\nThe notebook so far: {target}"
         ) from error
     finally:
         logger.removeHandler(progress)

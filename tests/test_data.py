@@ -1,0 +1,805 @@
+"""Section 2: finding, checking, downloading, loading and splitting data. No network but this machine's own."""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from conftest import TINY_NAMES, tiny_images
+from PIL import Image
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import MSCNNError, Split, load_dataset
+
+SPLITS = ("train", "calibration", "certification", "test")
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch) -> Path:
+    """An empty folder for data sets, and no network unless a test puts one in."""
+    folder = tmp_path / "datasets"
+    folder.mkdir()
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(folder))
+
+    def unreachable(*_, **__):
+        raise requests.ConnectionError("no network in this test")
+
+    monkeypatch.setattr(requests, "head", unreachable)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CIFAR-10 on disk
+# ------------------------------------------------------------------------------------------------------------
+
+BATCHES = tuple(mscnn.CIFAR10_MD5)
+
+
+def small_batches(count: int = 40) -> tuple[np.ndarray, np.ndarray, dict[str, bytes]]:
+    """CIFAR-10's six files with few images: all images (6, count, 32, 32, 3), labels (6, count), and the files."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (len(BATCHES), count, 32, 32, 3), np.uint8)
+    labels = np.tile(np.arange(count) % 10, (len(BATCHES), 1))
+    files = {}
+    for name, some, their_labels in zip(BATCHES, images, labels, strict=True):
+        # A row: 1,024 red values, row by row, then the green and the blue ones.
+        rows = np.stack([np.concatenate([one[:, :, channel].ravel() for channel in range(3)]) for one in some])
+        files[name] = pickle.dumps({b"data": rows, b"labels": their_labels.tolist(), b"batch_label": b""}, protocol=2)
+    return images, labels, files
+
+
+@pytest.fixture
+def batches(data_dir, monkeypatch):
+    """Small batches in the publishers' layout, with their MD5 taken for the published ones."""
+    images, labels, files = small_batches()
+    folder = data_dir / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(mscnn, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
+    return folder, images, labels
+
+
+def test_the_publishers_layout_is_read_in_the_right_order(batches):
+    folder, images, labels = batches
+    raw = mscnn._cifar10()
+    assert np.array_equal(raw.x_train, images[:5].reshape(-1, 32, 32, 3))
+    assert np.array_equal(raw.y_train, labels[:5].ravel())
+    assert np.array_equal(raw.x_test, images[5])
+    assert np.array_equal(raw.y_test, labels[5])
+    assert (raw.x_train.dtype, raw.source, tuple(raw.names)) == (np.uint8, str(folder), mscnn.CIFAR10_NAMES)
+
+
+def test_cifar10_on_disk_is_what_auto_takes(batches):
+    auto, named = load_dataset("auto"), load_dataset("cifar10")
+    assert auto.name == named.name == "cifar10"
+    assert auto.category_names == mscnn.CIFAR10_NAMES
+    assert auto.flip
+    assert not auto.fallback
+    assert auto.fingerprint == named.fingerprint
+
+
+@pytest.mark.parametrize("where", ["", "cifar-10-batches-py-target/cifar-10-batches-py"])
+def test_other_places_where_the_batches_may_lie(batches, data_dir, where):
+    folder, images, _ = batches
+    (data_dir / where).parent.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        target = data_dir / where / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    folder.rmdir()
+    assert np.array_equal(mscnn._cifar10().x_test, images[5])
+
+
+class Bomb:
+    """A pickle that writes a file when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
+def test_a_damaged_batch_is_named_and_not_opened(batches, tmp_path, dataset):
+    folder, *_ = batches
+    bomb = pickle.dumps(Bomb(tmp_path / "it went off"))
+    with contextlib.suppress(Exception):
+        pickle.loads(bomb)
+    assert (tmp_path / "it went off").exists(), "this bomb would prove nothing"
+    (tmp_path / "it went off").rmdir()
+
+    (folder / "data_batch_3").write_bytes(bomb)
+    with pytest.raises(MSCNNError) as error:
+        load_dataset(dataset)
+    for part in (str(folder / "data_batch_3"), md5(bomb), mscnn.CIFAR10_MD5["data_batch_3"]):
+        assert part in str(error.value)
+    assert not (tmp_path / "it went off").exists()
+
+
+def test_a_truncated_batch_is_damaged(batches):
+    folder, *_ = batches
+    (folder / "test_batch").write_bytes((folder / "test_batch").read_bytes()[:-1])
+    with pytest.raises(MSCNNError, match="test_batch is damaged"):
+        load_dataset("cifar10")
+
+
+def test_a_missing_batch_means_that_the_data_is_not_there(batches):
+    folder, *_ = batches
+    (folder / "data_batch_5").unlink()
+    with pytest.raises(MSCNNError, match="MSCNN_DATA_DIR"):
+        load_dataset("cifar10")
+
+
+def test_the_real_cifar10():
+    if mscnn._find_cifar10() is None:
+        pytest.skip("CIFAR-10 is not on disk; MSCNN_DATA_DIR says where it is")
+    data = load_dataset("cifar10")
+    assert [len(getattr(data, name)) for name in SPLITS] == [45_000, 2_500, 2_500, 10_000]
+    assert all(getattr(data, name).images.dtype == np.uint8 for name in SPLITS)
+    for name in SPLITS:
+        assert (np.bincount(getattr(data, name).labels) == len(getattr(data, name)) // 10).all()
+    assert data.test.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]  # cat, ship, ship, airplane, frog, ...
+    assert data.test.images[0, 0, 0].tolist() == [158, 112, 49]
+    mean, std = data.channel_statistics()
+    assert np.allclose(mean, [125.3, 123.0, 113.9], atol=0.5)  # the known ones are of all 50,000
+    assert np.allclose(std, [63.0, 62.1, 66.7], atol=0.5)
+
+    light = load_dataset("auto", light_mode=True)
+    assert [len(getattr(light, name)) for name in SPLITS] == [4_500, 250, 250, 1_000]
+    assert light.name == "cifar10"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without network
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_falls_back_with_a_notice(data_dir, capsys):
+    data = load_dataset("auto")
+    printed = capsys.readouterr().out
+    assert mscnn.FALLBACK_NOTICE in printed
+    assert "!!!!!!!!" in printed
+    assert str(data_dir) in printed
+    assert (data.name, data.fallback, data.describe()["fallback"]) == ("digits", True, True)
+
+
+def test_digits_that_are_asked_for_are_no_fallback(data_dir, digits, capsys):
+    assert not digits.fallback
+    assert not load_dataset("digits").fallback
+    assert capsys.readouterr().out == ""
+    assert (digits.category_names, digits.input_shape) == (tuple("0123456789"), (32, 32, 1))
+    assert not digits.flip, "a mirrored digit is another one"
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist", "fashion_mnist"])
+def test_a_named_data_set_never_falls_back(data_dir, dataset):
+    with pytest.raises(MSCNNError, match=r"cannot be downloaded now.*set MSCNN_DATA_DIR") as error:
+        load_dataset(dataset)
+    assert str(data_dir) in str(error.value)
+    assert files_in(data_dir) == []
+
+
+@pytest.fixture
+def silent_name_server(monkeypatch):
+    """Looking up a name takes until the test is over, as it does behind some firewalls."""
+    over = threading.Event()
+
+    def wait(*_, **__):
+        over.wait(60)
+        raise OSError("the test is over")
+
+    monkeypatch.setattr("socket.getaddrinfo", wait)
+    yield
+    over.set()
+
+
+@pytest.mark.parametrize("dataset", ["auto", "cifar10"])
+def test_a_silent_name_server_is_given_up(tmp_path, monkeypatch, silent_name_server, dataset):
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(mscnn, "DOWNLOAD_PATIENCE", 0.3)
+    begun = time.monotonic()
+    if dataset == "auto":
+        assert load_dataset(dataset).fallback
+    else:
+        with pytest.raises(MSCNNError, match="cannot be downloaded now"):
+            load_dataset(dataset)
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.slow
+def test_without_network_it_gives_up_within_15_seconds(tmp_path, monkeypatch, silent_name_server):
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
+    begun = time.monotonic()
+    assert load_dataset("auto").fallback
+    assert time.monotonic() - begun < 15
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on this machine for the files in the folder `served`; yields (address, folder)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/", folder
+        running.shutdown()
+
+
+@pytest.fixture
+def archive(server, tmp_path, monkeypatch):
+    """The server offers a small CIFAR-10 archive in the publishers' place; yields (data folder, images, archive)."""
+    address, served = server
+    images, _, files = small_batches()
+    path = served / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    monkeypatch.setattr(mscnn, "CIFAR10_URL", address + path.name)
+    monkeypatch.setattr(mscnn, "CIFAR10_ARCHIVE_MD5", md5(path.read_bytes()))
+    monkeypatch.setattr(mscnn, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path / "new" / "datasets"))
+    return tmp_path / "new" / "datasets", images, path
+
+
+def test_cifar10_is_downloaded_once(archive, monkeypatch):
+    folder, images, served = archive
+    data = load_dataset("auto")
+    assert (data.name, data.fallback) == ("cifar10", False)
+    assert np.array_equal(mscnn._cifar10().x_test, images[5])
+    expected = ["cifar-10-python.tar.gz", *(f"cifar-10-batches-py/{name}" for name in BATCHES)]
+    assert files_in(folder) == sorted(expected)
+
+    served.unlink()  # from now on there is nothing to download
+    assert load_dataset("cifar10").fingerprint == data.fingerprint
+    (folder / "cifar-10-batches-py" / "data_batch_1").unlink()  # the archive is still there
+    assert load_dataset("cifar10").fingerprint == data.fingerprint
+
+
+def test_a_wrong_archive_leaves_nothing(archive, capsys):
+    folder, _, served = archive
+    served.write_bytes(served.read_bytes()[:-100])
+    with pytest.raises(MSCNNError, match=r"The download of cifar-10-python\.tar\.gz failed.*hash"):
+        load_dataset("cifar10")
+    assert files_in(folder) == []
+    assert load_dataset("auto").fallback
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_download_that_breaks_off_leaves_nothing(archive, monkeypatch):
+    folder, _, served = archive
+    content = served.read_bytes()
+
+    def half(self, source, outputfile):
+        outputfile.write(content[: len(content) // 2])
+        raise ConnectionResetError("broken off")
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", half)
+    with pytest.raises(MSCNNError, match=r"The download of .* failed"):
+        load_dataset("cifar10")
+    assert files_in(folder) == []
+
+
+def test_a_server_without_the_file(archive):
+    folder, _, served = archive
+    served.unlink()
+    with pytest.raises(MSCNNError, match=r"no answer from 127\.0\.0\.1|cannot be downloaded"):
+        load_dataset("cifar10")
+    assert files_in(folder) == []
+
+
+def write_mnist(path: Path) -> dict[str, np.ndarray]:
+    """A small `mnist.npz` as Keras has it."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(300) % 10).astype(np.uint8)
+    images = rng.integers(0, 256, (400, 28, 28), np.uint8)
+    arrays = {"x_train": images[:300], "y_train": labels, "x_test": images[300:], "y_test": labels[:100]}
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_mnist_as_keras_has_it(data_dir):
+    arrays = write_mnist(data_dir / "mnist.npz")
+    data = load_dataset("mnist")
+    assert (data.name, data.input_shape, data.flip) == ("mnist", (32, 32, 1), False)
+    assert data.category_names == tuple("0123456789")
+    assert np.array_equal(data.test.labels, arrays["y_test"])
+    assert sum(len(getattr(data, name)) for name in SPLITS) == 400
+
+
+def test_the_real_mnist():
+    path = mscnn.data_folder() / "mnist.npz"
+    if not path.is_file():
+        pytest.skip("mnist.npz is not on disk; MSCNN_DATA_DIR says where it is")
+    raw = mscnn._mnist()
+    assert raw.x_train.shape == (60_000, 28, 28, 1)
+    assert raw.y_train[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_mnist_is_downloaded(data_dir, server, monkeypatch):
+    address, served = server
+    write_mnist(served / "mnist.npz")
+    monkeypatch.undo()  # the network is back
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(data_dir))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(mscnn, "KERAS_DATA_URL", address)
+    monkeypatch.setattr(mscnn, "MNIST_SHA256", hashlib.sha256((served / "mnist.npz").read_bytes()).hexdigest())
+    assert load_dataset("mnist").name == "mnist"
+    assert files_in(data_dir) == ["mnist.npz"]
+
+    (data_dir / "mnist.npz").unlink()
+    monkeypatch.setattr(mscnn, "MNIST_SHA256", "0" * 64)
+    with pytest.raises(MSCNNError, match=r"The download of mnist\.npz failed.*hash"):
+        load_dataset("mnist")
+    assert files_in(data_dir) == []
+
+
+def test_a_damaged_mnist_on_disk_is_named_and_left(data_dir):
+    write_mnist(data_dir / "mnist.npz")
+    content = (data_dir / "mnist.npz").read_bytes()[:5000]
+    (data_dir / "mnist.npz").write_bytes(content)
+    with pytest.raises(MSCNNError, match=r"mnist\.npz cannot be read"):
+        load_dataset("mnist")
+    assert (data_dir / "mnist.npz").read_bytes() == content
+
+
+def fashion_files() -> tuple[dict[str, bytes], np.ndarray, np.ndarray]:
+    """The four files of Fashion-MNIST with few images: files, images (400, 28, 28), labels (400,)."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (400, 28, 28), np.uint8), (np.arange(400) % 10).astype(np.uint8)
+    files = {}
+    for name in mscnn.FASHION_MD5:
+        part = slice(0, 300) if name.startswith("train") else slice(300, 400)
+        header, values = (16, images[part]) if "images" in name else (8, labels[part])
+        files[name] = gzip.compress(bytes(header) + values.tobytes())
+    return files, images, labels
+
+
+@pytest.mark.parametrize("downloaded", [False, True])
+def test_fashion_mnist(data_dir, server, monkeypatch, downloaded):
+    address, served = server
+    files, images, labels = fashion_files()
+    folder = served if downloaded else data_dir / "fashion-mnist"
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if downloaded:
+        monkeypatch.undo()
+        monkeypatch.setenv("MSCNN_DATA_DIR", str(data_dir))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(mscnn, "KERAS_DATA_URL", address)
+    monkeypatch.setattr(mscnn, "FASHION_MD5", {name: md5(content) for name, content in files.items()})
+
+    raw = mscnn._fashion_mnist()
+    assert np.array_equal(raw.x_train[..., 0], images[:300])
+    assert np.array_equal(raw.y_train, labels[:300])
+    assert np.array_equal(raw.x_test[..., 0], images[300:])
+    assert np.array_equal(raw.y_test, labels[300:])
+    data = load_dataset("fashion_mnist")
+    assert (data.name, data.flip, data.input_shape) == ("fashion_mnist", True, (32, 32, 1))
+    assert data.category_names == mscnn.FASHION_NAMES
+    assert files_in(data_dir) == sorted(f"fashion-mnist/{name}" for name in files)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# .npz files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def arrays(channels: int | None = 3, size: int = 32, count: int = 200) -> dict[str, np.ndarray]:
+    """Random images of four categories: what a `.npz` holds."""
+    rng = np.random.default_rng(1)
+    shape = (size, size) if channels is None else (size, size, channels)
+    made = {}
+    for split, number in (("train", count), ("test", 40)):
+        made[f"x_{split}"] = rng.integers(0, 256, (number, *shape), np.uint8)
+        made[f"y_{split}"] = np.arange(number) % 4
+    return made
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Writes a `.npz` and returns its path as text."""
+
+    def write(**content) -> str:
+        np.savez(tmp_path / "mine.npz", **content)
+        return str(tmp_path / "mine.npz")
+
+    return write
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_npz_grey_and_rgb(npz, channels):
+    content = arrays(channels)
+    data = load_dataset(npz(**content))
+    assert (data.name, data.input_shape) == ("mine", (32, 32, channels or 1))
+    assert np.array_equal(data.test.images.reshape(content["x_test"].shape), content["x_test"])
+    assert np.array_equal(data.test.labels, content["y_test"])
+    assert data.category_names == ("0", "1", "2", "3"), "class_names are optional"
+    assert data.flip
+
+
+def test_npz_of_floats_from_0_to_1(npz):
+    content = arrays()
+    floats = {name: one / 255 if name.startswith("x") else one for name, one in content.items()}
+    assert np.array_equal(load_dataset(npz(**floats)).test.images, content["x_test"])
+
+
+def test_npz_of_floats_from_0_to_255(npz):
+    content = arrays()
+    floats = {name: one.astype(np.float32) for name, one in content.items() if name.startswith("x")}
+    assert np.array_equal(load_dataset(npz(**{**content, **floats})).test.images, content["x_test"])
+
+
+@pytest.mark.parametrize("size", [28, 64])
+def test_npz_of_another_size_is_resized(npz, size):
+    content = arrays(size=size)
+    content["x_test"][:] = 77
+    content["x_train"][:, : size // 2] = 0  # the upper half black, the lower white
+    content["x_train"][:, size // 2 :] = 255
+    data = load_dataset(npz(**content))
+    assert data.input_shape == (32, 32, 3)
+    assert data.train.images.dtype == np.uint8
+    assert (data.test.images == 77).all()
+    assert (data.train.images[:, :14] == 0).all()
+    assert (data.train.images[:, 18:] == 255).all()
+
+
+def test_npz_with_names(npz):
+    data = load_dataset(npz(**arrays(), class_names=["ant", "bee", "cow", "doe"]))
+    assert data.category_names == ("ant", "bee", "cow", "doe")
+
+
+def test_npz_with_labels_in_a_column(npz):
+    content = arrays()
+    column = {name: one[:, None] for name, one in content.items() if name.startswith("y")}
+    assert np.array_equal(load_dataset(npz(**{**content, **column})).test.labels, content["y_test"])
+
+
+def changed(**changes):
+    """The arrays of a good `.npz`, with some replaced or, by None, left out."""
+    return {name: one for name, one in {**arrays(), **changes}.items() if one is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(y_test=None), "lacks y_test; it has x_test, x_train, y_train"),
+        (changed(x_train=None, y_train=None), "lacks x_train, y_train"),
+        (changed(x_train=np.zeros((200, 32, 32, 4), np.uint8)), r"x_train has shape \(200, 32, 32, 4\): use \(N, H, W"),
+        (changed(x_test=np.zeros((40, 3072), np.uint8)), r"x_test has shape \(40, 3072\)"),
+        (changed(x_test=np.zeros((0, 32, 32, 3), np.uint8)), r"x_test has shape \(0, 32, 32, 3\)"),
+        (changed(x_train=np.full((200, 32, 32), -1)), "x_train goes from -1 to -1: use 0 to 255, or floats"),
+        (changed(x_train=np.full((200, 32, 32), 256)), "x_train goes from 256 to 256"),
+        (changed(x_train=np.full((200, 32, 32), np.nan)), "x_train goes from nan"),
+        (changed(y_train=np.arange(199) % 4), "Labels have to be 200 integers from 0: got 199"),
+        (changed(y_train=np.arange(200) % 4 / 2), "got 200 of float64"),
+        (changed(y_train=np.arange(200) % 4 - 1), "integers from 0"),
+        (changed(class_names=["a", "b", "c"]), "has labels up to 3 but 3 class_names"),
+        (changed(class_names=["a", "b", "c", "d", "e"]), "no train images of category 'e'"),
+        (changed(y_train=np.arange(200) % 2 * 3), "no train images of category '1': number the labels"),
+        (changed(x_test=np.zeros((40, 32, 32), np.uint8)), "x_train has 3 channels, x_test has 1"),
+    ],
+)
+def test_a_npz_that_does_not_fit(npz, content, message):
+    with pytest.raises(MSCNNError, match=message):
+        load_dataset(npz(**content))
+
+
+def test_a_npz_with_pickles_is_not_opened(npz, tmp_path):
+    content = arrays()
+    content["y_train"] = np.array([Bomb(tmp_path / "it went off")] * 200, object)
+    with pytest.raises(MSCNNError, match=r"cannot be read as a \.npz file of plain arrays"):
+        load_dataset(npz(**content))
+    assert not (tmp_path / "it went off").exists()
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
+def test_a_damaged_npz_is_named(npz, damage):
+    path = Path(npz(**arrays()))
+    path.write_bytes({"text": b"hello", "truncated": path.read_bytes()[:5000], "empty": b""}[damage])
+    with pytest.raises(MSCNNError, match=r"mine\.npz cannot be read as a \.npz"):
+        load_dataset(str(path))
+
+
+@pytest.mark.parametrize("name", ["cifar", "missing.npz", "missing/folder", "README.md", ""])
+def test_an_unknown_data_set_lists_the_known_ones(name):
+    with pytest.raises(MSCNNError, match=r"cifar10, digits, mnist, fashion_mnist, a \.npz file or an image folder"):
+        load_dataset(name)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders of images
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int, seed: int = 0, names=("ant", "bee")) -> None:
+    """Writes `count` pictures for each of the categories; bees are brighter."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 100, (32, 32, 3), np.uint8) + np.uint8(100 * label)
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
+
+
+def test_a_folder_with_train_and_test(tmp_path):
+    write_images(tmp_path / "pets" / "train", 40, seed=1)
+    write_images(tmp_path / "pets" / "test", 10, seed=2)
+    data = load_dataset(str(tmp_path / "pets"))
+    assert (data.name, data.category_names, data.input_shape) == ("pets", ("ant", "bee"), (32, 32, 3))
+    assert np.bincount(data.test.labels).tolist() == [10, 10]
+    assert sum(len(getattr(data, name)) for name in SPLITS[:3]) == 80
+    first = np.asarray(Image.open(tmp_path / "pets" / "test" / "ant" / "000.png"))
+    assert np.array_equal(data.test.images[0], first)
+    for name in SPLITS:
+        split = getattr(data, name)
+        assert np.array_equal(split.images.mean(axis=(1, 2, 3)) > 100, split.labels == 1)
+
+
+def test_a_folder_without_a_split_gets_a_seeded_one(tmp_path):
+    write_images(tmp_path / "pets", 50)
+    one, same, other = (load_dataset(str(tmp_path / "pets"), seed=seed) for seed in (0, 0, 1))
+    assert np.bincount(one.test.labels).tolist() == [10, 10], "a fifth of each category"
+    assert sum(len(getattr(one, name)) for name in SPLITS) == 100
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_other_files_and_hidden_folders_do_not_matter(tmp_path):
+    write_images(tmp_path / "pets", 20)
+    (tmp_path / "pets" / "ant" / "notes.txt").write_text("not a picture")
+    (tmp_path / "pets" / "README").write_text("nor this")
+    (tmp_path / "pets" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "pets" / "bee" / "019.png").rename(tmp_path / "pets" / "bee" / "019.PNG")
+    data = load_dataset(str(tmp_path / "pets"))
+    assert data.category_names == ("ant", "bee")
+    assert sum(len(getattr(data, name)) for name in SPLITS) == 40
+
+
+def test_relative_paths_start_here(tmp_path, monkeypatch):
+    write_images(tmp_path / "pets", 20)
+    monkeypatch.chdir(tmp_path)
+    assert load_dataset("pets").name == "pets"
+
+
+def test_an_empty_category_is_named(tmp_path):
+    write_images(tmp_path / "pets", 20)
+    (tmp_path / "pets" / "cow").mkdir()
+    with pytest.raises(MSCNNError, match=r"No images of category 'cow' in .*cow: add some, or remove the folder"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def test_a_category_whose_images_lie_deeper_is_named(tmp_path):
+    write_images(tmp_path / "pets", 20)
+    write_images(tmp_path / "pets" / "cow", 20)
+    with pytest.raises(MSCNNError, match="No images of category 'cow'"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def test_a_category_without_test_images_is_named(tmp_path):
+    write_images(tmp_path / "pets" / "train", 20, names=("ant", "bee", "cow"))
+    write_images(tmp_path / "pets" / "test", 10)
+    with pytest.raises(MSCNNError, match=r"No images of category 'cow'.*test"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
+def test_an_unreadable_image_is_named(tmp_path, damage):
+    write_images(tmp_path / "pets", 20)
+    path = tmp_path / "pets" / "bee" / "007.png"
+    path.write_bytes({"text": b"hello", "truncated": path.read_bytes()[:1500], "empty": b""}[damage])
+    with pytest.raises(MSCNNError, match=r"bee.007\.png cannot be read as an image"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+@pytest.mark.parametrize("names", [(), ("ant",)])
+def test_a_folder_needs_two_categories(tmp_path, names):
+    (tmp_path / "pets").mkdir()
+    write_images(tmp_path / "pets", 20, names=names)
+    with pytest.raises(MSCNNError, match=f"at least two categories; it has {len(names)}"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def test_too_few_images_to_split(tmp_path):
+    write_images(tmp_path / "pets", 3)
+    with pytest.raises(MSCNNError, match="Too few images to split"):
+        load_dataset(str(tmp_path / "pets"))
+
+
+def picture(tmp_path: Path, pixels: np.ndarray, mode: str | None = None, **saving) -> Path:
+    image = Image.fromarray(pixels)
+    image = image.convert(mode) if mode else image
+    image.save(tmp_path / "picture.png", **saving)
+    return tmp_path / "picture.png"
+
+
+def test_a_picture_is_cut_to_its_middle_square(tmp_path):
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = 200
+    assert (mscnn.read_image(picture(tmp_path, pixels)) == 200).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "LA"])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (32, 32, 1), (16, 16, 3)])
+def test_any_picture_fits_the_model(tmp_path, mode, shape):
+    path = picture(tmp_path, np.full((50, 60, 3), 255, np.uint8), mode)
+    image = mscnn.read_image(path, shape)
+    assert (image.shape, image.dtype) == (shape, np.uint8)
+    assert (image == 255).all()
+
+
+def test_a_picture_is_turned_as_the_camera_says(tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255  # the upper half is white
+    orientation = Image.Exif()
+    orientation[0x0112] = 3  # upside down
+    turned = mscnn.read_image(picture(tmp_path, pixels, exif=orientation))
+    assert (turned[:16] == 0).all()
+    assert (turned[16:] == 255).all()
+
+
+def test_a_picture_that_is_not_there(tmp_path):
+    with pytest.raises(MSCNNError, match=r"There is no image at .*none\.png"):
+        mscnn.read_image(tmp_path / "none.png")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Splits, light mode, statistics
+# ------------------------------------------------------------------------------------------------------------
+
+
+def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> mscnn._Raw:
+    """Images that are their own number, written in four bytes; categories of unequal size."""
+
+    def some(first: int, number: int):
+        images = np.arange(first, first + number, dtype="<u4").view(np.uint8).reshape(-1, 2, 2, 1)
+        return images, np.resize(np.repeat(np.arange(len(weights)), weights), number)
+
+    tests = (None, None) if test is None else some(count, test)
+    return mscnn._Raw("numbered", "here", ["a", "b", "c", "d"], *some(0, count), *tests)
+
+
+def numbers(split: Split) -> np.ndarray:
+    return np.ascontiguousarray(split.images).reshape(-1, 4).view("<u4").ravel()
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """`_split`, with the images left as small as they are."""
+    monkeypatch.setattr(mscnn, "_resized", lambda images: images)
+    return mscnn._split
+
+
+@pytest.mark.parametrize(
+    ("images", "light", "sizes"),
+    [
+        ((50_000, 10_000), False, (45_000, 2_500, 2_500, 10_000)),
+        ((50_000, 10_000), True, (4_500, 250, 250, 1_000)),
+        ((60_000, 10_000), False, (54_000, 3_000, 3_000, 10_000)),
+        ((600, 100), False, (420, 90, 90, 100)),
+        ((600, 100), True, (420, 90, 90, 100)),  # too few to take a tenth
+        ((4_000, 1_000), True, (1_050, 225, 225, 300)),
+        ((1_000, None), False, (560, 120, 120, 200)),
+    ],
+)
+def test_sizes_of_the_splits(split, images, light, sizes):
+    data = split(numbered(*images), light, seed=0)
+    assert tuple(len(getattr(data, name)) for name in SPLITS) == sizes
+    assert data.describe()["sizes"] == dict(zip(SPLITS, sizes, strict=True))
+    assert data.light_mode == light
+
+
+@pytest.mark.parametrize("test", [10_000, None])
+def test_splits_are_disjoint_complete_and_stratified(split, test):
+    raw = numbered(50_000, test)
+    data = split(raw, light_mode=False, seed=0)
+    parts = [numbers(getattr(data, name)) for name in SPLITS]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(50_000 + (test or 0)))
+    if test:
+        assert np.array_equal(parts[3], np.arange(50_000, 60_000)), "test images stay test images, in order"
+    for name, part in zip(SPLITS, parts, strict=True):
+        own = getattr(data, name)
+        assert np.allclose(np.bincount(own.labels) / len(own), [0.4, 0.3, 0.2, 0.1], atol=0.002), name
+        pattern = np.repeat(np.arange(4), (4, 3, 2, 1))
+        assert np.array_equal(own.labels, pattern[np.where(part < 50_000, part, part - 50_000) % 10]), name
+
+
+def test_light_mode_is_a_stratified_part_of_the_same_images(split):
+    light = split(numbered(50_000, 10_000), light_mode=True, seed=0)
+    parts = [numbers(getattr(light, name)) for name in SPLITS]
+    assert len(np.unique(np.concatenate(parts))) == 6_000
+    assert np.concatenate(parts[:3]).max() < 50_000 <= parts[3].min()
+    for name in SPLITS:
+        own = getattr(light, name)
+        assert np.allclose(np.bincount(own.labels) / len(own), [0.4, 0.3, 0.2, 0.1], atol=0.005), name
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_the_seed_chooses_the_splits(split, light):
+    one, same, other = (split(numbered(20_000, 4_000), light, seed) for seed in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert np.array_equal(one.train.images, same.train.images)
+
+
+def test_what_a_named_light_data_set_says_of_itself():
+    data = load_dataset("digits", light_mode=True)
+    description = data.describe()
+    assert description["name"] == "digits"
+    assert description["light_mode"] is True
+    assert description["fingerprint"] == data.fingerprint
+    assert description["category_names"] == list("0123456789")
+    assert description["sizes"]["test"] == 300
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_fingerprint_sees_one_pixel_and_one_label(tiny_data, name):
+    split, replace = getattr(tiny_data, name), mscnn.dataclasses.replace
+    images, labels = split.images.copy(), split.labels.copy()
+    images[-1, -1, -1, -1] ^= 1
+    labels[0] = (labels[0] + 1) % 5
+    assert len(tiny_data.fingerprint) == 64
+    assert replace(tiny_data, **{name: Split(split.images.copy(), split.labels)}).fingerprint == tiny_data.fingerprint
+    assert replace(tiny_data, **{name: Split(images, split.labels)}).fingerprint != tiny_data.fingerprint
+    assert replace(tiny_data, **{name: Split(split.images, labels)}).fingerprint != tiny_data.fingerprint
+
+
+def test_the_fingerprint_sees_the_names(tiny_data):
+    renamed = mscnn.dataclasses.replace(tiny_data, category_names=tuple(reversed(TINY_NAMES)))
+    assert renamed.fingerprint != tiny_data.fingerprint
+
+
+def test_channel_statistics_are_those_of_the_train_split(tiny_data):
+    mean, std = tiny_data.channel_statistics()
+    pixels = tiny_data.train.images.astype(np.float64)
+    assert np.allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
+    assert np.allclose(std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
+    assert mean.shape == std.shape == (3,)
+
+
+def test_channel_statistics_of_one_colour_can_be_divided_by(tiny_data):
+    flat = Split(np.full((10, 32, 32, 3), 9, np.uint8), np.zeros(10, int))
+    mean, std = mscnn.dataclasses.replace(tiny_data, train=flat).channel_statistics()
+    assert mean.tolist() == [9, 9, 9]
+    assert (std > 0).all()
+
+
+def test_a_split_has_the_length_of_its_images():
+    split = Split(tiny_images(np.arange(5), seed=3), np.arange(5))
+    assert len(split) == 5
+    taken = split.take(np.array([4, 0]))
+    assert taken.labels.tolist() == [4, 0]
+    assert np.array_equal(taken.images, split.images[[4, 0]])

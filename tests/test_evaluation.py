@@ -1,0 +1,223 @@
+"""Section 7: reports and selective metrics, against values worked by hand and plainer implementations."""
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import OTHER
+
+
+def decisions_of(category, stage1_category, confidence=None, log_odds=None, categories: int = 10) -> mscnn.Decisions:
+    """Decisions with only the given fields meaningful."""
+    category, stage1_category = np.asarray(category, int), np.asarray(stage1_category, int)
+    blank = np.full(len(category), np.nan)
+    confidence, log_odds = (blank if one is None else np.asarray(one, float) for one in (confidence, log_odds))
+    logits = np.zeros((len(category), categories), np.float32)
+    return mscnn.Decisions(category, stage1_category, blank, blank, confidence, log_odds, blank, logits)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Risk-coverage
+# ------------------------------------------------------------------------------------------------------------
+
+
+def risk_by_every_order(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The mean of the curves over all orders of the images that do not contradict the confidences."""
+    curves = [
+        np.cumsum([not right[i] for i in order]) / np.arange(1, len(order) + 1)
+        for order in itertools.permutations(range(len(right)))
+        if all(confidence[a] >= confidence[b] for a, b in itertools.pairwise(order))
+    ]
+    return np.mean(curves, axis=0)
+
+
+def test_risk_coverage_by_hand():
+    coverage, risk = mscnn.risk_coverage(np.array([0.7, 0.9, 0.8, 0.1]), np.array([True, True, False, False]))
+    np.testing.assert_allclose(coverage, [0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(risk, [0, 1 / 2, 1 / 3, 2 / 4])
+
+
+def test_risk_coverage_with_ties_by_hand():
+    """Three images share the highest confidence, one of them wrong: each counts with a third of an error."""
+    confidence, right = np.array([0.9, 0.9, 0.9, 0.2]), np.array([False, True, True, False])
+    np.testing.assert_allclose(mscnn.risk_coverage(confidence, right)[1], [1 / 3, 1 / 3, 1 / 3, 2 / 4])
+    assert mscnn.aurc(confidence, right) == pytest.approx((1 + 1 / 2) / 4)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 7])
+def test_risk_coverage_is_the_mean_over_the_orders_of_ties(levels):
+    rng = np.random.default_rng(levels)
+    confidence, right = rng.integers(0, levels, 7) / levels, rng.random(7) < 0.6
+    risk = mscnn.risk_coverage(confidence, right)[1]
+    np.testing.assert_allclose(risk, risk_by_every_order(confidence, right))
+    assert mscnn.aurc(confidence, right) == pytest.approx(risk_by_every_order(confidence, right).mean())
+
+
+def test_aurc_does_not_depend_on_the_order_of_the_images():
+    rng = np.random.default_rng(0)
+    confidence = np.round(rng.random(500), 1)  # eleven values: many ties
+    right = rng.random(500) < confidence
+    values = {round(mscnn.aurc(confidence[order], right[order]), 12) for order in map(rng.permutation, [500] * 20)}
+    assert len(values) == 1
+    best, worst = np.lexsort((~right, -confidence)), np.lexsort((right, -confidence))
+    assert mscnn.aurc(confidence[best], right[best]) == pytest.approx(mscnn.aurc(confidence[worst], right[worst]))
+
+
+def test_aurc_depends_on_the_ranks_only():
+    rng = np.random.default_rng(1)
+    log_odds, right = rng.normal(3, 2, 200), rng.random(200) < 0.8
+    assert mscnn.aurc(log_odds, right) == mscnn.aurc(mscnn.sigmoid(log_odds), right)
+
+
+def test_aurc_at_its_ends():
+    confidence = np.linspace(0, 1, 100)
+    assert mscnn.aurc(confidence, np.ones(100, bool)) == 0
+    assert mscnn.aurc(confidence, np.zeros(100, bool)) == 1
+    half = np.arange(100) >= 50
+    assert mscnn.aurc(confidence, half) == pytest.approx(np.sum([(k - 50) / k for k in range(51, 101)]) / 100)
+    assert mscnn.aurc(np.zeros(100), half) == pytest.approx(0.5)  # a confidence that says nothing: the error rate
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Failure prediction
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_failure_metrics_against_scikit_learn_and_pair_by_pair(decimals):
+    rng = np.random.default_rng(2)
+    right = rng.random(300) < 0.8
+    confidence = np.round(mscnn.sigmoid(rng.normal(np.where(right, 2, 0), 1.5)), decimals)
+    got = mscnn.failure_metrics(confidence, right)
+    wins = np.sign(confidence[right][:, None] - confidence[~right][None, :])  # a tie counts half
+    assert got["auroc_failure"] == pytest.approx((wins.mean() + 1) / 2)
+    assert got["auroc_failure"] == pytest.approx(roc_auc_score(right, confidence))
+    highest = max(t for t in confidence if (confidence[right] >= t).mean() >= 0.95)
+    assert got["fpr95"] == pytest.approx((confidence[~right] >= highest).mean())
+    assert got["aurc"] == mscnn.aurc(confidence, right)
+
+
+def test_fpr95_by_hand():
+    """20 right images: the threshold that accepts 19 of them lies at 0.20, where 2 of 4 wrong ones pass."""
+    confidence = np.array([*np.linspace(0.2, 0.9, 19), 0.05, 0.95, 0.2, 0.19, 0.01])
+    right = np.arange(24) < 20
+    assert mscnn.failure_metrics(confidence, right)["fpr95"] == 0.5
+    assert mscnn.failure_metrics(np.zeros(24), right)["fpr95"] == 1  # all alike: accept all or nothing
+    assert mscnn.failure_metrics(right.astype(float), right)["fpr95"] == 0
+
+
+@pytest.mark.parametrize(("right", "aurc"), [(True, 0.0), (False, 1.0)])
+def test_failure_cannot_be_predicted_where_there_is_but_one_kind(right, aurc):
+    got = mscnn.failure_metrics(np.linspace(0, 1, 10), np.full(10, right))
+    assert got["aurc"] == aurc
+    assert np.isnan(got["auroc_failure"]) and np.isnan(got["fpr95"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Selective metrics and metrics.json
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_selective_metrics_by_hand():
+    #          accepted: right right wrong | rejected: right wrong wrong wrong wrong
+    decided = [0, 1, 2, 10, 10, 10, 10, 10]
+    stage1, labels = [0, 1, 2, 3, 4, 5, 6, 7], np.array([0, 1, 9, 3, 9, 9, 9, 9])
+    assert mscnn.selective_metrics(decisions_of(decided, stage1), labels) == {
+        "coverage": 3 / 8,
+        "selective_accuracy": pytest.approx(2 / 3),
+        "accuracy_other_wrong": 2 / 8,
+        "stage_report_accuracy": 6 / 8,
+    }
+
+
+def test_a_model_that_rejects_everything_is_not_praised_by_the_honest_figures():
+    """The stage report alone would: it scores Stage 1's error rate, here 79 %."""
+    labels = np.zeros(100, int)
+    stage1 = np.where(np.arange(100) < 21, 0, 1)
+    got = mscnn.selective_metrics(decisions_of(np.full(100, 10), stage1), labels)
+    assert got["coverage"] == got["accuracy_other_wrong"] == 0
+    assert np.isnan(got["selective_accuracy"])
+    assert got["stage_report_accuracy"] == 0.79
+
+
+def test_a_model_that_accepts_everything_is_stage_1():
+    labels = np.array([0, 1, 2, 3])
+    got = mscnn.selective_metrics(decisions_of([0, 1, 2, 9], [0, 1, 2, 9]), labels)
+    assert got == dict.fromkeys(got, 0.75) | {"coverage": 1.0}
+
+
+def test_evaluate_gives_the_entries_of_metrics_json():
+    labels = np.array([0, 1, 2, 3, 4, 5])
+    stage1 = [0, 1, 2, 3, 9, 9]
+    # Stage 1's own confidence is misled by its errors, the combined one is not.
+    decisions = decisions_of([0, 1, 2, 3, 10, 10], stage1, [0.9, 0.9, 0.8, 0.8, 0.1, 0.2], [1, 2, 3, 4, 5, 6])
+    got = mscnn.evaluate(decisions, labels, threshold=0.55)
+    assert set(got) == {"stage1", "two_stage"}
+    assert set(got["stage1"]) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
+    assert set(got["two_stage"]) == {
+        "threshold", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
+        "aurc", "auroc_failure", "fpr95",
+    }  # fmt: skip
+    assert got["stage1"]["accuracy"] == pytest.approx(4 / 6)
+    assert (got["stage1"]["auroc_failure"], got["two_stage"]["auroc_failure"]) == (0, 1)
+    assert (got["stage1"]["fpr95"], got["two_stage"]["fpr95"]) == (1, 0)
+    assert got["two_stage"]["threshold"] == 0.55 and got["two_stage"]["selective_accuracy"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reports
+# ------------------------------------------------------------------------------------------------------------
+
+NAMES = mscnn.CIFAR10_NAMES
+
+
+def test_stage_truth_is_other_where_stage_1_is_wrong():
+    truth = mscnn.stage_truth(decisions_of([0, 10, 2], [0, 1, 2]), np.array([0, 1, 5]), other=10)
+    np.testing.assert_array_equal(truth, [0, 1, 10])
+
+
+def test_report_has_a_row_for_each_category_and_other():
+    """Also where some of them do not occur, and with the shares worked by hand."""
+    truth, decided = np.array([8, 8, 8, 10, 0]), np.array([8, 8, 10, 10, 8])
+    lines = [line.split() for line in mscnn.classification_report(truth, decided, NAMES).splitlines()]
+    rows = {line[0]: line[1:] for line in lines if len(line) == 5}
+    assert list(rows) == [*NAMES, OTHER]
+    assert rows["ship"] == ["0.667", "0.667", "0.667", "3"]
+    assert rows[OTHER] == ["0.500", "1.000", "0.667", "1"]
+    assert rows["cat"] == ["0.000", "0.000", "0.000", "0"]
+
+
+def test_confusion_counts_every_image_once():
+    rng = np.random.default_rng(3)
+    truth, decided = rng.integers(0, 10, 400), rng.integers(0, 11, 400)
+    matrix = mscnn.confusion(truth, decided, NAMES)
+    assert matrix.shape == (11, 11) and np.issubdtype(matrix.dtype, np.integer)
+    np.testing.assert_array_equal(matrix.sum(axis=1), np.bincount(truth, minlength=11))
+    np.testing.assert_array_equal(matrix.sum(axis=0), np.bincount(decided, minlength=11))
+    assert matrix[3, 10] == ((truth == 3) & (decided == 10)).sum()  # rows are the truth
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reliability
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_reliability_by_hand():
+    confidence = np.array([0.0, 0.2, 0.6, 0.7, 1.0])
+    right = np.array([False, True, True, False, True])
+    mean, accuracy, count = mscnn.reliability(confidence, right, bins=4)
+    np.testing.assert_array_equal(count, [2, 0, 2, 1])  # 1.0 belongs to the last bin
+    np.testing.assert_allclose(mean, [0.1, np.nan, 0.65, 1.0])
+    np.testing.assert_allclose(accuracy, [0.5, np.nan, 0.5, 1.0])
+    assert mscnn.calibration_error(confidence, right, bins=4) == pytest.approx((2 * 0.4 + 2 * 0.15 + 0) / 5)
+
+
+def test_calibration_error_is_small_for_honest_confidences_and_large_for_boasting():
+    rng = np.random.default_rng(4)
+    p = rng.random(50_000)
+    right = rng.random(len(p)) < p
+    assert mscnn.calibration_error(p, right) < 0.01
+    assert mscnn.calibration_error(np.ones(len(p)), right) == pytest.approx(0.5, abs=0.01)

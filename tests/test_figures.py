@@ -1,0 +1,257 @@
+"""Section 9: every figure is made from arrays, says what it shows, and leaves nothing behind."""
+
+import ast
+import io
+from pathlib import Path
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import mscnn_helpers as mscnn
+
+NAMES = mscnn.CIFAR10_NAMES
+RNG = np.random.default_rng(0)
+
+
+def decisions_of(count: int) -> mscnn.Decisions:
+    confidence, stage1 = np.linspace(0.05, 0.95, count), np.arange(count) % 10
+    final = np.where(confidence >= 0.5, stage1, 10)
+    logits = np.zeros((count, 10), np.float32)
+    return mscnn.Decisions(final, stage1, confidence, confidence, confidence, confidence, confidence, logits)
+
+
+def pictures(count: int, channels: int = 3) -> np.ndarray:
+    return RNG.integers(0, 256, (count, 32, 32, channels), dtype=np.uint8)
+
+
+def trace(truth: str = "ship", verdict: str = mscnn.OTHER, channels: int = 3, heat: float = 1.0) -> mscnn.DecisionTrace:
+    maps = heat * RNG.random((2, 7, 7)).astype(np.float32)
+    top = [("ship", 0.6), ("truck", 0.3), ("cat", 0.1)]
+    return mscnn.DecisionTrace(pictures(1, channels)[0], truth, *maps, top, 0.4, 0.55, verdict)
+
+
+def run_of(count: int) -> dict[str, list[float]]:
+    falling = list(np.linspace(2, 0.1, count))
+    return {"loss": falling, "val_loss": falling, "accuracy": falling[::-1], "val_accuracy": falling[::-1]}
+
+
+def scores(count: int) -> tuple[np.ndarray, np.ndarray]:
+    confidence = np.linspace(0, 1, count)
+    return confidence, RNG.random(count) < confidence
+
+
+RETRAINED = [mscnn.Retraining("ship", 0.4, 0.3, True), mscnn.Retraining("truck", 0.2, 0.5, False)]
+
+# Each figure with plenty, with one and with nothing to show.
+FIGURES = {
+    "images": lambda n: mscnn.plot_images(pictures(n), [str(i) for i in range(n)], "title"),
+    "history": lambda n: mscnn.plot_history(
+        {"stage1": run_of(n), "companion": run_of(n), "stage2": {name: run_of(n) for name in NAMES[:n]}} if n else {}
+    ),
+    "confusion": lambda n: mscnn.plot_confusion(
+        mscnn.confusion(np.arange(n) % 10, np.arange(n) % 11, NAMES) if n else np.zeros((11, 11), int), NAMES, "title"
+    ),
+    "risk_coverage": lambda n: mscnn.plot_risk_coverage({"both": scores(n), "Stage 1": scores(n)}, {"both": 0.5}),
+    "reliability": lambda n: mscnn.plot_reliability({"both": scores(n)}),
+    "gallery": lambda n: mscnn.plot_gallery(pictures(n), decisions_of(n), np.arange(n) % 10, NAMES, "title"),
+    "thresholds": lambda n: mscnn.plot_thresholds(*scores(n), np.linspace(0, 1, 21), 0.7),
+    "retraining": lambda n: mscnn.plot_retraining(RETRAINED[:n]),
+    "decision_traces": lambda n: mscnn.plot_decision_traces([trace() for _ in range(min(n, 3))]),
+}
+OF_DATA = ("samples", "augmentation")  # these take a data set, see below
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_shown_and_nothing_stays_open(monkeypatch):
+    def shown(*_, **__):
+        raise AssertionError("a figure was shown")
+
+    monkeypatch.setattr(plt, "show", shown)
+    monkeypatch.setattr(matplotlib.figure.Figure, "show", shown)
+    plt.close("all")
+    yield
+    assert plt.get_fignums() == []
+
+
+def rendered(figure) -> bytes:
+    """The figure as it is saved; errors in the layout show only here."""
+    assert isinstance(figure, matplotlib.figure.Figure)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=40)
+    return content.getvalue()
+
+
+def texts(figure) -> list[str]:
+    """All that can be read in a figure."""
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip()]
+
+
+def test_every_figure_of_the_module_is_tested():
+    tree = ast.parse(Path(mscnn.__file__).read_text("utf-8"))
+    made = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("plot_")}
+    assert made == {f"plot_{name}" for name in (*FIGURES, *OF_DATA)}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.filterwarnings("error")
+def test_a_figure_can_be_saved(name):
+    picture = rendered(FIGURES[name](20))
+    assert picture.startswith(b"\x89PNG") and len(picture) > 2000
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
+def test_a_figure_of_nothing_or_of_one_is_no_error(name, count):
+    assert rendered(FIGURES[name](count)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["history", "confusion", "risk_coverage", "reliability", "thresholds", "retraining"])
+def test_every_plot_has_a_title_and_named_axes(name):
+    figure = FIGURES[name](20)
+    plots = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    for axis in plots:
+        assert axis.get_title() and axis.get_ylabel()
+        assert axis.get_xlabel() or name == "retraining"  # there the categories stand below
+
+
+@pytest.mark.parametrize("name", ["images", "gallery"])
+def test_a_grid_has_its_title(name):
+    assert FIGURES[name](3).get_suptitle() == "title"
+
+
+def test_history_has_a_row_for_each_stage_that_was_trained():
+    history = {"stage1": run_of(4), "stage2": {"cat": run_of(3), "dog": run_of(3)}}
+    figure = mscnn.plot_history(history)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 4 and titles[0] == titles[1] == "Stage 1" and titles[2].startswith("Stage 2")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "accuracy"] * 2
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), history["stage1"]["loss"])
+    assert len(figure.axes[2].lines) == 2 * (2 + 1)  # train and calibration: two categories and their mean
+
+
+def test_history_without_validation_of_a_category():
+    """A category that Stage 1 never predicts has no validation history."""
+    partial = {key: values for key, values in run_of(3).items() if not key.startswith("val_")}
+    rendered(mscnn.plot_history({"stage2": {"cat": run_of(3), "dog": partial}}))
+
+
+def test_confusion_shows_counts_and_other():
+    matrix = np.zeros((11, 11), int)
+    matrix[3, 10] = 42
+    figure = mscnn.plot_confusion(matrix, NAMES, "Stage report")
+    axis = figure.axes[0]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == [*NAMES, mscnn.OTHER]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == [*NAMES, mscnn.OTHER]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("decided", "true", "Stage report")
+    assert "42" in texts(figure)
+
+
+def test_risk_coverage_draws_the_curve_and_marks_the_threshold():
+    confidence, right = np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, True, False, False])
+    figure = mscnn.plot_risk_coverage({"both": (confidence, right)}, at={"both": 0.7})
+    curve, mark = figure.axes[0].lines
+    np.testing.assert_allclose(curve.get_xdata(), [0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(curve.get_ydata(), [0, 0, 1 / 3, 1 / 2])
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (0.75, pytest.approx(1 / 3))
+    assert f"both (AURC {mscnn.aurc(confidence, right):.4f})" in texts(figure)
+
+
+def test_reliability_names_the_calibration_error():
+    confidence, right = scores(500)
+    assert f"both (ECE {mscnn.calibration_error(confidence, right):.3f})" in texts(
+        mscnn.plot_reliability({"both": (confidence, right)})
+    )
+
+
+def test_thresholds_draw_coverage_and_accuracy():
+    confidence, right = np.array([0.2, 0.4, 0.6, 0.8]), np.array([False, True, False, True])
+    figure = mscnn.plot_thresholds(confidence, right, [0, 0.5, 0.7, 0.9], marked=0.5)
+    coverage, accuracy, mark = figure.axes[0].lines
+    np.testing.assert_allclose(coverage.get_ydata(), [1, 0.5, 0.25, 0])
+    np.testing.assert_allclose(accuracy.get_ydata(), [0.5, 0.5, 1, np.nan])
+    assert set(mark.get_xdata()) == {0.5}
+    assert "0.50" in figure.axes[0].get_title()
+
+
+def test_retraining_says_what_was_kept():
+    figure = mscnn.plot_retraining(RETRAINED)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["ship\nkept", "truck\nput back"]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [0.4, 0.2, 0.3, 0.5]
+
+
+def test_gallery_says_what_was_decided_and_what_is_true():
+    figure = mscnn.plot_gallery(pictures(2), decisions_of(2), np.array([8, 1]), NAMES, "title")
+    assert [axis.get_title() for axis in figure.axes[:2]] == [
+        "OTHER 5%\n(airplane?)\ntrue: ship",
+        "automobile 95%\ntrue: automobile",
+    ]
+
+
+def test_select_takes_all_fields_of_some_images():
+    whole, chosen = decisions_of(10), np.array([7, 2])
+    for part, values in zip(mscnn.select(whole, chosen), whole, strict=True):
+        np.testing.assert_array_equal(part, values[chosen])
+
+
+def test_decision_traces_are_one_row_an_image():
+    figure = mscnn.plot_decision_traces([trace("ship"), trace("", "truck")])
+    assert len(figure.axes) == 8
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[0] == "true: ship" and titles[4] == "your image"
+    assert titles[1].startswith("Stage 1") and titles[2].startswith("Stage 2")
+    read = "\n".join(texts(figure))
+    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER (55%)", "truck (55%)"):
+        assert part in read
+
+
+def test_the_map_lies_over_the_whole_image():
+    picture, first = mscnn.plot_decision_traces([trace()]).axes[:2]
+    image, heat = first.get_images()
+    assert heat.get_extent() == image.get_extent() == picture.get_images()[0].get_extent()
+    assert heat.get_array().max() == 1 and heat.get_cmap().name == mscnn.MAP_COLOURS
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_empty_map_and_a_grey_image_can_be_drawn():
+    rendered(mscnn.plot_decision_traces([trace(channels=1, heat=0.0)]))
+
+
+def lightness(colours: np.ndarray) -> np.ndarray:
+    """CIE L* of sRGB colours (N, 3)."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)
+
+
+def unevenness(colours: str) -> float:
+    """How unequal the steps in lightness are: their coefficient of variation (0: quite even)."""
+    steps = np.diff(lightness(matplotlib.colormaps[colours](np.linspace(0, 1, 64))[:, :3]))
+    return steps.std() / abs(steps.mean())
+
+
+def test_the_colours_of_maps_are_perceptually_uniform():
+    """Equal steps of the map are equal steps in lightness; jet, for comparison, goes up and down."""
+    assert unevenness(mscnn.MAP_COLOURS) < 0.25 < 1 < unevenness("jet")
+
+
+def test_samples_show_every_category(tiny_data, digits):
+    figure = mscnn.plot_samples(tiny_data, columns=3)
+    assert set(tiny_data.category_names) <= set(texts(figure))
+    assert "tiny: 3 train images of each category" in texts(figure)
+    assert [len(axis.get_images()) for axis in figure.axes] == [1] * 15
+    rendered(figure)
+    rendered(mscnn.plot_samples(digits, columns=2))  # grey
+
+
+def test_augmentation_shows_the_original_first(tiny_data):
+    figure = mscnn.plot_augmentation(tiny_data, columns=4, rows=2)
+    assert len(figure.axes) == 8 and [axis.get_title() for axis in figure.axes[:2]] == ["original", "epoch 1"]
+    shown = [axis.get_images()[0].get_array() for axis in figure.axes]
+    np.testing.assert_array_equal(shown[0], tiny_data.train.images[0])
+    np.testing.assert_array_equal(shown[4], tiny_data.train.images[1])
+    assert any((one != shown[0]).any() for one in shown[1:4])
+    rendered(figure)

@@ -1,0 +1,452 @@
+"""Section 5: the model: both stages together, freezing, fingerprints, decide, save and load."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import Decisions, MSCNNError, MultiStageCNN
+
+ROOT = Path(mscnn.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model(trained_model_path) -> MultiStageCNN:
+    """The trained model, shared: only for tests that change nothing."""
+    return mscnn.load_model(trained_model_path)
+
+
+def assert_same(one: Decisions, two: Decisions) -> None:
+    """Bit for bit."""
+    for name, a, b in zip(Decisions._fields, one, two, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def assert_close(one: Decisions, two: Decisions) -> None:
+    """Up to the rounding of float32, whose order of summation depends on the batch."""
+    for name, a, b in zip(Decisions._fields, one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def arrays_in(path: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Every array that a model file holds, by its place in the file; read without Keras."""
+    with zipfile.ZipFile(path) as archive:
+        weights = archive.extract("model.weights.h5", folder)
+    found = {}
+    with h5py.File(weights) as file:
+        file.visititems(lambda name, one: found.update({name: one[()]}) if isinstance(one, h5py.Dataset) else None)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Both stages
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_call_gives_both_stages(model, tiny_data):
+    images, count = tiny_data.test.images[:9], len(tiny_data.category_names)
+    got = model(images)
+    assert set(got) == {"stage1", "stage2"}
+    np.testing.assert_array_equal(got["stage1"], model.stage1(images, training=False))
+    assert got["stage1"].shape == got["stage2"].shape == (9, count)
+    for c in range(count):
+        expected = mscnn.log_odds(model.stage2_of(c)(images, training=False), np.full(9, c))
+        np.testing.assert_allclose(got["stage2"][:, c], expected, rtol=1e-4, atol=1e-4)
+
+
+def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -> Decisions:
+    """The decision by the long way: every Stage 2 CNN judges every image and its mirror image."""
+    logits = model.stage1(images, training=False).numpy().astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    category = p.argmax(axis=1)
+    views = [model(view)["stage2"].numpy() for view in (images, images[:, :, ::-1])]
+    everything = np.mean(views, axis=0)  # (B, C)
+    rows = np.arange(len(images))
+    stage2, first = everything[rows, category], p[rows, category]
+    stage1 = np.log(first / (1 - first))
+    row = model.rows.numpy()[category]
+    confidence = 1 / (1 + np.exp(-(row[:, 0] + row[:, 1] * stage1 + row[:, 2] * stage2)))
+    final = np.where(confidence >= threshold, category, len(model.category_names))
+    return Decisions(final, category, first, 1 / (1 + np.exp(-stage2)), confidence, stage1, stage2, logits)
+
+
+def test_decide_equals_the_plain_computation(model, tiny_data):
+    """With rows under which Stage 2 counts: on easy data the calibration may have given it no weight."""
+    fitted = model.rows.numpy()
+    model.rows.assign(np.column_stack([np.linspace(-1, 1, 5), np.full(5, 0.3), np.linspace(0.2, 0.6, 5)]))
+    try:
+        got = model.decide(tiny_data.test.images, threshold=0.8)
+        assert_close(got, plain_decision(model, tiny_data.test.images, threshold=0.8))
+        assert 0 < (got.category == 5).sum() < 100  # both verdicts occur
+    finally:
+        model.rows.assign(fitted)
+
+
+def test_only_the_stage2_cnn_of_the_predicted_category_runs(model, tiny_data, monkeypatch):
+    runs = []
+
+    def spy(weights, images, graph=model._stage2_graph):
+        owner = [c for c in range(5) if np.array_equal(weights[0], model.stage2_of(c).weights[0])]
+        same = [c for c in owner if all(map(np.array_equal, weights, model.stage2_of(c).get_weights()))]
+        runs.append((same, len(images)))
+        return graph(weights, images)
+
+    monkeypatch.setattr(model, "_stage2_graph", spy)
+    predicted = model.stage1_logits(tiny_data.test.images).argmax(axis=1)
+    images = tiny_data.test.images[np.isin(predicted, [1, 3])]
+    model.decide(images)
+    assert [same for same, _ in runs] == [[1], [1], [3], [3]]  # each once on the images, once mirrored
+    counts = [((predicted == c).sum() + 7) // 8 * 8 for c in (1, 1, 3, 3)]  # batches are filled up to eights
+    assert [count for _, count in runs] == counts
+
+
+def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
+    small = {"policy": "float32", "stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
+    model, images = MultiStageCNN.for_dataset(digits, **small), digits.test.images[:5]
+    expected = mscnn.log_odds(model.stage2_of(7)(images, training=False), np.full(5, 7))
+    np.testing.assert_allclose(model.stage2_log_odds(images, 7), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_the_batch_size_changes_nothing(model, tiny_data, batch_size):
+    images = tiny_data.test.images[:30]
+    assert_close(model.decide(images, batch_size=batch_size), model.decide(images))
+
+
+def test_decide_on_one_image_and_on_none(model, tiny_data):
+    everything = model.decide(tiny_data.test.images[:8])
+    assert_close(model.decide(tiny_data.test.images[:1]), Decisions(*(values[:1] for values in everything)))
+    empty = model.decide(tiny_data.test.images[:0])
+    assert [len(values) for values in empty] == [0] * len(Decisions._fields)
+    assert empty.stage1_logits.shape == (0, 5)
+
+
+def test_the_threshold_decides_and_can_be_overridden(trained_model, tiny_data):
+    images, other = tiny_data.test.images, 5
+    usual = trained_model.decide(images)
+    np.testing.assert_array_equal(usual.category == other, usual.confidence < 0.7)
+    assert (trained_model.decide(images, threshold=0).category != other).all()
+    assert (trained_model.decide(images, threshold=1).category == other).all()
+    middle = float(np.median(usual.confidence))
+    trained_model.threshold = middle
+    np.testing.assert_array_equal(trained_model.decide(images).category == other, usual.confidence < middle)
+
+
+def test_an_uncalibrated_model_does_not_decide(untrained_model, tiny_data):
+    assert not untrained_model.is_calibrated
+    with pytest.raises(MSCNNError, match="not trained and calibrated yet: run notebook 03_stage2_training"):
+        untrained_model.decide(tiny_data.test.images[:1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda x: x.astype(np.float32), r"float32 \(2, 32, 32, 3\)"),
+        (lambda x: x[0], r"uint8 \(32, 32, 3\)"),
+        (lambda x: x[..., :1], r"uint8 \(2, 32, 32, 1\)"),
+        (lambda x: x[:, :28, :28], r"uint8 \(2, 28, 28, 3\)"),
+        (lambda x: x.tolist(), r"list \(2, 32, 32, 3\)"),
+    ],
+)
+def test_images_of_another_kind_are_refused(model, tiny_data, spoil, found):
+    with pytest.raises(MSCNNError, match=f"Images are {found}: this model takes uint8 .B, 32, 32, 3"):
+        model.decide(spoil(tiny_data.test.images[:2]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Freezing
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "indices"),
+    [("ship", (2,)), (3, (3,)), ("3,0", (0, 3)), ("truck,ship,2", (2, 3)), (["dog", 1], (1, 4)), ("", (0, 1, 2, 3, 4))],
+)
+def test_categories_are_freed_by_name_and_index(untrained_model, chosen, indices):
+    untrained_model.set_stage2_category_trainable("", False)
+    assert untrained_model.trainable_categories() == ()
+    untrained_model.set_stage2_category_trainable(chosen)
+    assert untrained_model.trainable_categories() == indices
+    untrained_model.set_stage2_category_trainable(chosen, False)
+    assert untrained_model.trainable_categories() == ()
+
+
+def test_an_unknown_category_freezes_nothing(untrained_model):
+    with pytest.raises(MSCNNError, match=r"Unknown category 'shipp'\. Did you mean ship\?"):
+        untrained_model.set_stage2_category_trainable("truck,shipp", False)
+    assert untrained_model.trainable_categories() == (0, 1, 2, 3, 4)
+
+
+def test_trainable_summary(untrained_model):
+    assert untrained_model.trainable_summary().splitlines()[0] == "✓ Stage 1: True"
+    untrained_model.train_only("ship,truck")
+    stage1, title, *rows = untrained_model.trainable_summary().splitlines()
+    assert (stage1, title) == ("✗ Stage 1: False", "Stage 2")
+    entries = [entry.strip() for row in rows for entry in row.split("   ") if entry.strip()]
+    assert entries == ["✗ airplane: False", "✗ cat: False", "✓ ship: True", "✓ truck: True", "✗ dog: False"]
+
+
+def test_trainable_summary_of_ten_categories_is_two_rows_of_five():
+    names = mscnn.CIFAR10_NAMES
+    stub = MultiStageCNN(names, (32, 32, 1), [0], [1], stage1_widths=(1,), stage2_widths=(1,))
+    rows = stub.trainable_summary().splitlines()[2:]
+    assert [row.count(": True") for row in rows] == [5, 5]
+    assert max(map(len, rows)) <= 120
+
+
+class Retrained(NamedTuple):
+    """A model before and after two of its categories were retrained."""
+
+    before: MultiStageCNN
+    after: MultiStageCNN
+    results: list
+    paths: tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def retrained(trained_model_path, tiny_data, tmp_path_factory) -> Retrained:
+    """Ship and truck retrained; the outcome is kept even if it is worse, so that something has changed."""
+    before, after = mscnn.load_model(trained_model_path), mscnn.load_model(trained_model_path)
+    recipe = mscnn.Recipe(epochs=2, batch_size=32)
+    results, _ = mscnn.retrain_stage2(after, tiny_data, "truck,2", recipe, seed=9, keep_worse=True)
+    path = tmp_path_factory.mktemp("retrained") / "after.keras"
+    after.save(path)
+    return Retrained(before, after, results, (trained_model_path, path))
+
+
+MOVED = {"stage2/ship", "stage2/truck", "calibration/ship", "calibration/truck"}
+
+
+def test_retraining_moves_the_chosen_parts_only(retrained):
+    """Every array of every other part is identical, BatchNormalization statistics included."""
+    before, after = retrained.before.parts(), retrained.after.parts()
+    assert list(before) == list(after)
+    same = {name for name in before if all(map(np.array_equal, before[name], after[name]))}
+    assert set(before) - same == MOVED
+    assert {"stage1", "companion", "calibration/common", "stage2/cat", "calibration/cat"} <= same
+
+
+def test_fingerprints_change_for_the_chosen_parts_only(retrained):
+    before, after = retrained.before.fingerprints(), retrained.after.fingerprints()
+    assert {name for name in before if before[name] != after[name]} == MOVED
+    assert mscnn.load_model(retrained.paths[1]).fingerprints() == after
+
+
+def test_retraining_moves_only_the_chosen_arrays_of_the_file(retrained, tmp_path):
+    """The same read from the two files without Keras, in case `parts` overlooks an array."""
+    before, after = (arrays_in(p, tmp_path / str(i)) for i, p in enumerate(retrained.paths))
+    assert before.keys() == after.keys() and len(before) > 100
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    rows = {name for name in moved if before[name].shape == (5, 3)}
+    assert len(rows) == 1
+    networks = [retrained.after.stage2_of(c).get_weights() for c in (2, 3)]
+    theirs = {array.tobytes() for arrays in networks for array in arrays}
+    assert all(after[name].tobytes() in theirs for name in moved - rows)
+    assert len(moved - rows) == 2 * (len(networks[0]) - 1)  # all but the whitening, which is fixed
+    row = rows.pop()
+    np.testing.assert_array_equal(np.flatnonzero((before[row] != after[row]).any(axis=1)), [2, 3])
+
+
+def test_parts_hold_every_array_of_the_model(model):
+    parts = model.parts()
+    rows = [arrays[0] for name, arrays in parts.items() if name.startswith("calibration/") and "common" not in name]
+    np.testing.assert_array_equal(np.stack(rows), model.rows.numpy())
+    assert sum(map(len, parts.values())) - len(rows) + 1 == len(model.weights)
+
+
+def test_images_of_other_categories_are_decided_as_before(retrained, tiny_data):
+    """Bit for bit, every field; and the images of the retrained categories are not, or this shows nothing."""
+    images = np.concatenate([tiny_data.test.images, tiny_data.certification.images])
+    before, after = retrained.before.decide(images), retrained.after.decide(images)
+    elsewhere = ~np.isin(before.stage1_category, [2, 3])
+    assert 50 < elsewhere.sum() < len(images) - 50
+    assert_same(mscnn.select(after, elsewhere), mscnn.select(before, elsewhere))
+    loaded = mscnn.load_model(retrained.paths[1]).decide(images)
+    assert_same(mscnn.select(loaded, elsewhere), mscnn.select(before, elsewhere))
+    assert (before.stage2_log_odds != after.stage2_log_odds)[~elsewhere].all()
+
+
+def test_retraining_leaves_everything_else_frozen(retrained):
+    assert retrained.after.trainable_categories() == (2, 3)
+    assert not retrained.after.stage1.trainable
+    assert [(r.category, r.kept) for r in retrained.results] == [("ship", True), ("truck", True)]
+
+
+def test_calibrating_some_rows_leaves_the_others(trained_model, tiny_data):
+    before, common = trained_model.rows.numpy(), trained_model.common_row.numpy()
+    trained_model.calibrate(tiny_data.certification, [1])
+    after = trained_model.rows.numpy()
+    np.testing.assert_array_equal(np.flatnonzero((before != after).any(axis=1)), [1])
+    np.testing.assert_array_equal(trained_model.common_row.numpy(), common)
+    trained_model.calibrate(tiny_data.certification)
+    assert (trained_model.common_row.numpy() != common).any()
+
+
+def test_a_category_that_never_occurs_gets_the_common_row(trained_model, tiny_data):
+    predicted = trained_model.stage1_logits(tiny_data.calibration.images).argmax(axis=1)
+    trained_model.calibrate(tiny_data.calibration.take(predicted != 4))
+    np.testing.assert_array_equal(trained_model.rows.numpy()[4], trained_model.common_row.numpy())
+    assert (trained_model.rows.numpy()[0] != trained_model.common_row.numpy()).any()
+
+
+def test_a_fingerprint_notices_one_statistic(trained_model):
+    before = trained_model.fingerprints()
+    layer = next(x for x in trained_model.stage2_of(1).layers if isinstance(x, mscnn.FusedBatchNormalization))
+    moved = layer.moving_mean.numpy()
+    moved[0] = np.nextafter(moved[0], np.float32(np.inf))
+    layer.moving_mean.assign(moved)
+    after = trained_model.fingerprints()
+    assert {name for name in before if before[name] != after[name]} == {"stage2/cat"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Save and load
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_is_the_saved_one(model, tmp_path, tiny_data):
+    path = tmp_path / "again.keras"
+    model.save(path)
+    again = mscnn.load_model(path)
+    assert again.fingerprints() == model.fingerprints()
+    assert again.get_config() == model.get_config()
+    assert_same(again.decide(tiny_data.test.images), model.decide(tiny_data.test.images))
+
+
+def test_the_threshold_is_saved(trained_model, tmp_path):
+    trained_model.threshold = 0.42
+    trained_model.save(tmp_path / "m.keras")
+    assert mscnn.load_model(tmp_path / "m.keras").threshold == 0.42
+
+
+def test_a_fresh_process_decides_alike(model, trained_model_path, tiny_data, tmp_path):
+    """With the module and the model file only, from another folder."""
+    np.save(tmp_path / "images.npy", tiny_data.test.images)
+    script = (
+        "import sys, numpy as np, mscnn_helpers as m\n"
+        "d = m.load_model(sys.argv[1]).decide(np.load('images.npy'))\n"
+        "np.savez('decisions.npz', **d._asdict())\n"
+    )
+    command = [sys.executable, "-c", script, str(trained_model_path)]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    with np.load(tmp_path / "decisions.npz") as file:
+        got = Decisions(**{name: file[name] for name in Decisions._fields})
+    assert_same(got, model.decide(tiny_data.test.images))
+
+
+def test_mixed_precision_survives_saving(tiny_data, tmp_path):
+    widths = {"stage1_widths": (8, 8), "stage2_widths": (8, 8)}
+    model = MultiStageCNN.for_dataset(tiny_data, policy="mixed_bfloat16", **widths)
+    model.calibrate(tiny_data.calibration)
+    assert all(weight.dtype in ("float32", "float64") for weight in model.weights)
+    logits = model(tiny_data.test.images[:2])
+    assert logits["stage1"].dtype == logits["stage2"].dtype == mscnn.tf.float32
+    assert model.stage1.get_layer("block1").compute_dtype == "bfloat16"
+    model.save(tmp_path / "m.keras")
+    again = mscnn.load_model(tmp_path / "m.keras")
+    assert again.stage1.get_layer("block1").compute_dtype == "bfloat16"
+    assert_same(again.decide(tiny_data.test.images), model.decide(tiny_data.test.images))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("interrupted")])
+def test_a_failing_save_leaves_the_old_file(model, trained_model_path, tmp_path, monkeypatch, error):
+    path = tmp_path / "m.keras"
+    shutil.copy(trained_model_path, path)
+    before = path.read_bytes()
+
+    def fail(self, filepath, **options):
+        Path(filepath).write_bytes(b"half a model")
+        raise error
+
+    monkeypatch.setattr(keras.Model, "save", fail)
+    with pytest.raises(MSCNNError if isinstance(error, OSError) else RuntimeError, match=error.args[-1]):
+        model.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["m.keras"]
+
+
+def test_saving_into_a_new_folder_makes_it(model, tmp_path):
+    model.save(tmp_path / "new" / "folder" / "m.keras")
+    assert os.listdir(tmp_path / "new" / "folder") == ["m.keras"]
+
+
+def test_a_missing_model_is_named(tmp_path):
+    for path in (tmp_path / "none.keras", tmp_path):
+        with pytest.raises(MSCNNError, match=f"There is no model file at {path}"):
+            mscnn.load_model(path)
+
+
+def truncated(path: Path, whole: Path) -> None:
+    path.write_bytes(whole.read_bytes()[:-1000])
+
+
+def half(path: Path, whole: Path) -> None:
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+
+
+def random_bytes(path: Path, whole: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+
+
+def empty(path: Path, whole: Path) -> None:
+    path.touch()
+
+
+def another_zip(path: Path, whole: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+def without_weights(path: Path, whole: Path) -> None:
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for name in ("config.json", "metadata.json"):
+            new.writestr(name, old.read(name))
+
+
+def of_other_categories(path: Path, whole: Path) -> None:
+    """The configuration says four categories, the weights are for five."""
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        config = json.loads(old.read("config.json"))
+        config["config"]["category_names"].pop()
+        for name in old.namelist():
+            new.writestr(name, json.dumps(config) if name == "config.json" else old.read(name))
+
+
+@pytest.mark.parametrize(
+    "spoil", [truncated, half, random_bytes, empty, another_zip, without_weights, of_other_categories]
+)
+def test_a_damaged_model_file_is_said_to_be(trained_model_path, tmp_path, spoil):
+    path = tmp_path / "bad.keras"
+    spoil(path, trained_model_path)
+    with pytest.raises(MSCNNError, match=r"bad\.keras is damaged or not a model of this project: .") as caught:
+        mscnn.load_model(path)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "other.keras"
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    with pytest.raises(MSCNNError, match=r"other\.keras holds a Sequential, not a MultiStageCNN"):
+        mscnn.load_model(path)
+
+
+def test_a_model_of_other_data_is_refused(model, tiny_data, digits):
+    model.check_matches(tiny_data)
+    message = r"model is for tiny with 5 categories and images of \(32, 32, 3\), the data is digits with 10"
+    with pytest.raises(MSCNNError, match=message):
+        model.check_matches(digits)
+    renamed = dataclasses.replace(tiny_data, category_names=("plane", *tiny_data.category_names[1:]))
+    for other in (renamed, dataclasses.replace(tiny_data, name="mine")):
+        with pytest.raises(MSCNNError, match="choose the data set the model was trained on, or train a new model"):
+            model.check_matches(other)

@@ -1,0 +1,326 @@
+"""Section 3: the layers against plain references, and the builder of both stages' CNNs."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import tiny_images
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import FusedBatchNormalization, PartialIdentity, RandomFlipCrop, WhiteningConv, build_cnn
+
+# ------------------------------------------------------------------------------------------------------------
+# RandomFlipCrop
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shifted(image: np.ndarray, down: int, right: int, mirrored: bool) -> np.ndarray:
+    """The image moved by so many pixels, the border filled by reflection, then mirrored if asked for."""
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    moved = padded[2 - down : 2 - down + height, 2 - right : 2 - right + width]
+    return moved[:, ::-1] if mirrored else moved
+
+
+VARIANTS = [(down, right, mirrored) for down in range(-2, 3) for right in range(-2, 3) for mirrored in (False, True)]
+
+
+def variants_seen(layer: RandomFlipCrop, images: np.ndarray) -> list[tuple[int, int, bool]]:
+    """Which shift and mirroring each image of one training batch got; fails where it is none of the allowed ones."""
+    seen = layer(tf.constant(images), training=True).numpy()
+    assert (seen.shape, seen.dtype) == (images.shape, np.uint8)
+    allowed = [{shifted(image, *one).tobytes(): one for one in VARIANTS} for image in images]
+    assert all(len(one) == len(VARIANTS) for one in allowed), "the variants of these images can be told apart"
+    return [names[image.tobytes()] for names, image in zip(allowed, seen, strict=True)]
+
+
+def noise(count: int, height: int = 12, width: int = 9, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, channels), np.uint8)
+
+
+@pytest.mark.parametrize("training", [False, None])
+def test_no_augmentation_outside_training(training):
+    images = noise(20)
+    layer = RandomFlipCrop()
+    out = layer(tf.constant(images)) if training is None else layer(tf.constant(images), training=training)
+    assert np.array_equal(out.numpy(), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_shifts_and_mirrors_exactly(channels):
+    seen = variants_seen(RandomFlipCrop(), noise(1_500, channels=channels))
+    assert set(seen) == set(VARIANTS), "every shift occurs, and each with and without mirroring"
+    assert 0.45 < np.mean([mirrored for *_, mirrored in seen]) < 0.55
+    for axis in (0, 1):
+        counts = np.bincount([one[axis] + 2 for one in seen], minlength=5)
+        assert counts.min() > 225, "all shifts are equally probable: 300 each are expected"
+
+
+def test_what_must_not_be_mirrored_is_not():
+    seen = variants_seen(RandomFlipCrop(flip=False), noise(1_000))
+    assert not any(mirrored for *_, mirrored in seen)
+    assert len(set(seen)) == 25
+
+
+def test_augmentation_differs_from_batch_to_batch():
+    layer, images = RandomFlipCrop(), noise(100)
+    assert variants_seen(layer, images) != variants_seen(layer, images)
+
+
+def test_augmentation_works_inside_a_graph():
+    layer, images = RandomFlipCrop(), noise(50)
+    graph = tf.function(lambda images: layer(images, training=True))
+    assert not np.array_equal(graph(tf.constant(images)), graph(tf.constant(images)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whitening
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitening_decorrelates_neighbouring_pixels(channels):
+    images = tiny_images(np.arange(200) % 5, seed=0)[..., :channels]
+    mean, std = images.mean(axis=(0, 1, 2)), images.std(axis=(0, 1, 2))
+    normal = ((images - mean) / std).astype(np.float32)
+    layer = WhiteningConv()
+    layer.build((None, 32, 32, channels))
+    layer.kernel.assign(mscnn.whitening_kernel(images, mean, std))
+    out = layer(normal).numpy()
+    assert out.shape == (200, 31, 31, 8 * channels)
+
+    flat = out.reshape(-1, 8 * channels).astype(np.float64)
+    half = flat[:, : 4 * channels]
+    assert np.allclose(half.T @ half / len(half), np.eye(4 * channels), atol=0.02)
+    assert np.allclose(flat[:, 4 * channels :], -half, atol=1e-4), "the other half are the negatives"
+    neighbours = normal[:, :, :-1, 0].ravel(), normal[:, :, 1:, 0].ravel()
+    assert np.corrcoef(*neighbours)[0, 1] > 0.3, "before they were correlated"
+
+
+def test_whitening_trains_its_bias_only():
+    layer = WhiteningConv()
+    layer.build((None, 8, 8, 3))
+    assert [one.name for one in layer.trainable_weights] == ["bias"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# FusedBatchNormalization against Keras' own
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def twins():
+    """Our layer and Keras' own in the same state, and a batch."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (16, 6, 5, 4)).astype(np.float32)
+    beta, mean, variance = rng.normal(size=4), rng.normal(size=4), rng.uniform(1, 2, 4)
+    ours = FusedBatchNormalization(momentum=0.8, epsilon=1e-2)
+    theirs = keras.layers.BatchNormalization(momentum=0.8, epsilon=1e-2, scale=False)
+    for layer, offset in ((ours, beta / FusedBatchNormalization.OFFSET_GAIN), (theirs, beta)):
+        layer.build(x.shape)
+        layer.set_weights([offset, mean, variance])
+    return ours, theirs, tf.constant(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_normalization_equals_keras(twins, training):
+    ours, theirs, x = twins
+    assert np.allclose(ours(x, training=training), theirs(x, training=training), atol=2e-5)
+
+
+def test_moving_statistics_equal_keras(twins):
+    ours, theirs, x = twins
+    count = 16 * 6 * 5
+    before = theirs.moving_variance.numpy()
+    for layer in (ours, theirs):
+        layer(x, training=True)
+    assert np.allclose(ours.moving_mean, theirs.moving_mean, atol=1e-5)
+    # The fused operation divides by N - 1, Keras by N.
+    of_batch = (theirs.moving_variance.numpy() - 0.8 * before) / 0.2
+    assert np.allclose(ours.moving_variance, 0.8 * before + 0.2 * of_batch * count / (count - 1), rtol=1e-5)
+    assert not np.allclose(ours.moving_variance, before, rtol=0.1), "they did move"
+
+
+def test_inference_moves_no_statistics(twins):
+    ours, _, x = twins
+    before = [one.copy() for one in ours.get_weights()]
+    ours(x, training=False)
+    assert all(np.array_equal(*pair) for pair in zip(before, ours.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_equal_keras(twins, training):
+    ours, theirs, x = twins
+    pull = tf.constant(np.random.default_rng(1).normal(size=x.shape).astype(np.float32))
+    found = []
+    for layer, offset in ((ours, ours.offset), (theirs, theirs.beta)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(pull * layer(x, training=training) ** 2)
+        found.append(tape.gradient(loss, [x, offset.value]))
+    (x_ours, offset_ours), (x_theirs, offset_theirs) = found
+    assert np.allclose(x_ours, x_theirs, atol=1e-3)
+    # The offset is stored divided by the gain, so its gradient is multiplied by it.
+    assert np.allclose(offset_ours, offset_theirs * FusedBatchNormalization.OFFSET_GAIN, rtol=1e-3)
+
+
+def test_a_frozen_layer_keeps_its_statistics_and_uses_them(twins):
+    ours, _, x = twins
+    before, outside_training = [one.copy() for one in ours.get_weights()], ours(x, training=False).numpy()
+    ours.trainable = False
+    assert np.array_equal(ours(x, training=True), outside_training)
+    assert all(np.array_equal(*pair) for pair in zip(before, ours.get_weights(), strict=True))
+
+
+def test_statistics_stay_float32_where_the_rest_is_bfloat16():
+    layer = FusedBatchNormalization(dtype="mixed_bfloat16")
+    out = layer(tf.random.normal((8, 4, 4, 3)), training=True)
+    assert out.dtype == tf.bfloat16
+    assert {one.dtype for one in layer.weights} == {"float32"}
+    before = layer.moving_mean.numpy()
+    layer(tf.ones((8, 4, 4, 3)) * 1e-3, training=True)  # a step too small for bfloat16
+    assert not np.array_equal(layer.moving_mean, before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# PartialIdentity
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 8), (8, 3)])
+def test_the_first_filters_pass_their_input_on(inputs, outputs):
+    images = np.random.default_rng(0).normal(size=(2, 6, 6, inputs)).astype(np.float32)
+    conv = keras.layers.Conv2D(outputs, 3, padding="same", use_bias=False, kernel_initializer=PartialIdentity())
+    count = min(inputs, outputs)
+    assert np.allclose(conv(images)[..., :count], images[..., :count], atol=1e-6)
+
+
+def test_the_other_filters_are_random_within_their_limit():
+    keras.utils.set_random_seed(0)
+    kernel = keras.ops.convert_to_numpy(PartialIdentity()((3, 3, 16, 64), "float32"))
+    rest, limit = kernel[..., 16:], 1 / np.sqrt(9 * 16)
+    assert np.abs(rest).max() <= limit
+    assert np.abs(rest).max() > 0.99 * limit
+    assert abs(rest.mean()) < 0.01 * limit + 3 * limit / np.sqrt(rest.size)
+    assert (rest != 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# build_cnn
+# ------------------------------------------------------------------------------------------------------------
+
+
+def cnn(shape=(32, 32, 3), categories=5, widths=(8, 12, 16), policy="float32", flip=True, name="network"):
+    channels = shape[-1]
+    return build_cnn(name, shape, categories, widths, [120.0] * channels, [60.0] * channels, flip, policy)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (32, 32, 1)])
+def test_from_uint8_images_to_float32_logits(shape, policy):
+    network = cnn(shape, policy=policy)
+    assert (network.inputs[0].shape, network.inputs[0].dtype) == ((None, *shape), "uint8")
+    for training in (False, True):
+        logits = network(np.zeros((4, *shape), np.uint8), training=training)
+        assert (logits.shape, logits.dtype) == ((4, 5), tf.float32)
+    assert network.get_layer("block1").compute_dtype == ("bfloat16" if policy == "mixed_bfloat16" else "float32")
+
+
+def test_a_block_a_width_and_a_map_large_enough_for_grad_cam():
+    network = cnn(widths=(8, 12, 16))
+    maps = [network.get_layer(f"block{i}").output.shape[1:] for i in (1, 2, 3)]
+    assert [one[-1] for one in maps] == [8, 12, 16]
+    assert max(min(one[:2]) for one in maps[1:]) >= 7
+    convolutions = [layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert [layer.filters for layer in convolutions] == [8, 8, 12, 12, 16, 16]
+
+
+def test_the_end_is_global_average_pooling_and_one_dense_layer():
+    network = cnn()
+    assert [type(layer) for layer in network.layers[-2:]] == [keras.layers.GlobalAveragePooling2D, keras.layers.Dense]
+    assert [layer.name for layer in network.layers[-2:]] == ["pooled", "logits"]
+    assert sum(isinstance(layer, keras.layers.Dense) for layer in network.layers) == 1
+    assert network.layers[-1].activation is keras.activations.linear
+
+
+def test_images_are_normalised_inside():
+    images = noise(6, 32, 32)
+    network = cnn(flip=False)
+    layer = next(layer for layer in network.layers if isinstance(layer, keras.layers.Normalization))
+    inside = keras.Model(network.inputs, layer.output)(images, training=False)
+    assert np.allclose(inside, (images.astype(np.float32) - 120) / 60, atol=1e-5)
+
+
+def test_only_training_is_random():
+    network, images = cnn(), noise(8, 32, 32)
+    assert np.array_equal(network(images, training=False), network(images, training=False))
+    assert not np.array_equal(network(images, training=True), network(images, training=True))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_flip_reaches_the_augmentation(flip):
+    layer = next(layer for layer in cnn(flip=flip).layers if isinstance(layer, RandomFlipCrop))
+    assert layer.flip is flip
+
+
+def test_a_plain_keras_model_of_these_layers_is_saved_and_loaded(tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((12, 9, 3), dtype="uint8")
+    x = RandomFlipCrop(flip=False, shift=1)(inputs)
+    x = keras.layers.Rescaling(1 / 255, dtype="float32")(x)
+    x = WhiteningConv(name="whitening")(x)
+    x = keras.layers.Conv2D(4, 3, kernel_initializer=PartialIdentity())(x)
+    x = FusedBatchNormalization(momentum=0.5, epsilon=0.1)(x)
+    model = keras.Model(inputs, x)
+    images = noise(8)
+    model.get_layer("whitening").kernel.assign(np.random.default_rng(0).normal(size=(2, 2, 3, 24)))
+    model(images, training=True)  # moves the statistics
+    model.save(tmp_path / "plain.keras")
+
+    loaded = keras.saving.load_model(tmp_path / "plain.keras")
+    assert np.array_equal(loaded(images, training=False), model(images, training=False))
+    augmentation, normalization = loaded.layers[1], loaded.layers[-1]
+    assert (augmentation.flip, augmentation.shift) == (False, 1)
+    assert (normalization.momentum, normalization.epsilon) == (0.5, 0.1)
+    assert np.array_equal(normalization.moving_mean, model.layers[-1].moving_mean)
+    assert (normalization.moving_mean.numpy() != 0).all()
+    assert not any(mirrored for *_, mirrored in variants_seen(augmentation, images))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fastest_policy
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_is_quick_and_chooses_one_of_two(monkeypatch):
+    assert mscnn.fastest_policy() in ("float32", "mixed_bfloat16")
+
+
+@pytest.mark.parametrize(("slow", "expected"), [("float32", "mixed_bfloat16"), ("bfloat16", "float32")])
+def test_the_probe_chooses_the_faster_one(monkeypatch, slow, expected):
+    now, convolve = [0.0], tf.nn.conv2d
+
+    def timed(images, *arguments, **options):
+        now[0] += 2.0 if images.dtype.name == slow else 1.0
+        return convolve(images, *arguments, **options)
+
+    monkeypatch.setattr(tf.nn, "conv2d", timed)
+    monkeypatch.setattr(mscnn.time, "perf_counter", lambda: now[0])
+    assert mscnn.fastest_policy(repeats=2) == expected
+
+
+def test_no_bfloat16_without_a_clear_gain(monkeypatch):
+    monkeypatch.setattr(mscnn.time, "perf_counter", iter(np.arange(100.0)).__next__)  # both take one tick
+    assert mscnn.fastest_policy(repeats=2) == "float32"
+
+
+def test_a_device_without_bfloat16_gets_float32(monkeypatch):
+    convolve = tf.nn.conv2d
+
+    def without_bfloat16(images, *arguments, **options):
+        if images.dtype == tf.bfloat16:
+            raise tf.errors.UnimplementedError(None, None, "no kernel")
+        return convolve(images, *arguments, **options)
+
+    monkeypatch.setattr(tf.nn, "conv2d", without_bfloat16)
+    assert mscnn.fastest_policy(repeats=1) == "float32"

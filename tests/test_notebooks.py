@@ -1,0 +1,534 @@
+"""The notebooks: their files, their set-up cell, their exercises, and the whole chain on a small data set."""
+
+import ast
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+from conftest import ROOT, TINY_NAMES, write_tiny_npz
+from PIL import Image
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import Settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = ROOT / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+CHAIN = [FOLDER / f"{name}.ipynb" for name in mscnn.NOTEBOOKS]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mscnn"]
+SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(?P<code>.+?)\n```\n\n</details>", re.DOTALL)
+
+each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def cells(path, kind: str | None = None):
+    return [cell for cell in nbformat.read(path, 4).cells if kind in (None, cell.cell_type)]
+
+
+def prose(path) -> str:
+    """The text cells, without what stands in code fences."""
+    return re.sub(r"^```.*?^```", "", "\n\n".join(c.source for c in cells(path, "markdown")), flags=re.M | re.S)
+
+
+def solutions(path) -> list[str]:
+    return [match["code"] for cell in cells(path, "markdown") for match in SOLUTION.finditer(cell.source)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_is_there():
+    assert [path.name for path in CHAIN if not path.is_file()] == []
+    assert PATHS[: len(CHAIN)] == CHAIN
+
+
+@each_notebook
+def test_the_file_is_a_valid_notebook_for_python3(path):
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.kernelspec.language == "python", "papermill needs it"
+    raw = path.read_text("utf-8")
+    assert raw == json.dumps(json.loads(raw), indent=1, ensure_ascii=False) + "\n", "one form, so that diffs are small"
+
+
+@each_notebook
+def test_cells_have_readable_unique_names(path):
+    names = [cell.id for cell in cells(path)]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name), name
+        assert not re.fullmatch(r"[0-9a-f]{8}", name), f"{name} was made by a program and changes with the next one"
+
+
+@each_notebook
+def test_no_outputs_are_committed(path):
+    for cell in cells(path, "code"):
+        assert (cell.outputs, cell.execution_count) == ([], None), cell.id
+
+
+@each_notebook
+def test_one_title(path):
+    assert len(re.findall(r"^# \S", prose(path), re.M)) == 1
+    assert cells(path)[0].source.startswith("# ")
+
+
+@each_notebook
+def test_it_says_what_it_will_do_and_what_it_did(path):
+    assert re.search(r"^.*In this notebook,? we will\b.*\n+- .+\n- .+\n- ", prose(path), re.M)
+    assert re.search(r"^.*In this notebook,? we have\b.*\n+- .+\n- ", prose(path), re.M)
+    for word in ("Time", "Needs", "Leaves"):
+        assert f"**{word}**" in cells(path)[0].source
+
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\(([^()\s]+)\)", prose(path)) + re.findall(r'(?:src|href)="([^"]+)"', prose(path))
+    relative = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
+    assert relative
+    for target in relative:
+        assert (FOLDER / target.split("#")[0]).is_file(), target
+
+
+@pytest.mark.parametrize(("one", "next_one"), list(itertools.pairwise(PATHS)), ids=lambda path: path.stem)
+def test_neighbours_link_to_each_other_at_both_ends(one, next_one):
+    for source, target in ((one, next_one), (next_one, one)):
+        texts = cells(source, "markdown")
+        for text in (texts[0].source, texts[-1].source):
+            assert f"]({target.name})" in text, f"{source.name} does not lead to {target.name}"
+
+
+@each_notebook
+def test_the_badge_opens_this_notebook(path):
+    repository = PROJECT["repository"].removeprefix("https://github.com/")
+    address = f"https://colab.research.google.com/github/{repository}/blob/{PROJECT['ref']}/notebooks/{path.name}"
+    assert f"colab-badge.svg)]({address})" in cells(path)[0].source
+
+
+@each_notebook
+def test_nothing_is_installed(path):
+    for cell in cells(path, "code"):
+        assert not re.search(r"^\s*[!%]|pip|conda ", cell.source, re.M), cell.id
+
+
+@each_notebook
+def test_a_text_follows_each_figure(path):
+    every = cells(path)
+    for cell, follower in itertools.pairwise(every):
+        if cell.cell_type == "code" and "save_figure" in cell.source:
+            assert follower.cell_type == "markdown", cell.id
+
+
+def test_the_documented_figures_are_made():
+    code = "\n".join(cell.source for path in CHAIN for cell in cells(path, "code"))
+    made = set(re.findall(r'save_figure\(.*?"(\w+)"\s*\)', code, re.S))
+    assert made >= FIGURES
+
+
+FIGURES = {
+    "samples", "augmentation", "training_history", "confusion_matrix", "risk_coverage", "reliability",
+    "gallery_errors", "gallery_other", "decision_traces", "retraining", "thresholds",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parameters
+# ------------------------------------------------------------------------------------------------------------
+
+
+@each_notebook
+def test_parameters_are_those_of_the_command_line(path):
+    tagged = [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert [cell.cell_type for cell in tagged] == ["code"]
+    found = papermill.inspect_notebook(path)
+    expected = {one.name: (one.type, one.default) for one in dataclasses.fields(Settings)}
+    # So that 'Run all' is a matter of minutes on a laptop.
+    expected |= {"epochs": ("int", 5), "light_mode": ("bool", True)}
+    assert list(found) == list(expected), "the same names in the same order"
+    for name, (kind, default) in expected.items():
+        assert (found[name]["inferred_type_name"], ast.literal_eval(found[name]["default"])) == (kind, default), name
+        assert found[name]["help"].strip(), name
+    assert len(tagged[0].source.splitlines()) == len(expected), "one parameter a line and nothing else"
+
+
+@each_notebook
+def test_every_parameter_reaches_the_settings(path):
+    calls = [node for cell in cells(path, "code") for node in ast.walk(ast.parse(cell.source))]
+    made = [call for call in calls if isinstance(call, ast.Call) and ast.unparse(call.func) == "mscnn.Settings"]
+    assert len(made) == 1
+    names = [one.name for one in dataclasses.fields(Settings)]
+    assert [(word.arg, ast.unparse(word.value)) for word in made[0].keywords] == [(name, name) for name in names]
+    runs = [call for call in calls if isinstance(call, ast.Call) and ast.unparse(call.func) == "mscnn.Run"]
+    assert [ast.unparse(call) for call in runs] == [f"mscnn.Run('{path.stem}', settings)"]
+    assert cells(path, "code")[-1].source.rstrip().endswith("run.finish()")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The set-up cell
+# ------------------------------------------------------------------------------------------------------------
+
+
+def setup_cell(path) -> str:
+    code = cells(path, "code")
+    assert "parameters" in code[0].metadata.tags
+    return code[1].source
+
+
+@each_notebook
+def test_the_set_up_cell_is_the_same_everywhere(path):
+    assert setup_cell(path) == setup_cell(PATHS[0])
+
+
+def test_repository_and_ref_are_those_of_the_project():
+    tree = ast.parse(setup_cell(PATHS[0]))
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    assert ast.literal_eval(assigned["(REPOSITORY, REF)"]) == (PROJECT["repository"], PROJECT["ref"])
+
+
+class SetUp:
+    """Runs the set-up cell as a kernel would that has just started."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.commands = monkeypatch, []
+        monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(ROOT), str(FOLDER))])
+        monkeypatch.delitem(sys.modules, "mscnn_helpers")
+        monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+        monkeypatch.setattr(subprocess, "run", self.clone)
+
+    def on_colab(self):
+        self.monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+
+    def clone(self, command, **options):
+        """Stands in for git: makes a checkout whose module can be recognised."""
+        self.commands.append((command, options))
+        folder = type(ROOT)(command[-1])
+        folder.mkdir()
+        (folder / "mscnn_helpers.py").write_text("MADE_BY = 'the clone'\n")
+
+    def run(self, folder) -> dict:
+        self.monkeypatch.chdir(folder)
+        namespace = {"__name__": "__main__"}
+        exec(compile(setup_cell(PATHS[0]), "set-up cell", "exec"), namespace)
+        return namespace
+
+
+@pytest.fixture
+def set_up(monkeypatch):
+    return SetUp(monkeypatch)
+
+
+@pytest.mark.parametrize("where", ["", "notebooks", "deeper/still"])
+def test_the_module_is_found_by_walking_up(set_up, tmp_path, where):
+    (tmp_path / "mscnn_helpers.py").write_text("MADE_BY = 'the test'\n")
+    (tmp_path / where).mkdir(parents=True, exist_ok=True)
+    found = set_up.run(tmp_path / where)
+    assert found["mscnn"].MADE_BY == "the test"
+    assert set_up.commands == []
+
+
+def test_without_the_module_the_error_says_what_to_do(set_up, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"mscnn_helpers\.py.*start Jupyter inside the project") as error:
+        set_up.run(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert set_up.commands == [], "only Colab clones"
+
+
+def test_colab_clones_the_repository_at_its_ref_once(set_up, tmp_path):
+    set_up.on_colab()
+    assert set_up.run(tmp_path)["mscnn"].MADE_BY == "the clone"
+    ((command, options),) = set_up.commands
+    assert command[:2] == ["git", "clone"]
+    assert command[command.index("--branch") + 1] == PROJECT["ref"]
+    assert command[-2:] == [PROJECT["repository"], "mscnn"]
+    assert options["check"] is True
+
+    assert set_up.run(tmp_path)["mscnn"].MADE_BY == "the clone"
+    assert len(set_up.commands) == 1, "run again, the cell uses the checkout that is there"
+
+
+def test_colab_without_network_shows_git_s_error(set_up, tmp_path, monkeypatch):
+    def fail(command, **options):
+        raise subprocess.CalledProcessError(128, command)
+
+    set_up.on_colab()
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(subprocess.CalledProcessError):
+        set_up.run(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Exercises
+# ------------------------------------------------------------------------------------------------------------
+
+
+@each_notebook
+def test_two_or_three_exercises_each_with_a_collapsed_solution(path):
+    text = "\n\n".join(cell.source for cell in cells(path, "markdown"))
+    before, exercises = re.split(r"^## Exercises$", text, maxsplit=1, flags=re.M)
+    assert "<details>" not in before
+    questions = re.findall(r"^\*\*(?:Exercise )?(\d)\. ?\S", exercises, re.M)
+    assert questions == [str(i + 1) for i in range(len(questions))]
+    assert 2 <= len(questions) <= 3
+    for part in re.split(r"^\*\*(?:Exercise )?\d\.", exercises, flags=re.M)[1:]:
+        assert part.count("<details>") == part.count("</details>") == len(SOLUTION.findall(part)) == 1
+    for code in solutions(path):
+        compile(code, path.name, "exec")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The chain, on a small data set
+# ------------------------------------------------------------------------------------------------------------
+
+EPOCHS = 6
+CHANCE = 1 / len(TINY_NAMES)
+
+
+def with_solutions(path, target):
+    """A copy of the notebook with each solution as a cell at its end."""
+    notebook = nbformat.read(path, 4)
+    for number, code in enumerate(solutions(path), start=1):
+        notebook.cells.append(nbformat.v4.new_code_cell(code, id=f"solution-{number}"))
+    nbformat.write(notebook, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def headless():
+    """The kernels are told that nobody moves a slider, as the runner tells them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSCNN_HEADLESS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, headless):
+    """The run folder after 01 to 05 with all solutions, by papermill from the project's top folder.
+
+    Fails with the cell's error if a cell fails. The model is fingerprinted before and after the solutions.
+    """
+    base = tmp_path_factory.mktemp("chain")
+    folder = base / "run"
+    settings = Settings(epochs=EPOCHS, dataset=str(write_tiny_npz(base / "tiny.npz")), run_dir=str(folder))
+    (folder / "notebooks").mkdir(parents=True)
+    for path in CHAIN:
+        copy = with_solutions(path, base / path.name)
+        papermill.execute_notebook(
+            copy, folder / "notebooks" / path.name, dataclasses.asdict(settings), kernel_name="python3", cwd=ROOT,
+            progress_bar=False,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The command line from the folder of the notebooks: (run folder, what it printed, its options)."""
+    base = tmp_path_factory.mktemp("program")
+    data, folder = write_tiny_npz(base / "tiny.npz"), base / "run"
+    options = ["--epochs", str(EPOCHS), "--dataset", str(data), "--run_dir", str(folder)]
+    return folder, run_program(*options), options
+
+
+def run_program(*options: str) -> str:
+    command = [sys.executable, ROOT / "mscnn_helpers.py", *options]
+    result = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def read(folder, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text("utf-8"))
+
+
+def check_metrics(folder) -> None:
+    """`metrics.json` has the documented keys, and values that only a model that has learned can have."""
+    metrics = read(folder, "metrics")
+    assert metrics.keys() >= {"dataset", "stage1", "two_stage", "seconds", "versions", "parameters", "device"}
+    assert metrics["dataset"].keys() >= {"name", "source", "fallback", "fingerprint", "light_mode"}
+    assert metrics["dataset"]["name"] == "tiny"
+    assert set(metrics["seconds"]) >= set(mscnn.NOTEBOOKS)
+    assert all(0 < seconds < 900 for seconds in metrics["seconds"].values())
+    assert metrics["parameters"]["epochs"] == EPOCHS
+    assert {"python", "tensorflow", "keras", "numpy"} <= metrics["versions"].keys()
+
+    one, two = metrics["stage1"], metrics["two_stage"]
+    assert set(one) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
+    assert set(two) == {
+        "threshold", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy", "aurc",
+        "auroc_failure", "fpr95",
+    }  # fmt: skip
+    assert one["accuracy"] > 3 * CHANCE
+    assert 0.3 < two["coverage"] <= 1
+    assert two["selective_accuracy"] >= max(two["threshold"], one["accuracy"] - 0.02)
+    assert two["accuracy_other_wrong"] == pytest.approx(two["coverage"] * two["selective_accuracy"])
+    assert two["stage_report_accuracy"] > max(one["accuracy"] - 0.1, 0.6)
+    for stage in (one, two):
+        assert 0 <= stage["fpr95"] <= 1
+        assert stage["auroc_failure"] > 0.6, "the confidence tells right from wrong"
+        assert stage["aurc"] < (1 - one["accuracy"]) * 0.8, "a confidence by chance has the error rate"
+    assert re.search(r"^\s+OTHER\s", metrics["report"], re.M)
+    for name in TINY_NAMES:
+        assert name in metrics["report"]
+
+
+def test_the_chain_from_the_top_folder_learns(chain):
+    check_metrics(chain)
+
+
+def test_the_chain_makes_the_documented_figures(chain):
+    for name in FIGURES:
+        with Image.open(chain / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 150, name
+            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10, f"{name} is empty"
+
+
+def test_the_chain_keeps_its_history(chain):
+    history = read(chain, "history")
+    assert history.keys() >= {"stage1", "companion", "stage2", "retraining"}
+    for stage in ("stage1", "companion"):
+        assert set(history[stage]) >= {"loss", "accuracy", "val_loss", "val_accuracy"}
+        assert all(len(values) == EPOCHS for values in history[stage].values())
+        assert history[stage]["loss"][-1] < history[stage]["loss"][0]
+    assert set(history["stage2"]) == set(TINY_NAMES)
+    assert all(np.isfinite(one["loss"]).all() for one in history["stage2"].values())
+
+
+def executed(folder):
+    for name in mscnn.NOTEBOOKS:
+        for cell in nbformat.read(folder / "notebooks" / f"{name}.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                yield name, cell
+
+
+def test_the_chain_runs_without_warnings(chain):
+    for name, cell in executed(chain):
+        for output in cell.outputs:
+            assert output.output_type != "error", f"{name} {cell.id}"
+            if output.get("name") == "stderr":
+                assert "Warning" not in output.text, f"{name} {cell.id}: {output.text}"
+
+
+def test_every_solution_was_executed(chain):
+    done = {(name, cell.id) for name, cell in executed(chain) if cell.execution_count}
+    wanted = {(path.stem, f"solution-{i + 1}") for path in CHAIN for i in range(len(solutions(path)))}
+    assert wanted <= done
+    assert len(wanted) >= 2 * len(CHAIN)
+
+
+FRESH = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+import mscnn_helpers as mscnn
+data = mscnn.load_dataset(sys.argv[3])
+decisions = mscnn.load_model(sys.argv[2]).decide(data.test.images)
+np.savez(sys.argv[4], *decisions)
+"""
+
+
+def test_a_fresh_process_decides_the_same(chain, tmp_path):
+    settings = read(chain, "metrics")["parameters"]
+    path = chain / "multistage_cnn_model.keras"
+    command = [sys.executable, "-c", FRESH, str(ROOT), str(path), settings["dataset"], str(tmp_path / "decisions.npz")]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    data = mscnn.load_dataset(settings["dataset"])
+    here = mscnn.load_model(path).decide(data.test.images)
+    with np.load(tmp_path / "decisions.npz") as file:
+        there = mscnn.Decisions(*(file[name] for name in file.files))
+    for name, one, other in zip(here._fields, here, there, strict=True):
+        assert np.array_equal(one, other), name
+
+    # They are also what the last notebook has reported: no solution has changed the model.
+    metrics = mscnn._jsonable(mscnn.evaluate(there, data.test.labels, settings["threshold"]))
+    assert metrics == {stage: read(chain, "metrics")[stage] for stage in metrics}
+
+
+def test_the_program_from_another_folder_learns_and_says_so(program):
+    folder, printed, _ = program
+    check_metrics(folder)
+    metrics = read(folder, "metrics")
+    assert metrics["report"].strip() in printed
+    assert f"Stage 1 accuracy {metrics['stage1']['accuracy']:.1%}" in printed
+    assert str(folder) in printed.splitlines()[-3] + printed.splitlines()[-2]
+    assert metrics["seconds"]["total"] >= sum(metrics["seconds"][name] for name in mscnn.NOTEBOOKS)
+
+
+def test_the_program_shows_its_progress(program):
+    _, printed, _ = program
+    for path in CHAIN:
+        count = len(cells(path)) + 1  # papermill puts the parameters into a cell of their own
+        assert f"[{path.stem}] cell 1 of {count}\n" in printed
+        assert f"[{path.stem}] cell {count} of {count}\n" in printed
+    assert f"Epoch {EPOCHS}/{EPOCHS}" in printed
+    assert "both stages are trainable" in printed
+    assert f"Stage 2 {TINY_NAMES[0]}: " in printed
+
+
+def test_the_program_leaves_notebooks_and_pages(program):
+    folder, *_ = program
+    for name in mscnn.NOTEBOOKS:
+        page = (folder / "notebooks" / f"{name}.html").read_text("utf-8")
+        assert "data:image/png;base64" in page
+        assert cells(FOLDER / f"{name}.ipynb")[0].source.splitlines()[0].removeprefix("# ") in page
+    assert not list(folder.rglob("*partial*"))
+
+
+def test_two_runs_from_two_folders_see_the_same_data(chain, program):
+    folder, *_ = program
+    assert read(chain, "metrics")["dataset"]["fingerprint"] == read(folder, "metrics")["dataset"]["fingerprint"]
+
+
+def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
+    text = "".join(
+        output.get("text", "") for name, cell in executed(chain) if name.startswith("04") for output in cell.outputs
+    )
+    free = re.findall(r"✓ ([\w ]+): True", text)
+    frozen = re.findall(r"✗ ([\w ]+): False", text)
+    retraining = read(chain, "history")["retraining"]
+    assert retraining
+    assert set(free) & set(TINY_NAMES), "the summary is printed"
+    assert "Stage 1" in frozen
+
+
+@pytest.mark.slow
+def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):
+    folder, _, options = program
+    path = folder / "multistage_cnn_model.keras"
+    shutil.copy(path, tmp_path / "before.keras")
+    printed = run_program(*options, "--stage2_only", "--stage2_categories", "ship,4,ship")
+    assert "Stage 1 frozen, categories ship, dog only" in printed
+    before, after = (mscnn.load_model(one).fingerprints() for one in (tmp_path / "before.keras", path))
+    moved = {part for part in before if before[part] != after[part]}
+    assert moved <= {f"{part}/{name}" for part in ("stage2", "calibration") for name in ("ship", "dog")}
+    check_metrics(folder)
+
+
+@pytest.mark.slow
+def test_a_run_continues_from_a_model_in_another_folder(chain, tmp_path):
+    settings = read(chain, "metrics")["parameters"]
+    model = chain / "multistage_cnn_model.keras"
+    content = model.read_bytes()
+    printed = run_program(
+        "--epochs", "1", "--dataset", settings["dataset"], "--run_dir", str(tmp_path / "run"),
+        "--load_model", str(model), "--save_model", "continued",
+    )  # fmt: skip
+    assert "both stages are trainable" in printed
+    assert model.read_bytes() == content
+    assert (tmp_path / "run" / "continued.keras").is_file()
+    one, other = read(chain, "metrics"), read(tmp_path / "run", "metrics")
+    assert other["stage1"]["accuracy"] > one["stage1"]["accuracy"] - 0.15, "one epoch from scratch would be far below"

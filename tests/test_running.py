@@ -1,0 +1,391 @@
+"""Section 10: what notebooks start and end with, the notebook runner, the command line."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+import types
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT, write_tiny_npz
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import MSCNNError, Run, Settings
+
+
+@pytest.fixture
+def settings(tiny_path, tmp_path) -> Settings:
+    return Settings(dataset=str(tiny_path), run_dir=str(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a notebook starts with
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_notebook_01_writes_down_what_the_run_is_about(settings, tiny_data):
+    run = Run("01_data_and_light_mode", settings)
+    data = mscnn.start_data(run)
+    metrics = run.read("metrics")
+    assert data.fingerprint == tiny_data.fingerprint
+    assert metrics["dataset"] == tiny_data.describe()
+    assert metrics["parameters"] == dataclasses.asdict(settings)
+    assert metrics["versions"]["tensorflow"] == mscnn.tf.__version__
+    assert metrics["versions"]["numpy"] == np.__version__
+    assert metrics["device"] == mscnn.device_name() != ""
+
+
+def test_notebook_01_begins_the_metrics_anew(settings):
+    run = Run("01_data_and_light_mode", settings)
+    run.write("metrics", stage1={"accuracy": 1.0}, seconds={"02_stage1_training": 1.0})
+    run.write("history", stage1={"loss": [1.0]})
+    mscnn.start_data(run)
+    assert not {"stage1", "seconds"} & run.read("metrics").keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "cifar"}, "Unknown dataset 'cifar'"),
+        ({"stage2_categories": "shipp"}, r"Unknown category 'shipp'\. Did you mean ship\?"),
+        ({"stage2_categories": "5"}, "Category index 5 is out of range: use 0 to 4"),
+        ({"stage2_only": True}, "no model at"),
+        ({"load_model": "missing"}, "No model file 'missing'"),
+    ],
+)
+def test_notebook_01_refuses_and_loses_nothing(settings, change, message):
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, **change))
+    run.write("metrics", stage1={"accuracy": 1.0})
+    with pytest.raises(MSCNNError, match=message):
+        mscnn.start_data(run)
+    assert run.read("metrics") == {"stage1": {"accuracy": 1.0}}
+
+
+def test_the_other_notebooks_go_on_with_the_same_data(settings, tiny_data):
+    mscnn.start_data(Run("01_data_and_light_mode", settings))
+    assert mscnn.continue_data(Run("02_stage1_training", settings)).fingerprint == tiny_data.fingerprint
+
+
+def test_the_other_notebooks_need_notebook_01(settings):
+    with pytest.raises(MSCNNError, match="holds no 'dataset' yet: run notebook 01_data_and_light_mode first"):
+        mscnn.continue_data(Run("02_stage1_training", settings))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"light_mode": True}, {"dataset": "digits"}])
+def test_the_other_notebooks_refuse_other_data(settings, change):
+    mscnn.start_data(Run("01_data_and_light_mode", settings))
+    (name,) = change
+    with pytest.raises(MSCNNError, match=f"was begun with {name}=.*run 01_data_and_light_mode with the same"):
+        mscnn.continue_data(Run("02_stage1_training", dataclasses.replace(settings, **change)))
+
+
+def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
+    auto = dataclasses.replace(settings, dataset="auto")
+
+    asked = []
+
+    def load(name, light_mode, seed):
+        asked.append(name)
+        return dataclasses.replace(digits, fallback=name == "auto")
+
+    monkeypatch.setattr(mscnn, "load_dataset", load)
+    mscnn.start_data(Run("01_data_and_light_mode", auto))
+    data = mscnn.continue_data(Run("02_stage1_training", auto))
+    assert (data.name, data.fallback) == ("digits", True)
+    assert asked == ["auto", "digits"], "CIFAR-10 is not looked for again: by now it could be there"
+    assert mscnn.FALLBACK_NOTICE in capsys.readouterr().out
+
+
+def test_a_model_is_opened_with_the_threshold_of_the_run(settings, tiny_data, trained_model_path):
+    run = Run("05_evaluation_and_cam", dataclasses.replace(settings, threshold=0.123))
+    assert mscnn.open_model(run, tiny_data, trained_model_path, "04").threshold == 0.123
+
+
+def test_a_model_that_is_not_there_names_its_notebook(settings, tiny_data):
+    run = Run("05_evaluation_and_cam", settings)
+    with pytest.raises(MSCNNError, match=r"no model at .*\.keras yet: run notebook 03_stage2_training first"):
+        mscnn.open_model(run, tiny_data, run.model_path, "03_stage2_training")
+
+
+def test_a_model_for_other_data_is_refused(settings, digits, trained_model_path):
+    with pytest.raises(MSCNNError, match=r"The model is for tiny with 5 categories .* the data is digits with 10"):
+        mscnn.open_model(Run("05_evaluation_and_cam", settings), digits, trained_model_path, "04")
+
+
+def test_a_truncated_model_is_named_and_left(settings, tiny_data, trained_model_path, tmp_path):
+    content = trained_model_path.read_bytes()[:-1000]
+    (tmp_path / "half.keras").write_bytes(content)
+    with pytest.raises(MSCNNError, match=r"half\.keras is damaged or not a model of this project"):
+        mscnn.open_model(Run("05_evaluation_and_cam", settings), tiny_data, tmp_path / "half.keras", "04")
+    assert (tmp_path / "half.keras").read_bytes() == content
+
+
+def test_a_slider_only_for_a_person(monkeypatch):
+    monkeypatch.delenv("MSCNN_HEADLESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    assert mscnn.in_notebook_of_a_person()
+    monkeypatch.setenv("MSCNN_HEADLESS", "1")
+    assert not mscnn.in_notebook_of_a_person()
+    monkeypatch.delenv("MSCNN_HEADLESS")
+    monkeypatch.delitem(sys.modules, "ipykernel")
+    assert not mscnn.in_notebook_of_a_person()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parser
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_without_options_is_the_defaults():
+    assert Settings(**vars(mscnn.command_line().parse_args([]))) == Settings()
+
+
+@pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
+def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
+    value = {"int": 7, "float": 0.25, "str": "some text", "bool": True}[one.type]
+    given = [f"--{one.name}"] if one.type == "bool" else [f"--{one.name}", str(value)]
+    parsed = Settings(**vars(mscnn.command_line().parse_args(given)))
+    assert getattr(parsed, one.name) == value
+    assert type(getattr(parsed, one.name)) is type(value)
+    assert dataclasses.replace(parsed, **{one.name: one.default}) == Settings()
+
+
+def test_there_is_no_other_option():
+    options = {option for action in mscnn.command_line()._actions for option in action.option_strings}
+    assert options == {"-h", "--help", *(f"--{one.name}" for one in dataclasses.fields(Settings))}
+
+
+def test_help_names_every_option_its_default_and_examples_that_work(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        mscnn.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for one in dataclasses.fields(Settings):
+        entry = re.search(rf"^  --{one.name}\b(.+?)(?=^  --|^\S)", text, re.M | re.S)
+        said = " ".join(entry[1].split())
+        assert one.metadata["help"] in said
+        if one.default not in ("", False):
+            assert f"(default: {one.default})" in said
+    examples = re.findall(r"python mscnn_helpers\.py (--.+)", text)
+    assert len(examples) >= 3
+    for example in examples:
+        Settings(**vars(mscnn.command_line().parse_args(shlex.split(example))))
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "many"], ["--treshold", "0.5"], ["--light_mode", "True"]])
+def test_what_is_no_option_ends_with_usage(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mscnn.main(wrong)
+    assert stop.value.code == 2
+    assert "usage: python mscnn_helpers.py" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# main: errors before anything runs
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a notebook was started")
+
+    monkeypatch.setattr(mscnn, "run_notebook", refuse)
+    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is put back
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs -1", "epochs is -1: it has to be 0 or more."),
+        ("--batch_size -1", "batch_size is -1: it has to be 0 or more."),
+        ("--seed -1", "seed is -1: it has to be 0 or more."),
+        ("--threshold 1.01", "threshold is 1.01: it is a confidence, so use 0 to 1 (default 0.7)."),
+        ("--threshold nan", "threshold is nan: it is a confidence, so use 0 to 1 (default 0.7)."),
+        ("--save_model ''", "save_model is empty"),
+        ("--load_model missing", "No model file 'missing': looked for "),
+        ("--stage2_only", "stage2_only keeps Stage 1, but there is no model at "),
+        ("--run_dir FILE", "Cannot write into the run folder "),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(nothing_runs, tmp_path, capsys, options, message):
+    (tmp_path / "file").touch()
+    arguments = [str(tmp_path / "file") if one == "FILE" else one for one in shlex.split(options)]
+    if "--run_dir" not in arguments:
+        arguments += ["--run_dir", str(tmp_path / "run")]
+    assert mscnn.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert f"error: {message}" in printed.err
+    assert "Traceback" not in printed.err
+    assert "usage" not in printed.err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The runner, with small notebooks
+# ------------------------------------------------------------------------------------------------------------
+
+PARAMETERS = "\n".join(
+    f"{one.name}: {one.type} = {one.default!r}  # {one.metadata['help']}" for one in dataclasses.fields(Settings)
+)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of its own; `project(name, cells...)` writes a notebook into it."""
+    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is put back
+    (tmp_path / "notebooks").mkdir()
+
+    def write(name: str, *cells: str):
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+        first = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+        notebook.cells = [first, *map(nbformat.v4.new_code_cell, cells)]
+        nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
+        return tmp_path / "runs" / "latest"
+
+    return write
+
+
+def outputs(path) -> str:
+    cells = nbformat.read(path, 4).cells
+    return "".join(out.get("text", "") for cell in cells for out in cell.get("outputs", []))
+
+
+def test_notebooks_run_in_order_with_the_parameters(project, capsys):
+    for name in ("one", "two"):
+        values = "epochs, light_mode, threshold, stage2_categories, os.environ['MSCNN_HEADLESS']"
+        folder = project(name, "import os", f"print('this is {name}', {values})")
+    mscnn.run_all(Settings(epochs=7, light_mode=True, threshold=0.5, stage2_categories="8"), ("one", "two"))
+    for name in ("one", "two"):
+        said = f"this is {name} 7 True 0.5 8 1"
+        assert said in outputs(folder / "notebooks" / f"{name}.ipynb")
+        assert said in (folder / "notebooks" / f"{name}.html").read_text("utf-8")
+    printed = capsys.readouterr().out
+    progress = [line for line in printed.splitlines() if line.startswith("[")]
+    assert progress == [f"[{name}] cell {i} of 4" for name in ("one", "two") for i in (1, 2, 3, 4)]
+    assert "    this is one" in printed, "what a cell prints is passed on"
+    assert printed.index("[one] cell 3") < printed.index("this is one") < printed.index("[two]")
+    assert Run("total", Settings()).read("metrics")["seconds"]["total"] > 0
+    assert nbformat.read(folder.parent.parent / "notebooks" / "one.ipynb", 4).cells[1].outputs == []
+
+
+def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, capsys):
+    folder = project("bad", "print('so far')", "result = {}['nothing']", "print('never')")
+    monkeypatch.setattr(mscnn, "NOTEBOOKS", ("bad", "after"))
+    monkeypatch.setattr(mscnn.run_all, "__defaults__", (("bad", "after"),))
+    assert mscnn.main([]) == 1
+    partial = folder / "notebooks" / "bad.ipynb"
+    printed = capsys.readouterr()
+    assert "error: bad failed in cell " in printed.err
+    assert "KeyError: 'nothing'" in printed.err
+    assert str(partial) in printed.err
+    assert "[after]" not in printed.out
+    assert "so far" in outputs(partial)
+    assert "never" not in outputs(partial)
+    assert "KeyError" in partial.with_suffix(".html").read_text("utf-8")
+
+
+def test_a_kernel_that_dies_is_an_error_in_plain_sight(project):
+    folder = project("dies", "print('so far')", "import os; os._exit(1)")  # as when the memory is used up
+    with pytest.raises(MSCNNError, match=r"^dies: its Python process died, .* memory") as error:
+        mscnn.run_all(Settings(), ("dies",))
+    assert str(folder / "notebooks" / "dies.ipynb") in str(error.value)
+    assert "so far" in outputs(folder / "notebooks" / "dies.ipynb")
+
+
+def test_an_older_result_does_not_pass_for_a_new_one(project):
+    folder = project("bad", "print('fine')")
+    mscnn.run_all(Settings(), ("bad",))
+    assert "fine" in (folder / "notebooks" / "bad.html").read_text("utf-8")
+    project("bad", "raise SystemError('broken')")
+    with pytest.raises(MSCNNError, match="SystemError: broken"):
+        mscnn.run_all(Settings(), ("bad",))
+    for suffix in (".ipynb", ".html"):
+        assert "broken" in (folder / "notebooks" / f"bad{suffix}").read_text("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The end of a run
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(settings):
+    run = Run("total", settings)
+    run.write(
+        "metrics",
+        dataset={"name": "tiny", "light_mode": True, "fallback": False, "sizes": {"test": 100}},
+        stage1={"accuracy": 0.612, "aurc": 0.1234},
+        two_stage={"threshold": 0.7, "coverage": 0.5, "selective_accuracy": 0.875, "aurc": 0.0987},
+        report="the report of the categories",
+        seconds={"total": 83.2},
+    )
+    return run
+
+
+def test_the_end_says_what_came_out_and_where_to_look(finished, capsys):
+    mscnn.print_result(finished)
+    printed = capsys.readouterr().out
+    for part in ("the report of the categories", "light mode", "100 test images", "61.2%", "87.5%", "50.0%", "0.1234"):
+        assert part in printed
+    for part in ("0.0987", "83 s", str(finished.folder), "05_evaluation_and_cam.html", "metrics.json"):
+        assert part in printed
+    assert mscnn.FALLBACK_NOTICE not in printed
+
+
+def test_the_end_on_the_fallback_data_with_nothing_accepted(finished, capsys):
+    metrics = finished.read("metrics")
+    finished.write("metrics", dataset={**metrics["dataset"], "fallback": True})
+    finished.write("metrics", two_stage={**metrics["two_stage"], "coverage": 0.0, "selective_accuracy": float("nan")})
+    mscnn.print_result(finished)
+    printed = capsys.readouterr().out
+    assert mscnn.FALLBACK_NOTICE in printed
+    assert "nothing is accepted" in printed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same messages through a notebook
+# ------------------------------------------------------------------------------------------------------------
+
+
+def command(settings: Settings, **changes) -> list[str]:
+    """The command line for these settings."""
+    given = dataclasses.asdict(dataclasses.replace(settings, **changes))
+    options = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items() if value]
+    return [part for option in options for part in option]
+
+
+def test_a_misspelt_category_reads_the_same_through_the_command_line(settings, monkeypatch, capsys, tiny_data):
+    monkeypatch.setenv("MSCNN_HEADLESS", "")
+    with pytest.raises(MSCNNError) as direct:
+        mscnn.categories_from("shipp", tiny_data.category_names)
+    assert mscnn.main(command(settings, stage2_categories="shipp")) == 1
+    error = capsys.readouterr().err
+    assert str(direct.value) in error
+    assert "01_data_and_light_mode failed in cell" in error
+
+
+def test_a_model_for_other_data_reads_the_same_through_the_command_line(
+    settings, trained_model, trained_model_path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MSCNN_HEADLESS", "")
+    other = write_tiny_npz(tmp_path / "other.npz", train=200, test=40)
+    with pytest.raises(MSCNNError) as direct:
+        trained_model.check_matches(mscnn.load_dataset(str(other)))
+    assert mscnn.main(command(settings, dataset=str(other), load_model=str(trained_model_path))) == 1
+    error = capsys.readouterr().err
+    assert str(direct.value) in error
+    assert "02_stage1_training failed in cell" in error
+
+
+def test_the_module_is_imported_quietly_and_without_jupyter():
+    code = "import sys, mscnn_helpers; print(*sorted({'papermill', 'nbconvert', 'seaborn'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""
+    assert result.stderr == "", "TensorFlow's start-up chatter is kept quiet"

@@ -1,0 +1,388 @@
+"""Section 1: choices of categories, parameters, the run folder."""
+
+import dataclasses
+import json
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import MSCNNError, Run, Settings, categories_from
+
+CIFAR10 = mscnn.CIFAR10_NAMES
+EVERYTHING = tuple(range(10))
+
+# ------------------------------------------------------------------------------------------------------------
+# categories_from
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("ship,truck", (8, 9)),
+        ("8,9", (8, 9)),
+        ("ship,9", (8, 9)),
+        ("ship,2", (2, 8)),
+        ("truck, ship", (8, 9)),
+        ("SHIP", (8,)),
+        ("ship,ship,8", (8,)),
+        ("[8, 9]", (8, 9)),
+        ("(8, 9)", (8, 9)),
+        ("['ship', \"truck\"]", (8, 9)),
+        ("ship,", (8,)),
+        (8, (8,)),
+        (np.int64(8), (8,)),
+        (["ship", 9], (8, 9)),
+        ((9, 8, 9), (8, 9)),
+        (np.array([8, 9]), (8, 9)),
+        ({"cat"}, (3,)),
+        ("0", (0,)),
+        (0, (0,)),
+        ("", EVERYTHING),
+        ("  ", EVERYTHING),
+        ("[]", EVERYTHING),
+        ([], EVERYTHING),
+    ],
+)
+def test_choice_of_categories(chosen, expected):
+    assert categories_from(chosen, CIFAR10) == expected
+
+
+def test_a_name_that_is_a_number_wins_over_an_index():
+    assert categories_from("7,3", ("3", "5", "7")) == (0, 2)
+
+
+def test_a_misspelt_category_gets_a_proposal_and_the_list():
+    with pytest.raises(MSCNNError, match=r"Unknown category 'shipp'\. Did you mean ship\?") as error:
+        categories_from("cat,shipp", CIFAR10)
+    assert ", ".join(CIFAR10) in str(error.value)
+
+
+def test_a_proposal_keeps_the_capitals_of_the_name():
+    with pytest.raises(MSCNNError, match=r"Did you mean T-shirt\?"):
+        categories_from("t-shrt", mscnn.FASHION_NAMES)
+
+
+def test_no_proposal_where_nothing_is_alike():
+    with pytest.raises(MSCNNError, match="Unknown category 'qqq'") as error:
+        categories_from("qqq", CIFAR10)
+    assert "mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("index", ["10", "-1", 10, -1, [8, 10], "ship,10"])
+def test_an_index_out_of_range(index):
+    with pytest.raises(MSCNNError, match=r"Category index (10|-1) is out of range: use 0 to 9\."):
+        categories_from(index, CIFAR10)
+
+
+@pytest.mark.parametrize("nonsense", ["--5", "²", "1.5", "8-9"])
+def test_what_only_looks_like_an_index(nonsense):
+    with pytest.raises(MSCNNError, match="Unknown category"):
+        categories_from(nonsense, CIFAR10)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_documented_defaults():
+    assert dataclasses.asdict(Settings()) == {
+        "epochs": 50,
+        "batch_size": 32,
+        "stage2_only": False,
+        "stage2_categories": "",
+        "threshold": 0.7,
+        "light_mode": False,
+        "load_model": "",
+        "save_model": "multistage_cnn_model",
+        "dataset": "auto",
+        "seed": 0,
+        "run_dir": "runs/latest",
+    }
+
+
+def test_every_parameter_is_explained():
+    assert all(one.metadata["help"] for one in dataclasses.fields(Settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", -1, "epochs is -1: it has to be 0 or more."),
+        ("batch_size", -32, "batch_size is -32: it has to be 0 or more."),
+        ("seed", -1, "seed is -1: it has to be 0 or more."),
+        ("threshold", 1.5, "threshold is 1.5: it is a confidence, so use 0 to 1 (default 0.7)."),
+        ("threshold", -0.1, "threshold is -0.1: it is a confidence, so use 0 to 1 (default 0.7)."),
+        ("threshold", 70, "threshold is 70: it is a confidence, so use 0 to 1 (default 0.7)."),
+        ("threshold", float("nan"), "threshold is nan"),
+        ("save_model", " ", "save_model is empty"),
+        ("epochs", 2.5, "epochs is 2.5: it has to be of type int."),
+        ("epochs", "5", "epochs is '5': it has to be of type int."),
+        ("epochs", True, "epochs is True: it has to be of type int."),
+        ("light_mode", 1, "light_mode is 1: it has to be of type bool."),
+        ("light_mode", "False", "light_mode is 'False': it has to be of type bool."),
+        ("threshold", True, "threshold is True: it has to be of type float."),
+        ("threshold", "0.7", "threshold is '0.7': it has to be of type float."),
+        ("load_model", None, "load_model is None: it has to be of type str."),
+    ],
+)
+def test_a_wrong_parameter_is_named(name, value, message):
+    with pytest.raises(MSCNNError, match=re.escape(message)):
+        Settings(**{name: value})
+
+
+def test_the_limits_themselves_are_allowed():
+    for threshold in (0.0, 1.0, 0, 1):
+        value = Settings(threshold=threshold, epochs=0, batch_size=0, seed=0).threshold
+        assert (value, type(value)) == (threshold, float)
+
+
+@pytest.mark.parametrize("given", [8, [8, 9], (8, 9), "[8, 9]"])
+def test_categories_may_come_as_numbers_from_papermill(given):
+    settings = Settings(stage2_categories=given)
+    assert type(settings.stage2_categories) is str
+    assert categories_from(settings.stage2_categories, CIFAR10) == categories_from(given, CIFAR10)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().epochs = 5
+
+
+@pytest.mark.parametrize(
+    ("stage2_only", "categories", "expected"),
+    [
+        (False, "", "both stages are trainable"),
+        (False, "ship", "both stages are trainable"),
+        (True, "", "Stage 1 frozen"),
+        (True, "8,9", "Stage 1 frozen, categories ship, truck only"),
+    ],
+)
+def test_a_run_says_its_mode(stage2_only, categories, expected):
+    assert Settings(stage2_only=stage2_only, stage2_categories=categories).mode(CIFAR10) == expected
+
+
+def test_mode_refuses_an_unknown_category_even_where_it_would_not_show():
+    with pytest.raises(MSCNNError, match="Did you mean ship"):
+        Settings(stage2_categories="shipp").mode(CIFAR10)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files that are whole or not there
+# ------------------------------------------------------------------------------------------------------------
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()])
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def half(partial):
+        partial.write_text("half")
+        raise error
+
+    with pytest.raises(MSCNNError if isinstance(error, OSError) else type(error)) as caught:
+        mscnn._write_whole(path, half)
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["file"]
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"Cannot write {path}: No space left on device. Choose another place."
+
+
+def test_a_file_is_replaced_in_one_go(tmp_path):
+    path = tmp_path / "new" / "file"
+    mscnn._write_whole(path, lambda partial: partial.write_text("one"))
+
+    def look_at_the_old_one(partial):
+        partial.write_text("two")
+        assert path.read_text() == "one"
+
+    mscnn._write_whole(path, look_at_the_old_one)
+    assert path.read_text() == "two"
+    assert names_in(path.parent) == ["file"]
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(MSCNNError, match=r"Cannot write .*taken/model\.keras: .*Choose another place"):
+        mscnn._write_whole(tmp_path / "taken" / "model.keras", lambda path: path.write_text("x"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Run
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run("02_stage1_training", Settings(run_dir=str(tmp_path / "run")))
+
+
+def test_what_is_written_is_read_and_the_rest_is_kept(run):
+    assert run.read("metrics") == {}
+    run.write("metrics", a=1, b={"c": 2})
+    run.write("metrics", b=3)
+    assert run.read("metrics") == {"a": 1, "b": 3}
+    assert Run("03", run.settings).read("metrics") == {"a": 1, "b": 3}
+    assert names_in(run.folder) == ["figures", "metrics.json"]
+
+
+def test_numbers_of_numpy_and_what_json_lacks(run):
+    run.write(
+        "metrics",
+        nan=float("nan"),
+        infinite=np.float64("-inf"),
+        whole=np.int64(3),
+        part=np.float32(0.5),
+        flag=np.bool_(True),
+        plain=True,
+        array=np.array([[1.0, np.nan]]),
+        nested={1: (np.float64(0.25), "text", None)},
+    )
+
+    def no_nan(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    read = json.loads((run.folder / "metrics.json").read_text("utf-8"), parse_constant=no_nan)
+    assert read == {
+        "nan": None,
+        "infinite": None,
+        "whole": 3,
+        "part": 0.5,
+        "flag": True,
+        "plain": True,
+        "array": [[1.0, None]],
+        "nested": {"1": [0.25, "text", None]},
+    }
+
+
+def test_names_are_written_readably(run):
+    run.write("metrics", category="猫")
+    assert "猫" in (run.folder / "metrics.json").read_text("utf-8")
+
+
+def test_a_damaged_record_is_named(run):
+    (run.folder / "metrics.json").write_text('{"a": ')
+    with pytest.raises(MSCNNError, match=r"metrics\.json is damaged .*delete it and run from notebook 01"):
+        run.read("metrics")
+
+
+def test_require_names_the_notebook_that_is_missing(run):
+    run.write("history", stage1={"loss": [1.0]})
+    assert run.require("history", "stage1", "02_stage1_training") == {"loss": [1.0]}
+    with pytest.raises(MSCNNError, match="holds no 'stage2' yet: run notebook 03_stage2_training first"):
+        run.require("history", "stage2", "03_stage2_training")
+
+
+@pytest.mark.parametrize("inside", ["", "inner/deeper"])
+def test_a_run_folder_that_cannot_be_written(tmp_path, inside):
+    (tmp_path / "file").write_text("not a folder")
+    where = tmp_path / "file" / inside
+    with pytest.raises(MSCNNError, match=r"Cannot write into the run folder .*file.*: .*Choose another run_dir"):
+        Run("01", Settings(run_dir=str(where)))
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_relative_folders_start_at_the_module(monkeypatch, tmp_path):
+    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path)
+    assert Run("01", Settings()).folder == tmp_path / "runs" / "latest"
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.keras"])
+def test_where_the_model_goes(run, tmp_path, name):
+    settings = dataclasses.replace(run.settings, save_model=name)
+    assert Run("03", settings).model_path == run.folder / "mine.keras"
+    elsewhere = dataclasses.replace(run.settings, save_model=str(tmp_path / "v1.2" / name))
+    assert Run("03", elsewhere).model_path == tmp_path / "v1.2" / "mine.keras"
+
+
+def test_a_dot_in_the_name_of_a_model_is_no_suffix(run):
+    settings = dataclasses.replace(run.settings, save_model="model_v1.2")
+    assert Run("03", settings).model_path.name == "model_v1.2.keras"
+
+
+def test_no_model_to_start_from(run):
+    assert run.starting_model() is None
+
+
+def test_stage2_only_starts_from_the_model_of_the_run_folder(run):
+    again = Run("02", dataclasses.replace(run.settings, stage2_only=True))
+    with pytest.raises(MSCNNError, match=r"no model at .*multistage_cnn_model\.keras: give load_model, or run once"):
+        again.starting_model()
+    again.model_path.write_bytes(b"model")
+    assert again.starting_model() == again.model_path
+
+
+@pytest.mark.parametrize("stage2_only", [False, True])
+def test_load_model_goes_first(run, tmp_path, stage2_only):
+    run.model_path.write_bytes(b"the run folder's")
+    (tmp_path / "other.keras").write_bytes(b"another")
+    for name in ("other", "other.keras"):
+        settings = dataclasses.replace(run.settings, stage2_only=stage2_only, load_model=str(tmp_path / name))
+        assert Run("02", settings).starting_model() == tmp_path / "other.keras"
+
+
+def test_load_model_is_looked_for_here_and_in_the_run_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    again = Run("02", dataclasses.replace(run.settings, load_model="mine"))
+    (again.folder / "mine.keras").write_bytes(b"in the run folder")
+    assert again.starting_model() == again.folder / "mine.keras"
+    (tmp_path / "mine.keras").write_bytes(b"in the working directory")
+    assert again.starting_model() == tmp_path / "mine.keras"
+
+
+def test_a_missing_model_says_where_it_was_looked_for(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    again = Run("02", dataclasses.replace(run.settings, load_model="missing"))
+    with pytest.raises(MSCNNError, match="No model file 'missing'") as error:
+        again.starting_model()
+    for folder in (mscnn.project_root(), tmp_path, run.folder):
+        assert str(folder / "missing.keras") in str(error.value)
+
+
+def red_share(path) -> float:
+    """Share of the pixels that are red, as the notice is."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return ((pixels[..., 0] > 150) & (pixels[..., 1:].max(axis=-1) < 80)).mean()
+
+
+def test_a_figure_is_saved_and_marked_on_the_fallback_data(run):
+    def figure():
+        made, axis = plt.subplots()
+        axis.plot([0, 1], [0, 1], color="black")
+        plt.close(made)
+        return made
+
+    plain = figure()
+    assert run.save_figure(plain, "plain") is plain
+    with Image.open(run.figures / "plain.png") as picture:
+        assert picture.format == "PNG"
+    assert names_in(run.figures) == ["plain.png"]
+    assert red_share(run.figures / "plain.png") == 0
+
+    run.write("metrics", dataset={"fallback": False})
+    assert not run.save_figure(figure(), "chosen").texts
+
+    run.write("metrics", dataset={"fallback": True})
+    marked = run.save_figure(figure(), "marked")
+    assert [text.get_text() for text in marked.texts] == [mscnn.FALLBACK_NOTICE]
+    assert red_share(run.figures / "marked.png") > 0.001
+
+
+def test_finish_records_the_seconds_of_each_notebook(run, capsys):
+    Run("01_data_and_light_mode", run.settings).finish()
+    run.started -= 12
+    run.finish()
+    seconds = run.read("metrics")["seconds"]
+    assert list(seconds) == ["01_data_and_light_mode", "02_stage1_training"]
+    assert 12 <= seconds["02_stage1_training"] < 20
+    assert str(run.folder) in capsys.readouterr().out

@@ -1,0 +1,409 @@
+"""Section 6: recipes, Stage 1, companion, Stage 2, selective retraining."""
+
+import dataclasses
+import json
+import zipfile
+from types import SimpleNamespace
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+from sklearn.metrics import roc_auc_score
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import MSCNNError, MultiStageCNN, Recipe
+
+ONE_EPOCH = Recipe(epochs=1, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def model(trained_model_path) -> MultiStageCNN:
+    """The trained model, shared: only for tests that change nothing."""
+    return mscnn.load_model(trained_model_path)
+
+
+@pytest.fixture(scope="module")
+def few_images(tiny_data) -> mscnn.Dataset:
+    """`tiny_data` with 96 train images, where only the way matters and not the result."""
+    return dataclasses.replace(tiny_data, train=tiny_data.train.take(np.arange(96)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Recipe and schedule
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "epochs", "batch_size"),
+    [
+        (45_000, (0, 0), 16, 512),
+        (20_000, (0, 0), 16, 512),
+        (19_999, (0, 0), 20, 64),
+        (4_500, (5, 0), 5, 64),
+        (45_000, (50, 32), 50, 32),
+        (100, (0, 16), 20, 16),
+    ],
+)
+def test_recipe_for(images, asked, epochs, batch_size):
+    recipe = mscnn.recipe_for(images, *asked)
+    assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
+
+
+@pytest.mark.parametrize("warm_up", [0.0, 0.23])
+def test_learning_rate_rises_then_falls_to_nearly_nothing(warm_up):
+    schedule = mscnn._optimizer(0.5, 200, ONE_EPOCH, warm_up)._learning_rate
+    rates = np.array([float(schedule(step)) for step in range(201)])
+    top = int(200 * warm_up)
+    assert rates.argmax() == top and rates[top] == pytest.approx(0.5)
+    assert (np.diff(rates[: top + 1]) > 0).all() and (np.diff(rates[top:]) < 0).all()
+    assert rates[-1] == pytest.approx(0.005) and rates[0] == pytest.approx(0.1 if warm_up else 0.5)
+
+
+def test_the_schedule_spans_the_training(untrained_model, few_images, monkeypatch):
+    """96 images in batches of 40 are 3 steps an epoch; the peak is proportional to the batch size."""
+    asked, make = [], mscnn._optimizer
+    monkeypatch.setattr(mscnn, "_optimizer", lambda *arguments: asked.append(arguments) or make(*arguments))
+    recipe = Recipe(epochs=2, batch_size=40, learning_rate=0.64)
+    mscnn.train_stage1(untrained_model, few_images, recipe)
+    assert asked == [(pytest.approx(0.64 * 40 / 512), 6, recipe, recipe.warm_up)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stage 1 and companion
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"), [([0.2, 0.9, 0.5], 2), ([0.3, 0.4, 0.6], 3), ([0.9, 0.1, 0.9, 0.8], 3), ([0.0], 1)]
+)
+def test_the_best_epoch_is_kept(accuracies, best, capsys):
+    """The later one of equals, since a later epoch has had the lower learning rate."""
+    network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    callback = mscnn.KeepBestWeights()
+    callback.set_model(network)
+    callback.on_train_begin()
+    for epoch, accuracy in enumerate(accuracies):
+        network.set_weights([np.full((1, 1), epoch + 1.0)])
+        callback.on_epoch_end(epoch, {"val_accuracy": accuracy, "accuracy": 1 - accuracy})
+    callback.on_train_end()
+    assert network.get_weights()[0] == best
+    assert f"after epoch {best};" in capsys.readouterr().out
+
+
+def test_stage1_and_companion_learn(model, tiny_data):
+    """Chance is 20 %."""
+    images, labels = tiny_data.test
+    assert (model.stage1_logits(images).argmax(axis=1) == labels).mean() > 0.75
+    assert (model.companion(images).numpy().argmax(axis=1) == labels).mean() > 0.65
+
+
+@pytest.fixture(scope="module")
+def trained_twice(trained_model_path, few_images):
+    """Stage 1 trained on for two epochs from the same start: twice with seed 1, once with seed 2."""
+    runs = []
+    for seed in (1, 1, 2):
+        model = mscnn.load_model(trained_model_path)
+        history = mscnn.train_stage1(model, few_images, Recipe(epochs=2, batch_size=32), seed)
+        runs.append(SimpleNamespace(model=model, history=history))
+    return runs
+
+
+def test_the_seed_decides_the_weights(trained_twice):
+    one, again, other = (run.model.fingerprints()["stage1"] for run in trained_twice)
+    assert one == again != other
+
+
+def test_training_stage1_leaves_stage2_alone(trained_twice, model):
+    before, after = model.fingerprints(), trained_twice[0].model.fingerprints()
+    assert {name for name in before if before[name] != after[name]} == {"stage1"}
+
+
+def test_history_has_a_value_an_epoch_and_the_kept_weights_are_the_best(trained_twice, few_images):
+    images, labels = few_images.calibration
+    for run in trained_twice:
+        assert set(run.history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+        assert all(len(values) == 2 for values in run.history.values())
+        accuracy = (run.model.stage1_logits(images).argmax(axis=1) == labels).mean()
+        assert max(run.history["val_accuracy"]) == pytest.approx(accuracy)
+
+
+def test_the_optimizer_does_not_end_up_in_the_model_file(trained_twice, tmp_path):
+    model = trained_twice[0].model
+    assert not model.compiled and not model.stage1.compiled
+    model.save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras") as archive:
+        assert not json.loads(archive.read("config.json")).get("compile_config")
+        names = []
+        with h5py.File(archive.extract("model.weights.h5", tmp_path)) as file:
+            file.visit(names.append)
+    assert names and not [name for name in names if "optimizer" in name or "momentum" in name]
+
+
+def test_tensorboard_logs_are_written_only_if_asked_for(untrained_model, few_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mscnn.train_stage1(untrained_model, few_images, ONE_EPOCH)
+    assert not list(tmp_path.iterdir())
+    mscnn.train_stage1(untrained_model, few_images, ONE_EPOCH, log_dir=tmp_path / "logs")
+    assert {path.parent.name for path in tmp_path.rglob("*tfevents*")} == {"train", "validation"}
+
+
+def test_only_training_sees_altered_images(untrained_model, few_images, monkeypatch):
+    """With the augmentation replaced by blackening: all that is not training still sees the images themselves."""
+    seen, plain = [], mscnn.RandomFlipCrop.call
+
+    def blacken(self, images, training=False):
+        seen.append(bool(training))
+        return images * 0 if training else plain(self, images, training)
+
+    monkeypatch.setattr(mscnn.RandomFlipCrop, "call", blacken)
+    history = mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=2, batch_size=32))
+    assert set(seen) == {True, False}
+    assert max(history["accuracy"]) < 0.35  # all train images were the same
+    assert untrained_model.stage1_logits(few_images.calibration.images).std(axis=0).min() > 1e-3
+
+
+def test_a_frozen_stage1_refuses_training(trained_model, few_images):
+    before = trained_model.fingerprints()
+    trained_model.set_stage1_trainable(False)
+    with pytest.raises(MSCNNError, match=r"stage1 is frozen: call set_stage1_trainable\(True\)"):
+        mscnn.train_stage1(trained_model, few_images, ONE_EPOCH)
+    assert trained_model.fingerprints() == before
+    trained_model.set_stage1_trainable()
+    mscnn.train_stage1(trained_model, few_images, ONE_EPOCH)
+    assert trained_model.fingerprints()["stage1"] != before["stage1"]
+
+
+def test_the_companion_is_copied_to_the_trainable_categories(trained_model, few_images):
+    before = trained_model.fingerprints()
+    trained_model.train_only("cat,dog")
+    mscnn.train_companion(trained_model, few_images, ONE_EPOCH)
+    after = trained_model.fingerprints()
+    assert {n for n in before if before[n] != after[n]} == {"companion", "stage2/cat", "stage2/dog"}
+    assert after["stage2/cat"] == after["stage2/dog"] == after["companion"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a Stage 2 CNN is trained on
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_half_of_the_drawn_images_show_the_category():
+    labels = np.arange(50) % 5
+    for count in (40, 41):
+        drawn = mscnn.draw_stage2_images(labels, np.full(50, 0.2), 3, count, np.random.default_rng(0))
+        assert drawn.shape == (count,)
+        np.testing.assert_array_equal(labels[drawn] == 3, np.arange(count) % 2 == 0)
+
+
+def test_hard_images_are_drawn_in_proportion_to_their_probability():
+    """Of the others in proportion to probability + 0.001; of the category itself evenly, however sure Stage 1 is."""
+    rng = np.random.default_rng(0)
+    labels, probability = np.arange(30) % 3, rng.random(30) ** 4
+    probability[labels == 1] = np.linspace(0, 1, 10)
+    probability[0] = 0  # never mistaken: drawn all the same, though rarely
+    drawn = mscnn.draw_stage2_images(labels, probability, 1, 200_000, rng)
+    counts = np.bincount(drawn, minlength=30)
+    own, weight = labels == 1, (probability + 0.001)[labels != 1]
+    assert chisquare(counts[own]).pvalue > 0.01
+    assert chisquare(counts[~own], 100_000 * weight / weight.sum()).pvalue > 0.01
+    assert counts[0] > 0
+
+
+def test_the_same_generator_draws_the_same():
+    labels, probability = np.arange(30) % 3, np.linspace(0, 1, 30)
+    one, same, other = (
+        mscnn.draw_stage2_images(labels, probability, 1, 100, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+def test_batches_carry_the_right_labels(model, tiny_data):
+    trainer = mscnn.Stage2Trainer(model, tiny_data, Recipe(epochs=4, batch_size=32))
+    assert trainer.steps == round(0.125 * 4 * 420 / 32 / 5) == 1
+    batches = list(trainer._batches(2, np.random.default_rng(0)))
+    assert len(batches) == 5
+    for images, right in batches:
+        assert images.dtype == np.uint8 and images.shape == (32, 32, 32, 3)
+        np.testing.assert_array_equal(right, np.arange(32) % 2 == 0)
+    shown = {image.tobytes() for image in tiny_data.train.images[tiny_data.train.labels == 2]}
+    assert [image.numpy().tobytes() in shown for image in images] == [bool(r) for r in right]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stage 2
+# ------------------------------------------------------------------------------------------------------------
+
+
+def retrain(path, data, categories: str, start: str = "companion") -> MultiStageCNN:
+    model = mscnn.load_model(path)
+    model.train_only(categories)
+    mscnn.train_stage2(model, data, Recipe(epochs=5, batch_size=32), seed=4, start=start)
+    return model
+
+
+def test_a_category_does_not_depend_on_those_trained_before(trained_model_path, few_images):
+    """Neither the optimiser's state nor the random numbers of the category before reach the next one."""
+    together = retrain(trained_model_path, few_images, "cat,truck").fingerprints()
+    alone = retrain(trained_model_path, few_images, "truck").fingerprints()
+    assert together["stage2/truck"] == alone["stage2/truck"]
+    assert together["stage2/cat"] != alone["stage2/cat"]
+
+
+def test_all_categories_are_trained_by_one_graph(trained_model, few_images, monkeypatch):
+    traces, loss = [], keras.losses.BinaryCrossentropy
+
+    class Spy(loss):
+        def call(self, *arguments):
+            traces.append(1)  # Python runs this only while a graph is made: one for training, one for validation
+            return super().call(*arguments)
+
+    monkeypatch.setattr(keras.losses, "BinaryCrossentropy", Spy)
+    trainer = mscnn.Stage2Trainer(trained_model, few_images, Recipe(epochs=5, batch_size=32))
+    trainer.train(0, trained_model.companion, seed=0)
+    first = len(traces)
+    for category in (1, 2, 3):
+        trainer.train(category, trained_model.companion, seed=0)
+    assert 2 <= first <= 4 and len(traces) == first
+
+
+def test_only_trainable_categories_are_trained_each_from_its_start(trained_model, few_images, monkeypatch):
+    calls = []
+
+    class Spy:
+        def __init__(self, *arguments):
+            pass
+
+        def train(self, category, start, seed):
+            calls.append((category, start.name, seed))
+            return {"accuracy": [0.5], "loss": [0.5]}
+
+    monkeypatch.setattr(mscnn, "Stage2Trainer", Spy)
+    trained_model.train_only("truck,1")
+    histories = mscnn.train_stage2(trained_model, few_images, ONE_EPOCH)
+    assert list(histories) == ["cat", "truck"]
+    mscnn.train_stage2(trained_model, few_images, ONE_EPOCH, start="current")
+    assert [name for _, name, _ in calls] == ["companion", "companion", "category_1", "category_3"]
+    assert len({seed for _, _, seed in calls[:2]}) == 2  # each category draws its own images
+
+
+def test_training_stage2_leaves_its_start_and_the_calibration_alone(trained_model, few_images):
+    before = trained_model.fingerprints()
+    trained_model.set_stage2_category_trainable("", False)
+    trained_model.set_stage2_category_trainable("dog")
+    history = mscnn.train_stage2(trained_model, few_images, Recipe(epochs=5, batch_size=32))["dog"]
+    after = trained_model.fingerprints()
+    assert {name for name in before if before[name] != after[name]} == {"stage2/dog"}
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    assert all(len(values) == 5 for values in history.values())
+
+
+def test_a_category_that_stage1_never_predicts_is_trained_without_validation(trained_model, few_images):
+    trainer = mscnn.Stage2Trainer(trained_model, few_images, Recipe(epochs=5, batch_size=32))
+    trainer.predicted = np.zeros_like(trainer.predicted)
+    assert set(trainer.train(3, trained_model.companion, seed=0)) == {"loss", "accuracy"}
+
+
+def test_stage2_learns_what_is_right(model, untrained_model, tiny_data):
+    """Each trained judge tells its category from the others; an untrained one does not."""
+    images = np.concatenate([tiny_data.test.images, tiny_data.certification.images])
+    labels = np.concatenate([tiny_data.test.labels, tiny_data.certification.labels])
+
+    def auroc(judges: MultiStageCNN) -> np.ndarray:
+        return np.array([roc_auc_score(labels == c, judges.stage2_log_odds(images, c)) for c in range(5)])
+
+    assert auroc(model).min() > 0.9
+    assert auroc(untrained_model).mean() < 0.75
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Selective retraining
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_losses_are_those_of_the_decisions(model, tiny_data):
+    decisions = model.decide(tiny_data.calibration.images)
+    got = mscnn.calibration_losses(model, tiny_data)
+    assert got.shape == (5,)
+    for c in range(5):
+        here = decisions.stage1_category == c
+        right = tiny_data.calibration.labels[here] == c
+        given = np.where(right, decisions.confidence[here], 1 - decisions.confidence[here])
+        assert got[c] == pytest.approx(-np.log(given).mean())
+
+
+def test_the_weakest_categories_have_the_highest_losses(model, tiny_data, monkeypatch):
+    """A category that Stage 1 never predicts is not among them, unless all are asked for."""
+    monkeypatch.setattr(mscnn, "calibration_losses", lambda *_: np.array([0.3, np.nan, 0.1, 0.9, 0.3]))
+    assert mscnn.weakest_categories(model, tiny_data) == (0, 3)
+    assert mscnn.weakest_categories(model, tiny_data, 1) == (3,)
+    assert mscnn.weakest_categories(model, tiny_data, 4) == (0, 2, 3, 4)
+
+
+@pytest.fixture
+def noisy_training(monkeypatch):
+    """Stage 2's training replaced by one that ruins the weights at once."""
+
+    def ruin(model, data, recipe, seed, start):
+        rng = np.random.default_rng(seed)
+        for c in model.trainable_categories():
+            network = model.stage2_of(c)
+            network.set_weights([rng.normal(size=w.shape) ** 2 for w in network.get_weights()])
+        return {}
+
+    monkeypatch.setattr(mscnn, "train_stage2", ruin)
+
+
+def test_a_worse_category_is_put_back(trained_model, tiny_data, noisy_training, monkeypatch):
+    """The judge is ruined, and its row made to doubt everything, so that the log loss does rise."""
+    before, losses = trained_model.fingerprints(), mscnn.calibration_losses(trained_model, tiny_data)
+    moved, during = {"stage2/cat", "calibration/cat", "stage2/dog", "calibration/dog"}, []
+
+    def doubt(self, split, categories):
+        rows = self.rows.numpy()
+        rows[list(categories)] = [-5, 0, 0]
+        self.rows.assign(rows)
+        during.append(self.fingerprints())
+
+    monkeypatch.setattr(MultiStageCNN, "calibrate", doubt)
+    results, _ = mscnn.retrain_stage2(trained_model, tiny_data, "dog,cat", ONE_EPOCH)
+    assert {name for name in before if before[name] != during[0][name]} == moved
+    assert trained_model.fingerprints() == before
+    assert [(r.category, r.kept) for r in results] == [("cat", False), ("dog", False)]
+    assert [r.loss_before for r in results] == [losses[1], losses[4]]
+    assert all(r.loss_after > r.loss_before + 1 for r in results)
+
+    results, _ = mscnn.retrain_stage2(trained_model, tiny_data, "dog,cat", ONE_EPOCH, keep_worse=True)
+    assert all(r.kept for r in results)
+    assert {name for name in before if before[name] != trained_model.fingerprints()[name]} == moved
+
+
+def test_each_category_is_judged_by_itself(trained_model, tiny_data, noisy_training, monkeypatch):
+    """Better is kept; equal, worse and unknown are put back."""
+    before = trained_model.fingerprints()
+    nan = np.nan
+    losses = iter([np.array([0.5, 0.5, 0.5, nan, 0.5]), np.array([0.4, 0.5, 0.6, nan, 0.1])])
+    monkeypatch.setattr(mscnn, "calibration_losses", lambda *_: next(losses))
+    results, _ = mscnn.retrain_stage2(trained_model, tiny_data, "0,1,2,3", ONE_EPOCH)
+    assert [r.kept for r in results] == [True, False, False, False]
+    after = trained_model.fingerprints()
+    assert {n for n in before if before[n] != after[n]} == {"stage2/airplane", "calibration/airplane"}
+
+
+def test_an_unknown_category_stops_retraining_before_it_begins(trained_model, tiny_data, noisy_training):
+    before, free = trained_model.fingerprints(), trained_model.trainable_categories()
+    with pytest.raises(MSCNNError, match="Category index 5 is out of range: use 0 to 4"):
+        mscnn.retrain_stage2(trained_model, tiny_data, "ship,5", ONE_EPOCH)
+    assert trained_model.fingerprints() == before and trained_model.trainable_categories() == free
+
+
+@pytest.mark.parametrize(
+    ("only", "chosen", "calibrated", "kept"),
+    [(True, "ship", True, True), (True, "", True, False), (False, "ship", True, False), (True, "ship", False, False)],
+)
+def test_stage2_is_kept_where_some_categories_of_a_finished_model_are_retrained(only, chosen, calibrated, kept):
+    model = SimpleNamespace(category_names=mscnn.CIFAR10_NAMES, is_calibrated=calibrated)
+    settings = mscnn.Settings(stage2_only=only, stage2_categories=chosen)
+    assert mscnn.stage2_is_kept(model, settings) is kept
