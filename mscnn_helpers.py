@@ -1298,19 +1298,22 @@ class Recipe:
 
     epochs: int
     batch_size: int
-    learning_rate: float = 0.75  # peak, at batches of 512; proportional to the batch size
+    companion_epochs: int = 0  # 0: as many as Stage 1
+    learning_rate: float = 0.5  # peak, at batches of 512; proportional to the batch size
     momentum: float = 0.85
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.1
     warm_up: float = 0.23  # share of the steps in which the learning rate rises
     stage2_learning_rate: float = 0.02  # at batches of 256
-    stage2_share: float = 0.125  # images drawn for a category in an epoch, as a share of the train split
+    stage2_share: float = 0.11  # images drawn for a category in an epoch, as a share of the train split
 
 
 def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     """The recipe for a number of train images; epochs or batch size 0 leave the choice to it."""
     small = images < 20_000  # more, smaller steps where an epoch has few images
-    return Recipe(epochs or (20 if small else 16), batch_size or (64 if small else 512))
+    epochs = epochs or (20 if small else 18)
+    # With many images a companion that is trained half as long serves Stage 2, too.
+    return Recipe(epochs, batch_size or (64 if small else 512), companion_epochs=0 if small else -(-epochs // 2))
 
 
 def _optimizer(peak: float, steps: int, recipe: Recipe, warm_up: float) -> keras.optimizers.Optimizer:
@@ -1394,7 +1397,8 @@ def train_companion(
     model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
 ) -> dict[str, list[float]]:
     """Trains the companion, then makes every trainable Stage 2 CNN a copy of it."""
-    history = train_classifier(model.companion, data, recipe, seed + 1, log_dir)
+    shorter = dataclasses.replace(recipe, epochs=recipe.companion_epochs or recipe.epochs)
+    history = train_classifier(model.companion, data, shorter, seed + 1, log_dir)
     for category in model.trainable_categories():
         model.stage2_of(category).set_weights(model.companion.get_weights())
     return history

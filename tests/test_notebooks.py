@@ -29,7 +29,9 @@ FOLDER = ROOT / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 CHAIN = [FOLDER / f"{name}.ipynb" for name in mscnn.NOTEBOOKS]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mscnn"]
-SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(?P<code>.+?)\n```\n\n</details>", re.DOTALL)
+# Blank lines around the fence: without them the code is not set as code inside <details>.
+SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n(?:(?!</?details>).)+\n\n</details>", re.S)
+PYTHON = re.compile(r"(?<=\n\n)```python\n(.+?)\n```(?=\n\n)", re.S)
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -44,7 +46,9 @@ def prose(path) -> str:
 
 
 def solutions(path) -> list[str]:
-    return [match["code"] for cell in cells(path, "markdown") for match in SOLUTION.finditer(cell.source)]
+    """The code of each solution."""
+    text = "\n\n".join(cell.source for cell in cells(path, "markdown"))
+    return ["\n".join(PYTHON.findall(solution)) for solution in SOLUTION.findall(text)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,7 +292,7 @@ def test_two_or_three_exercises_each_with_a_collapsed_solution(path):
     for part in re.split(r"^\*\*(?:Exercise )?\d\.", exercises, flags=re.M)[1:]:
         assert part.count("<details>") == part.count("</details>") == len(SOLUTION.findall(part)) == 1
     for code in solutions(path):
-        compile(code, path.name, "exec")
+        assert ast.parse(code).body, "a solution is worked: it has code"
 
 
 # ------------------------------------------------------------------------------------------------------------

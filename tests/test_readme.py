@@ -1,0 +1,351 @@
+"""Both READMEs: what they name exists, what they show runs, and they say the same in both languages."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import mscnn_helpers as mscnn
+
+PATHS = {"en": ROOT / "README.md", "ja": ROOT / "README.ja.md"}
+TEXTS = {language: path.read_text("utf-8") for language, path in PATHS.items()}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in mscnn.NOTEBOOKS]
+
+both = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+
+
+def prose(text: str) -> str:
+    """The text without its fenced blocks."""
+    return FENCE.sub("", text)
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """(level, title) of each."""
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) (.+)$", prose(text), re.M)]
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def code(text: str) -> str:
+    """Everything to type: fenced blocks that are not pictures, and inline code; a line each."""
+    blocks = [block for kind, block in FENCE.findall(text) if kind != "text"]
+    return "\n".join([*blocks, *inline_code(text)])
+
+
+def between(text: str, name: str) -> str:
+    """What stands between `<!-- name -->` and `<!-- /name -->`."""
+    (found,) = re.findall(rf"^<!-- {name} -->\n(.*?)\n<!-- /{name} -->$", text, re.M | re.S)
+    return found
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of the rows of the Markdown tables in a text, without headers."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    header = [i for i, row in enumerate(lines) if all(set(cell) == {"-"} for cell in row)]
+    return [row for i, row in enumerate(lines) if i not in header and i + 1 not in header]
+
+
+def anchor(title: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The two languages
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_same_headings():
+    assert [level for level, _ in headings(TEXTS["en"])] == [level for level, _ in headings(TEXTS["ja"])]
+
+
+def test_same_code_blocks():
+    english, japanese = (FENCE.findall(text) for text in TEXTS.values())
+    assert [kind for kind, _ in english] == [kind for kind, _ in japanese]
+    for (kind, one), (_, other) in zip(english, japanese, strict=True):
+        if kind == "text" and one != other:  # a tree of files, with remarks at the right
+            one, other = (re.sub(r"(?<=[\w/]) .*$", "", block, flags=re.M) for block in (one, other))
+        assert one == other
+
+
+def test_same_inline_code_links_and_figures():
+    english, japanese = TEXTS.values()
+    assert Counter(inline_code(english)) == Counter(inline_code(japanese))
+    places = [
+        [one for one in LINK.findall(text) if one[0] != "#" and "README" not in one] for text in (english, japanese)
+    ]
+    assert places[0] == places[1]
+    assert len(table_rows(english)) == len(table_rows(japanese))
+    # Figures in words, such as 'ten' or 'a tenth', are digits in Japanese; large and decimal ones are so in both.
+    numbers = [
+        Counter(re.findall(r"\b\d+,\d{3}\b|\b\d+\.\d+\b", between_languages(text))) for text in (english, japanese)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+def between_languages(text: str) -> str:
+    """Without what is written differently in Japanese on purpose: '54 million' is 5,400 万."""
+    return re.sub(r"\d[\d,.]* (?:万|million)", "", prose(text))
+
+
+def test_each_links_to_the_other():
+    assert "[日本語](README.ja.md)" in TEXTS["en"]
+    assert "[English](README.md)" in TEXTS["ja"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is named exists
+# ------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_links_resolve(text):
+    anchors = {anchor(title) for _, title in headings(text)}
+    for target in LINK.findall(text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif target == "benchmarks/risk_coverage.png":
+            measured = ROOT / "benchmarks" / "quality.json"  # both come from a full run
+            assert (ROOT / target).is_file() or not measured.is_file(), target
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+@both
+def test_every_notebook_is_listed_with_its_badge(text):
+    listed = re.findall(r"^\| \[[^\]]+\]\((notebooks/\w+\.ipynb)\) .*/(notebooks/\w+\.ipynb)\) \|$", text, re.M)
+    assert listed == [(one, one) for one in NOTEBOOKS]
+
+
+@both
+def test_make_targets_exist(text):
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code(text)))
+    assert {"run", "test", "lab", "lint", "format", "test-slow", "badges", "lock", "env"} <= named
+    assert named <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
+
+
+@both
+def test_files_exist(text):
+    """Files of the project that are named in code; a run's files are the subject of the next test."""
+    named = set(re.findall(r"(?<![\w./\\-])[\w./-]+\.(?:py|toml|txt|lock|yml|ipynb)\b", code(text)))
+    assert {"mscnn_helpers.py", "benchmarks/quality.py", "requirements.lock", "environment.yml"} <= named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@both
+def test_a_run_leaves_what_the_tree_shows(text):
+    source = (ROOT / "mscnn_helpers.py").read_text("utf-8")
+    notebooks = "".join((ROOT / name).read_text("utf-8") for name in NOTEBOOKS).replace('\\"', '"')
+    tree = next(block for kind, block in FENCE.findall(text) if block.startswith("runs/latest/\n"))
+    pictures, records = re.findall(r"(\w+)\.png", tree), re.findall(r"(\w+)\.json", tree)
+    assert len(pictures) >= 11
+    for picture in [*pictures, "example_image"]:
+        assert f'"{picture}")' in notebooks or f'"{picture}.png"' in notebooks, picture
+    for record in records:
+        assert f'"{record}"' in source, record
+    run = mscnn.Run("total", mscnn.Settings())
+    assert {path.name for path in (run.model_path, run.stage1_path)} == set(re.findall(r"\w+\.keras", tree))
+    assert run.folder == ROOT / "runs/latest"
+    pages = re.findall(r"runs/latest/notebooks/(\w+)\.html", text)
+    assert pages
+    assert set(pages) <= set(mscnn.NOTEBOOKS)
+
+
+@both
+def test_environment_variables_are_read(text):
+    source = (ROOT / "mscnn_helpers.py").read_text("utf-8")
+    named = set(re.findall(r"\bMSCNN_[A-Z_]+", text))
+    assert named == {"MSCNN_DATA_DIR", "MSCNN_HEADLESS"}
+    assert all(f'"{name}"' in source for name in named)
+
+
+@both
+def test_docker_lines_fit_the_dockerfile(text):
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    runs = re.findall(r"^docker run (.*)$", text, re.M)
+    assert len(runs) == 4
+    assert sum("--memory=4g" in line for line in runs) == 1
+    for line in runs:
+        words = shlex.split(line)
+        assert {word.split(":")[1] for word in words if word.startswith("$PWD")} == {"/data", "/mscnn/runs"}
+        assert "mscnn" in words
+    assert "ENV MSCNN_DATA_DIR=/data" in dockerfile
+    assert "WORKDIR /mscnn\n" in dockerfile
+    assert "EXPOSE 8888" in dockerfile
+    assert "USER 1000" in dockerfile
+    assert f"ARG {re.search(r'--build-arg (BASE)=', text)[1]}=" in dockerfile
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is to be typed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def command_lines(text: str) -> list[str]:
+    """The arguments of every `python mscnn_helpers.py …` and `make run ARGS="…"`."""
+    direct = re.findall(r"python3? mscnn_helpers\.py(.*)$", code(text), re.M)
+    return direct + re.findall(r'make run ARGS="([^"]+)"', code(text))
+
+
+@both
+def test_command_lines_parse(text):
+    lines = command_lines(text)
+    assert len(lines) >= 10
+    for line in lines:
+        if line.strip() != "--help":
+            mscnn.Settings(**vars(mscnn.command_line().parse_args(shlex.split(line))))
+
+
+@both
+def test_options_exist(text):
+    options = {f"--{one.name}" for one in dataclasses.fields(mscnn.Settings)}
+    named = {one.split()[0] for one in inline_code(text) if one.startswith("--")}
+    assert named - options == {"--gpus", "--user"}  # Docker's
+
+
+@both
+def test_papermill_gets_parameters_of_the_right_type(text):
+    kinds = {one.name: one.type for one in dataclasses.fields(mscnn.Settings)}
+    given = re.findall(r"-p (\w+) ([\w./]+)", code(text))
+    assert len(given) >= 3
+    for name, value in given:
+        kind = "bool" if value in ("True", "False") else "int" if value.isdecimal() else "str"
+        assert kind == kinds[name], name
+
+
+@both
+def test_shell_blocks_are_shell(text):
+    for kind, block in FENCE.findall(text):
+        if kind == "sh":
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+@both
+def test_python_blocks_run(text, trained_model_path, tmp_path, monkeypatch, capsys):
+    """In the folder of a project whose run has left a model, a retrained model and a picture."""
+    run = tmp_path / "runs" / "latest"
+    (run / "figures").mkdir(parents=True)
+    for name in ("multistage_cnn_model", "retrained"):
+        shutil.copy(trained_model_path, run / f"{name}.keras")
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(run / "figures" / "example_image.png")
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for kind, block in FENCE.findall(text):
+        if kind == "python":
+            exec(compile(block, "README", "exec"), {})
+            printed.append(capsys.readouterr().out.strip())
+    names = [*mscnn.load_model(trained_model_path).category_names, mscnn.OTHER]
+    assert printed[0] == "[]"  # two copies of one model
+    assert re.fullmatch(rf"({'|'.join(names)}) \d+%", printed[1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_parameters_are_those_of_settings(text):
+    rows = [[cell.strip("`") for cell in row] for row in table_rows(between(text, "parameters"))]
+    fields = dataclasses.fields(mscnn.Settings)
+    assert [(name, kind, ast.literal_eval(default)) for name, kind, default, _ in rows] == [
+        (one.name, one.type, one.default) for one in fields
+    ]
+    if text == TEXTS["en"]:
+        assert [row[3] for row in rows] == [one.metadata["help"] for one in fields]
+
+
+@both
+def test_figures_of_the_recipe_and_the_networks(text):
+    large, small = mscnn.recipe_for(20_000), mscnn.recipe_for(19_999)
+    (sentence,) = re.findall(r"^- .*20,000.*$", text, re.M)
+    numbers = {int(number) for number in re.findall(r"\b\d+\b", sentence.replace("20,000", ""))}
+    assert numbers == {large.epochs, large.batch_size, small.epochs, small.batch_size}
+    for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS):
+        assert "/".join(map(str, widths)) in text
+    assert all(f"`{suffix}`" in text for suffix in mscnn.IMAGE_SUFFIXES)
+    work, weights = [], []
+    for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS):
+        network = mscnn.build_cnn("n", (32, 32, 3), 10, widths, [128.0] * 3, [64.0] * 3, True, "float32")
+        layers = [layer for layer in network.layers if hasattr(layer, "kernel")]
+        work.append(sum(np.prod(one.output.shape[1:-1]) * np.prod(one.kernel.shape) for one in layers) / 1e6)
+        weights.append(network.count_params() / 1e6)
+    millions = [round(value) for value in (*work, work[0] + 2 * work[1])]  # the last is a whole decision
+    everything = round(weights[0] + 11 * weights[1], 1)
+    if text == TEXTS["en"]:
+        expected = [*(f"{value} million multiply-adds" for value in millions), f"{everything} million weights"]
+    else:
+        expected = [*(f"{100 * value:,} 万回" for value in millions), f"{100 * everything:.0f} 万個"]
+    assert [one for one in expected if one not in text] == []
+
+
+def quality():
+    """benchmarks/quality.py as a module."""
+    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers_of(cell: str) -> list[str]:
+    return re.findall(r"\d+(?:\.\d+)?", cell)
+
+
+def disagreements(shown: str, runs: list[dict]) -> list[str]:
+    """Where a table of results (Markdown) is not what quality.json (`runs`) says.
+
+    It has a row for each kind of run, in the order of RESULTS.md; each cell but the first holds the numbers of a cell
+    of the same row there. Somewhere beside them stand each kind's arguments, and the device.
+    """
+    module = quality()
+    kinds = [kind for kind in module.KINDS if any(run["kind"] == kind for run in runs)]
+    measured = table_rows(module.table(runs))[: len(kinds)]
+    rows = [row for row in table_rows(shown) if len(row) >= 5]
+    wrong = [] if len(rows) == len(kinds) else [f"{len(rows)} rows for {len(kinds)} kinds"]
+    for row, expected in zip(rows, measured, strict=False):
+        known = [numbers_of(cell) for cell in expected[1:]]
+        wrong += [f"{cell} is not in {expected}" for cell in row[1:] if numbers_of(cell) not in known]
+        if numbers_of(expected[2]) not in [numbers_of(cell) for cell in row[1:]]:
+            wrong.append(f"Stage 1's accuracy {expected[2]} is missing")
+    stated = [*(module.KINDS[kind][1] for kind in kinds), *{run["device"] for run in runs}]
+    return wrong + [f"'{one}' is missing" for one in stated if one not in shown]
+
+
+@both
+def test_results_are_those_measured(text):
+    path = ROOT / "benchmarks" / "quality.json"
+    shown = between(text, "results")
+    if path.is_file():
+        assert disagreements(shown, json.loads(path.read_text("utf-8"))) == []
+    else:
+        assert "|" not in shown, "a table without measurements"
+
+
+def test_a_wrong_result_is_noticed():
+    """The test above, on a made-up measurement, since it is idle until something has been measured."""
+    stage = {"accuracy": 0.9134, "aurc": 0.0123, "coverage": 0.95, "selective_accuracy": 0.9421}
+    run = {"kind": "light", "seed": 0, "command": "python x", "minutes": 3.21, "peak_memory_gb": 2.5, "commit": "abc"}
+    run |= {"dataset": {"name": "cifar10"}, "stage1": stage, "two_stage": {**stage, "aurc": 0.01}}
+    run |= {"versions": {"python": "3"}, "device": "some processor"}
+    table = quality().table([run])
+    summary = table[table.index("| run") : table.index("| command")]
+    shown = f"{summary}\n`--epochs 5 --light_mode`, some processor"
+    assert disagreements(shown, [run]) == []
+    assert disagreements(shown.replace("91.34", "91.43"), [run]) != []
+    assert disagreements(shown.replace("some processor", ""), [run]) == ["'some processor' is missing"]
+    assert disagreements(shown.replace("| cifar10", "cifar10"), [run]) != []
