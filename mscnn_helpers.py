@@ -1867,6 +1867,7 @@ def plot_history(history: dict[str, dict]):
                 xlabel="epoch" if stage != "stage2" else "fifth of the training",
                 ylabel=measure,
             )
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend(frameon=False)
             axis.grid(alpha=0.3)
     return figure
@@ -2112,7 +2113,7 @@ class _Progress(logging.Handler):
         if message.startswith("Executing Cell"):
             number = message.removeprefix("Executing Cell").strip(" -")
             print(f"[{self.title}] cell {number} of {self.cells}", flush=True)
-        elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook")):
+        elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook", "<")):
             print("    " + message.rstrip().replace("\n", "\n    "), flush=True)
 
 
