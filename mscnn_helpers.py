@@ -510,7 +510,7 @@ def _cifar10() -> _Raw:
         batch = pickle.loads(content, encoding="bytes")
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
         parts.append((images, np.asarray(batch[b"labels"])))
-    x_train, y_train = (np.concatenate(arrays) for arrays in zip(*parts[:5], strict=True))
+    x_train, y_train = (np.ascontiguousarray(np.concatenate(one)) for one in zip(*parts[:5], strict=True))
     return _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
 
 
@@ -1063,14 +1063,16 @@ class MultiStageCNN(keras.Model):
         self.built = True
 
     @classmethod
-    def for_dataset(cls, data: Dataset, policy: str | None = None, **settings) -> MultiStageCNN:
+    def for_dataset(cls, data: Dataset, policy: str | None = None, seed: int = 0, **settings) -> MultiStageCNN:
         """A new model for a data set: its input statistics and whitening from the train split, weights random."""
+        keras.utils.set_random_seed(seed)
         mean, std = data.channel_statistics()
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, policy=policy or fastest_policy(),
             **settings,
         )  # fmt: skip
-        kernel = whitening_kernel(data.train.images[:5000], mean, std)
+        some = data.train.images[:: -(-len(data.train) // 5000)]  # from all over: images may be sorted by category
+        kernel = whitening_kernel(some, mean, std)
         for network in (model.stage1, model.companion, *model.stage2.values()):
             network.get_layer("whitening").kernel.assign(kernel)
         return model
@@ -1316,13 +1318,15 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     return Recipe(epochs, batch_size or (64 if small else 512), companion_epochs=0 if small else -(-epochs // 2))
 
 
-def _optimizer(peak: float, steps: int, recipe: Recipe, warm_up: float) -> keras.optimizers.Optimizer:
-    """SGD with Nesterov momentum; the learning rate rises, then falls along a cosine to a hundredth."""
-    rising = int(warm_up * steps)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.2 * peak if rising else peak, max(steps - rising, 1), alpha=0.01,
-        warmup_target=peak if rising else None, warmup_steps=rising,
-    )  # fmt: skip
+def learning_rate_schedule(recipe: Recipe, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Of Stage 1 and the companion: rises from a fifth to the peak, then falls along a cosine to a hundredth."""
+    peak, rising = recipe.learning_rate * recipe.batch_size / 512, int(recipe.warm_up * steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.2 * peak, max(steps - rising, 1), alpha=0.01, warmup_target=peak, warmup_steps=rising
+    )
+
+
+def _sgd(schedule: keras.optimizers.schedules.LearningRateSchedule, recipe: Recipe) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(schedule, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
 
 
@@ -1367,12 +1371,11 @@ def train_classifier(
         raise MSCNNError(f"{network.name} is frozen: call set_stage1_trainable(True), or leave stage2_only off.")
     _seed(network, seed)
     steps = -(-len(data.train) // recipe.batch_size) * recipe.epochs
-    peak = recipe.learning_rate * recipe.batch_size / 512
     one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
     # A second Model on the same layers, so that optimizer and metrics do not end up in the model file.
     trainer = keras.Model(network.inputs, network.outputs)
     trainer.compile(
-        _optimizer(peak, steps, recipe, recipe.warm_up),
+        _sgd(learning_rate_schedule(recipe, steps), recipe),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         metrics=["accuracy"],
         jit_compile=False,  # XLA was slower on CPU wherever it was measured
@@ -1467,7 +1470,7 @@ class Stage2Trainer:
 
         peak = recipe.stage2_learning_rate * self.batch_size / 256
         self.trainer.compile(
-            _optimizer(peak, self.steps * self.ROUNDS, recipe, warm_up=0.0),
+            _sgd(keras.optimizers.schedules.CosineDecay(peak, self.steps * self.ROUNDS, alpha=0.01), recipe),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[accuracy],
             jit_compile=False,

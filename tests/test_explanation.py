@@ -122,9 +122,8 @@ def test_cam_finds_what_makes_the_category(model):
     background[0, 1:17, 1:17] += np.array([225, 60, 60]) - 128
     background[1, 15:31, 15:31] += np.array([225, 60, 60]) - 128
     squares = np.clip(background, 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(model.stage1_logits(squares).argmax(axis=1), 3)
     first, second = class_activation_map(model.stage1, squares, 3)  # (3, 3): top left and bottom right differ
-    assert first[0, 0] > first[-1, -1] and second[-1, -1] > second[0, 0]
+    assert first[0, 0] > first[-1, -1] + 0.2 and second[-1, -1] > second[0, 0] + 0.2
 
 
 def test_mixed_precision_gives_maps_too(tiny_data, images):

@@ -462,9 +462,7 @@ def ci(tmp_path: Path):
         if data:
             installer = project / re.search(r"^real_data=(\S+)$", CI_RUN, re.M)[1]
             installer.parent.mkdir(parents=True)
-            installer.write_text(
-                "import pathlib, sys\npathlib.Path(sys.argv[1], 'laid-out').touch()", "utf-8"
-            )
+            installer.write_text("import pathlib, sys\npathlib.Path(sys.argv[1], 'laid-out').touch()", "utf-8")
         path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         env = clean_environment(PATH=path, REAL_PYTHON=sys.executable, FAILS=fails, TMPDIR=tmp_path)
         env.pop("MSCNN_DATA_DIR", None)

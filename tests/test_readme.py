@@ -158,7 +158,7 @@ def test_a_run_leaves_what_the_tree_shows(text):
     for picture in [*pictures, "example_image"]:
         assert re.search(rf'"{picture}(?:"\s*\)|\.png")', notebooks), picture
     for record in records:
-        assert f'"{record}"' in source, record
+        assert f'"{record}"' in source + notebooks, record
     run = mscnn.Run("total", mscnn.Settings())
     assert {path.name for path in (run.model_path, run.stage1_path)} == set(re.findall(r"\w+\.keras", tree))
     assert run.folder == ROOT / "runs/latest"
