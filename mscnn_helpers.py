@@ -699,7 +699,6 @@ def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
 
 STAGE1_WIDTHS = (64, 128, 128)  # 54 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
-LOGIT_SCALE = 0.25
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
@@ -812,7 +811,7 @@ class PartialIdentity(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         random = keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")
-        kernel = np.array(random(shape))
+        kernel = keras.ops.convert_to_numpy(random(shape)).copy()
         count = min(shape[2], shape[3])
         kernel[:, :, :, :count] = 0
         kernel[1, 1, range(count), range(count)] = 1
@@ -828,6 +827,7 @@ def build_cnn(
     std: Sequence[float],
     flip: bool,
     policy: str,
+    logit_scale: float = 0.25,
 ) -> keras.Model:
     """A small CNN from uint8 images (B, H, W, channels) to float32 logits (B, categories).
 
@@ -839,6 +839,8 @@ def build_cnn(
         mean, std: of each channel of the train split, in pixel values 0..255.
         flip: whether training mirrors images.
         policy: Keras dtype policy of the convolutions: "float32" or "mixed_bfloat16".
+        logit_scale: factor of the dense layer's inputs. Below 1 its steps are smaller: at a high learning
+            rate this layer is the first to diverge.
     """
     layers = keras.layers
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
@@ -855,8 +857,7 @@ def build_cnn(
             x = FusedBatchNormalization(dtype=policy)(x)
             x = layers.ReLU(dtype=policy, name=f"block{block}" if half == 2 else None)(x)
     x = layers.GlobalAveragePooling2D(dtype="float32", name="pooled")(x)  # (B, widths[-1])
-    # Smaller inputs, smaller steps of the dense layer: at a high learning rate it is the first to diverge.
-    x = layers.Rescaling(LOGIT_SCALE, name="scaled")(x)
+    x = layers.Rescaling(logit_scale, dtype="float32", name="scaled")(x)
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
@@ -1029,6 +1030,7 @@ class MultiStageCNN(keras.Model):
         policy: str = "float32",
         stage1_widths: Sequence[int] = STAGE1_WIDTHS,
         stage2_widths: Sequence[int] = STAGE2_WIDTHS,
+        logit_scale: float = 0.25,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -1036,6 +1038,7 @@ class MultiStageCNN(keras.Model):
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
             "policy": policy, "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
+            "logit_scale": logit_scale,
         }  # fmt: skip
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.threshold = (
@@ -1046,8 +1049,9 @@ class MultiStageCNN(keras.Model):
         )
         count = len(self.category_names)
         build = functools.partial(
-            build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy
-        )
+            build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy,
+            logit_scale=logit_scale,
+        )  # fmt: skip
         self.stage1 = build("stage1", widths=stage1_widths)
         self.companion = build("companion", widths=stage2_widths)
         self.stage2 = {name: build(name, widths=stage2_widths) for name in map(_category_key, range(count))}
@@ -1723,7 +1727,7 @@ def class_activation_map(network: keras.Model, images: np.ndarray, category: int
         float32 (B, h, w); its mean plus the dense layer's bias is the logit.
     """
     features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
-    weights = LOGIT_SCALE * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
+    weights = network.get_layer("scaled").scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
     return np.asarray(tf.cast(features, tf.float32)) @ weights
 
 
@@ -1939,7 +1943,7 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
         counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="best")
     return figure
 
 
@@ -1983,6 +1987,7 @@ def plot_retraining(results: Sequence[Retraining]):
     labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
+    axis.margins(y=0.25)  # room for the legend
     axis.legend(frameon=False)
     return figure
 
@@ -2105,19 +2110,36 @@ def in_notebook_of_a_person() -> bool:
 
 
 class _Progress(logging.Handler):
-    """Turns papermill's log into one line a cell, and passes on what the cells print."""
+    """Turns papermill's log into one line a code cell, and passes on what the cells print.
 
-    def __init__(self, title: str, cells: int):
+    Args:
+        title: the notebook's name.
+        code_cells: numbers, from 1, of the code cells of the notebook that is executed.
+    """
+
+    def __init__(self, title: str, code_cells: list[int]):
         super().__init__()
-        self.title, self.cells = title, cells
+        self.title, self.code_cells = title, code_cells
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if message.startswith("Executing Cell"):
-            number = message.removeprefix("Executing Cell").strip(" -")
-            print(f"[{self.title}] cell {number} of {self.cells}", flush=True)
+            number = int(message.removeprefix("Executing Cell").strip(" -"))
+            if number in self.code_cells:
+                step = self.code_cells.index(number) + 1
+                print(f"[{self.title}] cell {step} of {len(self.code_cells)}", flush=True)
         elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook", "<")):
             print("    " + message.rstrip().replace("\n", "\n    "), flush=True)
+
+
+def _code_cells(notebook: Path) -> list[int]:
+    """Numbers of the code cells, counting the one that papermill puts behind the parameters."""
+    import nbformat
+
+    cells = nbformat.read(notebook, 4).cells
+    kinds = [("code",) * (1 + ("parameters" in cell.metadata.get("tags", []))) for cell in cells]
+    kinds = [k if cell.cell_type == "code" else ("text",) for k, cell in zip(kinds, cells, strict=True)]
+    return [number for number, kind in enumerate(sum(kinds, ()), start=1) if kind == "code"]
 
 
 def run_notebook(name: str, settings: Settings) -> Path:
@@ -2126,14 +2148,13 @@ def run_notebook(name: str, settings: Settings) -> Path:
     Raises:
         MSCNNError: a cell failed; the message holds its error and names the partial notebook.
     """
-    import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     source = project_root() / "notebooks" / f"{name}.ipynb"
     target = project_root() / settings.run_dir / "notebooks" / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    logger, progress = logging.getLogger("papermill"), _Progress(name, len(nbformat.read(source, 4).cells) + 1)
+    logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -2145,6 +2166,7 @@ def run_notebook(name: str, settings: Settings) -> Path:
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
+            extra_arguments=["--log-level=ERROR"],  # the kernel's, of the notebook's own prints nothing is lost
         )
     except papermill.PapermillExecutionError as error:
         raise MSCNNError(
