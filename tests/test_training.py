@@ -49,6 +49,7 @@ def few_images(tiny_data) -> mscnn.Dataset:
 def test_recipe_for(images, asked, epochs, batch_size):
     recipe = mscnn.recipe_for(images, *asked)
     assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
+    assert recipe.companion_epochs == (2 * epochs if images < 20_000 else epochs / 2)
 
 
 def test_learning_rate_rises_then_falls_to_nearly_nothing():
@@ -312,8 +313,15 @@ def test_stage2_learns_what_is_right(model, untrained_model, tiny_data):
     def auroc(judges: MultiStageCNN) -> np.ndarray:
         return np.array([roc_auc_score(labels == c, judges.stage2_log_odds(images, c)) for c in range(5)])
 
-    assert auroc(model).min() > 0.9
-    assert auroc(untrained_model).mean() < 0.75
+    assert auroc(model).min() > 0.8
+    assert auroc(model).mean() > auroc(untrained_model).mean() + 0.15
+    # And so it finds Stage 1's errors, which an untrained judge does not.
+    category, _, trained, _ = model.log_odds(images)
+    untrained = np.zeros(len(images))
+    for c in range(5):
+        untrained[category == c] = untrained_model.stage2_log_odds(images[category == c], c)
+    right = category == labels
+    assert mscnn.aurc(trained, right) < 0.7 * mscnn.aurc(untrained, right)
 
 
 # ------------------------------------------------------------------------------------------------------------
