@@ -7,10 +7,6 @@ ARGS ?= --epochs 5 --light_mode
 # SYSTEM_PYTHON=1 uses the Python on the path as it is and installs nothing: for conda, containers and Colab.
 SYSTEM_PYTHON ?=
 
-# TensorFlow's start-up chatter would bury the progress; its errors still show.
-TF_CPP_MIN_LOG_LEVEL ?= 2
-export TF_CPP_MIN_LOG_LEVEL
-
 # ensurepip is asked for because Debian and Ubuntu ship venv without it. The *base* Python is reported, since an
 # activated .venv must not be the Python that replaces .venv.
 CHECK = import ensurepip, sys, venv; v = sys.version_info[:3]; assert (3, 10) <= v[:2] <= (3, 13); \
@@ -62,6 +58,7 @@ lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothi
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m nbstripout --verify --keep-id notebooks/*.ipynb
 	@$(RUN) .github/badges.py --check
+	@if command -v .venv/bin/hadolint > /dev/null; then .venv/bin/hadolint Dockerfile; fi
 
 format: env ## Bring code and notebooks into the shape that `make lint` wants
 	@$(RUN) -m ruff check --fix .

@@ -16,6 +16,8 @@ In comments beside tensors: B images in a batch, N in a split, H × W pixels, C 
 
 References
     Geifman & El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
+    Geifman et al., "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019 (AURC).
+    Platt, "Probabilistic Outputs for Support Vector Machines", 1999 (logistic calibration).
     Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (the shape of the CNNs; airbench).
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (CAM).
@@ -69,6 +71,7 @@ with _without_native_logs():
     import tensorflow as tf
 
 OTHER = "OTHER"
+FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 
 
 # ======================================================================================================
@@ -90,7 +93,7 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
 
     Args:
         chosen: names, indices or both: `"ship,truck"`, `"8,9"`, `"ship,9"`, `"[8, 9]"`, `8`, `["ship", 9]`.
-            Empty means all. Duplicates are folded.
+            The empty string means all, an empty list none. Duplicates are folded.
         names: the category names of the data set, (C,).
 
     Returns:
@@ -100,11 +103,12 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
         MSCNNError: an unknown name, or an index outside 0..C-1.
     """
     if isinstance(chosen, str):
+        if not chosen.strip():
+            return tuple(range(len(names)))
         chosen = [part.strip(" '\"") for part in chosen.strip(" []()").split(",")]
     elif isinstance(chosen, (int, np.integer)):
         chosen = [chosen]
-    wanted = [one for one in chosen if one != ""]
-    return tuple(sorted({_category_index(one, names) for one in wanted})) or tuple(range(len(names)))
+    return tuple(sorted({_category_index(one, names) for one in chosen}))
 
 
 def _category_index(one: str | int, names: Sequence[str]) -> int:
@@ -121,6 +125,13 @@ def _category_index(one: str | int, names: Sequence[str]) -> int:
     close = difflib.get_close_matches(text.lower(), folded, n=1)
     hint = f" Did you mean {folded[close[0]]}?" if close else ""
     raise MSCNNError(f"Unknown category '{text}'.{hint} Choose among: {', '.join(names)}.")
+
+
+def check_threshold(threshold: float) -> float:
+    """Returns the threshold, or raises MSCNNError if it is not a confidence from 0 to 1."""
+    if not 0 <= threshold <= 1:  # so that NaN is refused, too
+        raise MSCNNError(f"threshold is {threshold:g}: it is a confidence, so use 0 to 1 (default 0.7).")
+    return threshold
 
 
 def _parameter(default: Any, text: str) -> Any:
@@ -142,7 +153,9 @@ class Settings:
     threshold: float = _parameter(0.7, "confidence below which an image becomes OTHER, 0 to 1")
     light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
     load_model: str = _parameter("", "model file to start from")
-    save_model: str = _parameter("multistage_cnn_model", "name of the model file in the run folder, or a path")
+    save_model: str = _parameter(
+        "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
+    )
     dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
@@ -160,10 +173,13 @@ class Settings:
         for name in ("epochs", "batch_size", "seed"):
             if getattr(self, name) < 0:
                 raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
-        if not 0 <= self.threshold <= 1:
-            raise MSCNNError(f"threshold is {self.threshold:g}: it is a confidence, so use 0 to 1 (default 0.7).")
+        if self.seed >= 2**31:
+            raise MSCNNError(f"seed is {self.seed}: it has to be below {2**31}.")
+        check_threshold(self.threshold)
         if not self.save_model.strip():
             raise MSCNNError("save_model is empty: give the model file a name, such as multistage_cnn_model.")
+        if self.save_model.removesuffix(".keras") == "stage1":
+            raise MSCNNError("save_model is stage1, where notebook 02 leaves its model: choose another name.")
 
     def mode(self, names: Sequence[str]) -> str:
         """Says what this run trains, for example 'Stage 1 frozen, categories ship, truck only'."""
@@ -258,6 +274,12 @@ class Run:
         text = json.dumps(_jsonable({**self.read(name), **entries}), indent=2, ensure_ascii=False)
         _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
+    def forget(self, name: str, *entries: str) -> None:
+        """Takes entries out of `metrics.json` or `history.json`, because they no longer hold."""
+        kept = {key: value for key, value in self.read(name).items() if key not in entries}
+        text = json.dumps(kept, indent=2, ensure_ascii=False)
+        _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
     def require(self, name: str, entry: str, notebook: str) -> Any:
         """Reads one entry that an earlier notebook has left.
 
@@ -310,7 +332,6 @@ def _jsonable(value: Any) -> Any:
 # ======================================================================================================
 
 IMAGE_SIZE = 32  # pixels; other sizes are resized when they are loaded
-FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_NAMES = (
     "T-shirt",
@@ -326,7 +347,7 @@ FASHION_NAMES = (
 )
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-CIFAR10_MD5 = {  # as published inside the archive's torchvision and TensorFlow readers
+CIFAR10_MD5 = {  # of the files in the archive, as torchvision's reader checks them
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
     "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
@@ -459,10 +480,6 @@ def _read_dataset(name: str) -> _Raw:
     raise MSCNNError(f"Unknown dataset '{name}': use auto, {', '.join(builtin)}, a .npz file or an image folder.")
 
 
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
 def _download(url: str, known_hash: str, name: str) -> Path:
     """Downloads one file into the data folder by pooch, or finds it there; its hash is checked.
 
@@ -490,7 +507,8 @@ def _download(url: str, known_hash: str, name: str) -> Path:
                 "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
             )
     try:
-        fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=False)
+        print(f"Fetching {name} from {url}", flush=True)
+        fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=sys.stderr.isatty())
         return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
         raise FileNotFoundError(f"The download of {name} failed: {error}") from error
@@ -587,8 +605,8 @@ def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) == 0:
         raise MSCNNError(f"{name} has shape {images.shape}: use (N, H, W), (N, H, W, 1) or (N, H, W, 3).")
     low, high = float(images.min()), float(images.max())
-    if np.issubdtype(images.dtype, np.floating) and low >= 0 and high <= 1:
-        images = np.round(images * 255)
+    if images.dtype.kind in "fb" and low >= 0 and high <= 1:
+        images = np.round(images * 255.0)
     elif not (low >= 0 and high <= 255):
         raise MSCNNError(f"{name} goes from {low:g} to {high:g}: use 0 to 255, or floats from 0 to 1.")
     return images.astype(np.uint8)
@@ -621,7 +639,7 @@ def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np
     for label, name in enumerate(names):
         files = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            raise MSCNNError(f"No images of category '{name}' in {folder / name}: add some, or remove the folder.")
+            raise MSCNNError(f"No images of category '{name}' in {folder / name}: add some, or take the category out.")
         images += [read_image(path) for path in files]
         labels += [label] * len(files)
     return np.stack(images), np.asarray(labels)
@@ -638,13 +656,25 @@ def read_image(path: str | Path, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE
     height, width, channels = input_shape
     try:
         with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGB" if channels == 3 else "L")
+            picture = _flattened(ImageOps.exif_transpose(picture)).convert("RGB" if channels == 3 else "L")
     except FileNotFoundError as error:
         raise MSCNNError(f"There is no image at {path}.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError) as error:
         raise MSCNNError(f"{path} cannot be read as an image: {error}") from error
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted, np.uint8).reshape(height, width, channels)
+
+
+def _flattened(picture):
+    """A Pillow image without transparency (on white) and with 8 bits a channel."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16-bit grey
+        return Image.fromarray((np.asarray(picture) / 256).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture
 
 
 def _resized(images: np.ndarray) -> np.ndarray:
@@ -665,6 +695,10 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
     a calibration on a handful of images is worth nothing. Without test images a fifth is set aside.
     """
+    if len(raw.names) < 2 or len(set(raw.names)) < len(raw.names) or OTHER in raw.names:
+        raise MSCNNError(
+            f"Categories are {', '.join(raw.names)}: use two or more different names, none of them {OTHER}."
+        )
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None:
         train, test = _parted(train, round(0.2 * len(train)), seed)
@@ -982,6 +1016,15 @@ def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np
     return np.divide(total, images, out=np.full(count, np.nan), where=images > 0)
 
 
+class Opinions(NamedTuple):
+    """What both stages say of B images; every field has B rows."""
+
+    category: np.ndarray  # int 0..C-1: Stage 1's answer
+    stage1: np.ndarray  # float64, Stage 1's log-odds of it
+    stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
+    logits: np.ndarray  # float32 (B, C), Stage 1's
+
+
 class Decisions(NamedTuple):
     """What `MultiStageCNN.decide` says of B images; every field has B rows."""
 
@@ -1010,7 +1053,7 @@ class MultiStageCNN(keras.Model):
         mean, std: of each channel of the train split, in pixel values 0..255.
         flip: whether a mirrored image keeps its category. If so, training mirrors images and Stage 2's
             log-odds are the mean over the image and its mirror image.
-        dataset: name of the data set the model is trained on.
+        dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
         threshold: confidence below which an image is OTHER.
         policy: Keras dtype policy of the convolutions.
 
@@ -1026,6 +1069,7 @@ class MultiStageCNN(keras.Model):
         std: Sequence[float],
         flip: bool = True,
         dataset: str = "",
+        data_fingerprint: str = "",
         threshold: float = 0.7,
         policy: str = "float32",
         stage1_widths: Sequence[int] = STAGE1_WIDTHS,
@@ -1037,16 +1081,13 @@ class MultiStageCNN(keras.Model):
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
-            "policy": policy, "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
+            "data_fingerprint": data_fingerprint, "policy": policy,
+            "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
             "logit_scale": logit_scale,
         }  # fmt: skip
         self.category_names = tuple(category_names)
-        self.image_shape, self.flip, self.dataset, self.threshold = (
-            tuple(image_shape),
-            flip,
-            dataset,
-            threshold,
-        )
+        self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
+        self.threshold, self.data_fingerprint = check_threshold(threshold), data_fingerprint
         count = len(self.category_names)
         build = functools.partial(
             build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy,
@@ -1072,8 +1113,8 @@ class MultiStageCNN(keras.Model):
         keras.utils.set_random_seed(seed)
         mean, std = data.channel_statistics()
         model = cls(
-            data.category_names, data.input_shape, mean, std, data.flip, data.name, policy=policy or fastest_policy(),
-            **settings,
+            data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
+            policy=policy or fastest_policy(), **settings,
         )  # fmt: skip
         some = data.train.images[:: -(-len(data.train) // 5000)]  # from all over: images may be sorted by category
         kernel = whitening_kernel(some, mean, std)
@@ -1127,6 +1168,7 @@ class MultiStageCNN(keras.Model):
     def train_only(self, categories: str | int | Iterable) -> None:
         """Freezes everything but the Stage 2 CNNs of the given categories."""
         self.set_stage1_trainable(False)
+        self.companion.trainable = False
         self.set_stage2_category_trainable("", False)
         self.set_stage2_category_trainable(categories, True)
 
@@ -1142,7 +1184,8 @@ class MultiStageCNN(keras.Model):
         free = self.trainable_categories()
         stage2 = [line(name, c in free).ljust(20) for c, name in enumerate(self.category_names)]
         rows = ["   ".join(stage2[i : i + 5]).rstrip() for i in range(0, len(stage2), 5)]
-        return "\n".join([line("Stage 1", self.stage1.trainable), "Stage 2", *rows])
+        first = f"{line('Stage 1', self.stage1.trainable)}   {line('Companion', self.companion.trainable)}"
+        return "\n".join([first, "Stage 2", *rows])
 
     # ---- forward
 
@@ -1174,8 +1217,8 @@ class MultiStageCNN(keras.Model):
         logits = [_in_batches(graph, view, batch_size, len(self.category_names)) for view in views]
         return np.mean([log_odds(one, where) for one in logits], axis=0)
 
-    def log_odds(self, images: np.ndarray, batch_size: int = 512):
-        """Both stages' opinion: category int (B,), Stage 1's and Stage 2's log-odds float64 (B,), logits (B, C).
+    def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
+        """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
 
         Only the Stage 2 CNN of the predicted category is run: the images are sorted by category first.
         """
@@ -1185,7 +1228,7 @@ class MultiStageCNN(keras.Model):
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return category, log_odds(logits, category), stage2, logits
+        return Opinions(category, log_odds(logits, category), stage2, logits)
 
     def decide(self, images: np.ndarray, threshold: float | None = None, batch_size: int = 512) -> Decisions:
         """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
@@ -1198,11 +1241,10 @@ class MultiStageCNN(keras.Model):
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
-        category, stage1, stage2, logits = self.log_odds(images, batch_size)
+        category, stage1, stage2, logits = self.opinions(images, batch_size)
         confidence = combined_confidence(self.rows.numpy(), category, stage1, stage2)
-        final = accept(
-            category, confidence, self.threshold if threshold is None else threshold, len(self.category_names)
-        )
+        threshold = check_threshold(self.threshold if threshold is None else threshold)
+        final = accept(category, confidence, threshold, len(self.category_names))
         return Decisions(final, category, sigmoid(stage1), sigmoid(stage2), confidence, stage1, stage2, logits)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
@@ -1216,22 +1258,39 @@ class MultiStageCNN(keras.Model):
     # ---- calibration
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
-        """Fits the calibration rows on the calibration split.
+        """Fits calibration rows on the calibration split.
 
         Args:
-            categories: fit only these rows, shrunk towards the common row as it is. None: fit all, the
-                common row too.
+            categories: fit only these rows, shrunk towards the common row as it is. None: fit the rows of all
+                trainable categories, and the common row before them if no category is frozen.
+
+        Raises:
+            MSCNNError: a category is frozen.
         """
-        category, stage1, stage2, _ = self.log_odds(split.images)
+        free = self.trainable_categories()
+        chosen = free if categories is None else tuple(categories)
+        frozen = sorted(set(chosen) - set(free))
+        if frozen:
+            names = ", ".join(self.category_names[c] for c in frozen)
+            raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
+        category, stage1, stage2, _ = self.opinions(split.images)
         right, rows = category == split.labels, self.rows.numpy()
-        if categories is None:
+        if categories is None and len(free) == len(self.category_names):
             self.common_row.assign(fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH))
-        for c in range(len(self.category_names)) if categories is None else categories:
+        for c in chosen:
             here = category == c
             rows[c] = fit_calibration_row(
                 stage1[here], stage2[here], right[here], self.common_row.numpy(), ROW_STRENGTH
             )
         self.rows.assign(rows)
+
+    def void_calibration(self, categories: Iterable[int] | None = None) -> None:
+        """Marks rows as not calibrated, since what they were fitted to has been trained; None: all of them."""
+        rows = self.rows.numpy()
+        rows[slice(None) if categories is None else list(categories)] = np.nan
+        self.rows.assign(rows)
+        if categories is None:
+            self.common_row.assign(np.full(3, np.nan))
 
     # ---- save, load
 
@@ -1241,13 +1300,22 @@ class MultiStageCNN(keras.Model):
         _write_whole(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
 
     def check_matches(self, data: Dataset) -> None:
-        """Raises MSCNNError if the model was made for another data set."""
-        mine = (self.dataset, self.category_names, self.image_shape)
-        if mine != (data.name, data.category_names, data.input_shape):
+        """Raises MSCNNError if the model was made for another data set, or for other splits of it."""
+        pairs = {
+            "data set": (self.dataset, data.name),
+            "image shape": (self.image_shape, data.input_shape),
+            "list of categories": (", ".join(self.category_names), ", ".join(data.category_names)),
+        }
+        for what, (mine, given) in pairs.items():
+            if mine != given:
+                raise MSCNNError(
+                    f"The model is for another {what}: {mine}; the data has {given}. "
+                    "Choose the data set that the model was trained on, or train a new model."
+                )
+        if self.data_fingerprint not in ("", data.fingerprint):
             raise MSCNNError(
-                f"The model is for {self.dataset} with {len(self.category_names)} categories and images of "
-                f"{self.image_shape}, the data is {data.name} with {len(data.category_names)} and {data.input_shape}: "
-                "choose the data set the model was trained on, or train a new model."
+                f"The model was trained on other splits of {data.name} (seed, light_mode or files differ): its train "
+                "images would be used to judge it. Use the seed and light_mode of its training, or train a new model."
             )
 
 
@@ -1320,6 +1388,9 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     With few images an epoch is few steps. So the steps are larger there, and the companion and Stage 2, whose
     CNNs are cheap, see more of them. With many images a companion that is trained half as long will do.
     """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 0:
+            raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
     if images < 20_000:
         epochs = epochs or 20
         return Recipe(epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, stage2_share=0.3)
@@ -1377,7 +1448,7 @@ def train_classifier(
         MSCNNError: the network is frozen.
     """
     if not network.trainable:
-        raise MSCNNError(f"{network.name} is frozen: call set_stage1_trainable(True), or leave stage2_only off.")
+        raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
     _seed(network, seed)
     steps = -(-len(data.train) // recipe.batch_size) * recipe.epochs
     one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
@@ -1401,8 +1472,10 @@ def train_classifier(
 def train_stage1(
     model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
 ) -> dict[str, list[float]]:
-    """Trains Stage 1 where it stands; see `train_classifier`."""
-    return train_classifier(model.stage1, data, recipe, seed, log_dir)
+    """Trains Stage 1 where it stands, see `train_classifier`; what was calibrated to it is void."""
+    history = train_classifier(model.stage1, data, recipe, seed, log_dir)
+    model.void_calibration()
+    return history
 
 
 def train_companion(
@@ -1413,6 +1486,7 @@ def train_companion(
     history = train_classifier(model.companion, data, shorter, seed + 1, log_dir)
     for category in model.trainable_categories():
         model.stage2_of(category).set_weights(model.companion.get_weights())
+    model.void_calibration(model.trainable_categories())
     return history
 
 
@@ -1501,6 +1575,7 @@ class Stage2Trainer:
             shuffle=False, verbose=0,
         ).history  # fmt: skip
         self.model.stage2_of(category).set_weights(self.network.get_weights())
+        self.model.void_calibration([category])
         return history
 
     def _batches(self, category: int, rng: np.random.Generator) -> tf.data.Dataset:
@@ -2066,7 +2141,9 @@ def start_data(run: Run) -> Dataset:
     data = load_dataset(settings.dataset, settings.light_mode, settings.seed)
     settings.mode(data.category_names)  # an unknown category is refused now, not after an hour of training
     run.starting_model()
-    _write_whole(run.folder / "metrics.json", lambda path: path.write_text("{}"))
+    goes_on = settings.stage2_only and not settings.load_model  # with the run folder's own model
+    for name in ("metrics",) if goes_on else ("metrics", "history"):
+        _write_whole(run.folder / f"{name}.json", lambda path: path.write_text("{}\n"))
     run.write(
         "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settings), versions=versions(),
         device=device_name(),
@@ -2090,6 +2167,8 @@ def continue_data(run: Run) -> Dataset:
             )
     name = known["name"] if settings.dataset == "auto" else settings.dataset
     data = dataclasses.replace(load_dataset(name, settings.light_mode, settings.seed), fallback=known["fallback"])
+    if data.fingerprint != known["fingerprint"]:
+        raise MSCNNError(f"The images of {data.name} are not those that {NOTEBOOKS[0]} has read: run it again.")
     if data.fallback:
         print(FALLBACK_NOTICE)
     return data
@@ -2184,22 +2263,25 @@ def run_notebook(name: str, settings: Settings) -> Path:
         ) from error
     finally:
         logger.removeHandler(progress)
-        if target.is_file():
-            _write_html(target)
+        _write_html(target)
     return target
 
 
 def _write_html(notebook: Path) -> None:
+    """Writes the notebook's page beside it; a page that cannot be made is no reason to lose a run."""
     from nbconvert import HTMLExporter
 
-    html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
-    _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
+    try:
+        html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
+        _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
+    except Exception as error:  # nbconvert, Jinja and the file system each have their own
+        print(f"No page could be made of {notebook}: {error}", file=sys.stderr)
 
 
 def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
-    os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels
+    os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
     run.starting_model()  # a missing model is refused before anything runs
     for name in notebooks:
         run_notebook(name, settings)
@@ -2258,6 +2340,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MSCNNError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted. What is finished lies in the run folder; a finished model is still whole.", file=sys.stderr
+        )
+        return 130
     return 0
 
 

@@ -9,6 +9,7 @@ summed over the run's processes (pages they share count once), read every two se
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -32,13 +33,12 @@ KINDS = {  # name: (what the table says of it, arguments)
 
 def watch_memory(process: psutil.Process, peak: list[int]) -> None:
     """Keeps in `peak[0]` the largest sum of the proportional set sizes of a process and its children, in bytes."""
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+    while process.is_running():
         total = 0
-        for one in [process, *process.children(recursive=True)]:
-            try:
-                total += one.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            for one in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    total += one.memory_full_info().pss
         peak[0] = max(peak[0], total)
         time.sleep(2)
 
@@ -71,6 +71,11 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
     }
 
 
+def identity(run: dict) -> tuple:
+    """What a run measures, in the order of the tables; a new run replaces the old one of the same identity."""
+    return run["dataset"]["name"], list(KINDS).index(run["kind"]), run["seed"]
+
+
 def commit() -> str:
     """The commit that is measured, with '+' where files differ from it."""
     git = ["git", "-C", str(ROOT)]
@@ -101,8 +106,8 @@ def table(runs: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for kind, (title, _) in KINDS.items():
-        mine = [run for run in runs if run["kind"] == kind]
-        if mine:
+        for data in sorted({run["dataset"]["name"] for run in runs if run["kind"] == kind}):
+            mine = [run for run in runs if (run["kind"], run["dataset"]["name"]) == (kind, data)]
             one, two = [run["stage1"] for run in mine], [run["two_stage"] for run in mine]
             gains = [1 - b["aurc"] / a["aurc"] for a, b in zip(one, two, strict=True)]
             cells = [
@@ -134,11 +139,11 @@ def main() -> None:
     for seed in map(int, seeds.split(",")):
         new = measure(kind, seed, options.dataset)
         old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-        runs = [run for run in old if (run["kind"], run["seed"]) != (kind, seed)] + [new]
-        runs.sort(key=lambda run: (list(KINDS).index(run["kind"]), run["seed"]))
+        runs = [run for run in old if identity(run) != identity(new)] + [new]
+        runs.sort(key=identity)
         RESULTS.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
         (HERE / "RESULTS.md").write_text(table(runs), encoding="utf-8")
-        if (kind, seed) == ("full", 0):  # the README shows it
+        if (kind, seed, options.dataset) == ("full", 0, "cifar10"):  # the README shows it
             shutil.copyfile(ROOT / "runs/quality/full_0/figures/risk_coverage.png", HERE / "risk_coverage.png")
     print((HERE / "RESULTS.md").read_text(encoding="utf-8"))
 

@@ -460,6 +460,12 @@ def test_npz_of_floats_from_0_to_1(npz, kind):
     assert np.array_equal(load_dataset(npz(**floats)).test.images, content["x_test"])
 
 
+def test_floats_between_two_levels_are_rounded(npz):
+    content = arrays()
+    floats = {name: (one - 0.4).clip(0) / 255 if name.startswith("x") else one for name, one in content.items()}
+    assert np.array_equal(load_dataset(npz(**floats)).test.images, content["x_test"])
+
+
 def test_npz_of_floats_from_0_to_255(npz):
     content = arrays()
     floats = {name: one.astype(np.float32) for name, one in content.items() if name.startswith("x")}

@@ -67,10 +67,16 @@ def test_augmentation_differs_from_batch_to_batch():
     assert variants_seen(layer, images) != variants_seen(layer, images)
 
 
-def test_augmentation_works_inside_a_graph():
-    layer, images = RandomFlipCrop(), noise(50)
+def test_augmentation_in_a_graph_heeds_a_new_seed():
+    layer, images = RandomFlipCrop(), tf.constant(noise(50))
     graph = tf.function(lambda images: layer(images, training=True))
-    assert not np.array_equal(graph(tf.constant(images)), graph(tf.constant(images)))
+    drawn = []
+    for seed in (1, 1, 2):
+        layer.reseed(seed)
+        drawn.append([graph(images).numpy(), graph(images).numpy()])
+    assert not np.array_equal(*drawn[0]), "every batch is another one"
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,8 +243,11 @@ def test_a_block_a_width_and_a_map_large_enough_for_grad_cam():
 
 def test_the_end_is_global_average_pooling_and_one_dense_layer():
     network = cnn()
-    assert [type(layer) for layer in network.layers[-2:]] == [keras.layers.GlobalAveragePooling2D, keras.layers.Dense]
-    assert [layer.name for layer in network.layers[-2:]] == ["pooled", "logits"]
+    layers = keras.layers
+    end = [layers.GlobalAveragePooling2D, layers.Rescaling, layers.Dense]  # a constant factor does no harm to a CAM
+    assert [type(layer) for layer in network.layers[-3:]] == end
+    assert [network.layers[-3].name, network.layers[-1].name] == ["pooled", "logits"]
+    assert network.layers[-2].offset == 0
     assert sum(isinstance(layer, keras.layers.Dense) for layer in network.layers) == 1
     assert network.layers[-1].activation is keras.activations.linear
 
@@ -247,7 +256,7 @@ def test_images_are_normalised_inside():
     images = noise(6, 32, 32)
     network = cnn(flip=False)
     layer = next(layer for layer in network.layers if isinstance(layer, keras.layers.Normalization))
-    inside = keras.Model(network.inputs, layer.output)(images, training=False)
+    inside = keras.Model(network.inputs[0], layer.output)(images, training=False)
     assert np.allclose(inside, (images.astype(np.float32) - 120) / 60, atol=1e-5)
 
 

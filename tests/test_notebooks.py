@@ -475,7 +475,7 @@ def test_the_program_from_another_folder_learns_and_says_so(program):
 def test_the_program_shows_its_progress(program):
     _, printed, _ = program
     for path in CHAIN:
-        count = len(cells(path)) + 1  # papermill puts the parameters into a cell of their own
+        count = len(cells(path, "code")) + 1  # papermill puts the parameters into a cell of their own
         assert f"[{path.stem}] cell 1 of {count}\n" in printed
         assert f"[{path.stem}] cell {count} of {count}\n" in printed
     assert f"Epoch {EPOCHS}/{EPOCHS}" in printed

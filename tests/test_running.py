@@ -274,6 +274,21 @@ def test_notebooks_run_in_order_with_the_parameters(project, capsys):
     assert nbformat.read(folder.parent.parent / "notebooks" / "one.ipynb", 4).cells[1].outputs == []
 
 
+def test_progress_counts_code_cells_only(project, tmp_path, capsys):
+    project("one", "print('a')", "print('b')")
+    path = tmp_path / "notebooks" / "one.ipynb"
+    notebook = nbformat.read(path, 4)
+    text = nbformat.v4.new_markdown_cell("some text")
+    notebook.cells = [text, *(cell for code in notebook.cells for cell in (code, text))]
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"
+    nbformat.write(notebook, path)
+    mscnn.run_all(Settings(), ("one",))
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    # The parameters, the ones that the runner puts behind them, and two more.
+    assert printed[:6] == [f"[one] cell {i} of 4" for i in (1, 2, 3)] + ["a", "[one] cell 4 of 4", "b"]
+
+
 def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, capsys):
     folder = project("bad", "print('so far')", "result = {}['nothing']", "print('never')")
     monkeypatch.setattr(mscnn, "NOTEBOOKS", ("bad", "after"))

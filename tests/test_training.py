@@ -316,7 +316,7 @@ def test_stage2_learns_what_is_right(model, untrained_model, tiny_data):
     assert auroc(model).min() > 0.8
     assert auroc(model).mean() > auroc(untrained_model).mean() + 0.15
     # And so it finds Stage 1's errors, which an untrained judge does not.
-    category, _, trained, _ = model.log_odds(images)
+    category, _, trained, _ = model.opinions(images)
     untrained = np.zeros(len(images))
     for c in range(5):
         untrained[category == c] = untrained_model.stage2_log_odds(images[category == c], c)
