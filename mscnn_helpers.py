@@ -105,7 +105,10 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
     if isinstance(chosen, str):
         if not chosen.strip():
             return tuple(range(len(names)))
-        chosen = [part.strip(" '\"") for part in chosen.strip(" []()").split(",")]
+        text, parts = chosen, [part.strip(" '\"") for part in chosen.strip(" []()").split(",")]
+        chosen = [part for part in parts if part]  # a comma too many does no harm
+        if not chosen:
+            raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
     elif isinstance(chosen, (int, np.integer)):
         chosen = [chosen]
     return tuple(sorted({_category_index(one, names) for one in chosen}))
@@ -1094,8 +1097,9 @@ class MultiStageCNN(keras.Model):
             logit_scale=logit_scale,
         )  # fmt: skip
         self.stage1 = build("stage1", widths=stage1_widths)
-        self.companion = build("companion", widths=stage2_widths)
-        self.stage2 = {name: build(name, widths=stage2_widths) for name in map(_category_key, range(count))}
+        self.new_stage2 = functools.partial(build, name="stage2", widths=stage2_widths)
+        self.companion = self.new_stage2(name="companion")
+        self.stage2 = {name: self.new_stage2(name=name) for name in map(_category_key, range(count))}
         # Not a number until `calibrate` has run, so that an uncalibrated model is noticed.
         not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
         self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
@@ -1386,7 +1390,7 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
 
     With few images an epoch is few steps. So the steps are larger there, and the companion and Stage 2, whose
-    CNNs are cheap, see more of them. With many images a companion that is trained half as long will do.
+    CNNs are cheap, see more of them.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 0:
@@ -1395,7 +1399,7 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
         epochs = epochs or 20
         return Recipe(epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, stage2_share=0.3)
     epochs = epochs or 18
-    return Recipe(epochs, batch_size or 512, companion_epochs=-(-epochs // 2))
+    return Recipe(epochs, batch_size or 512)
 
 
 def learning_rate_schedule(recipe: Recipe, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
@@ -1544,7 +1548,7 @@ class Stage2Trainer:
         self.probability = np.asarray(tf.nn.softmax(logits / self.TEMPERATURE))  # (N, C)
         self.train_images = tf.constant(data.train.images)
         self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
-        self.network = keras.models.clone_model(model.companion)
+        self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
         self.head = LogOdds()
         self.trainer = keras.Sequential([self.network, self.head])
 

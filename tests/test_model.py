@@ -192,10 +192,10 @@ def test_an_unknown_category_freezes_nothing(untrained_model):
 
 
 def test_trainable_summary(untrained_model):
-    assert untrained_model.trainable_summary().splitlines()[0] == "✓ Stage 1: True"
+    assert untrained_model.trainable_summary().splitlines()[0] == "✓ Stage 1: True   ✓ Companion: True"
     untrained_model.train_only("ship,truck")
     stage1, title, *rows = untrained_model.trainable_summary().splitlines()
-    assert (stage1, title) == ("✗ Stage 1: False", "Stage 2")
+    assert (stage1, title) == ("✗ Stage 1: False   ✗ Companion: False", "Stage 2")
     entries = [entry.strip() for row in rows for entry in row.split("   ") if entry.strip()]
     assert entries == ["✗ airplane: False", "✗ cat: False", "✓ ship: True", "✓ truck: True", "✗ dog: False"]
 
@@ -446,10 +446,32 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 
 def test_a_model_of_other_data_is_refused(model, tiny_data, digits):
     model.check_matches(tiny_data)
-    message = r"model is for tiny with 5 categories and images of \(32, 32, 3\), the data is digits with 10"
-    with pytest.raises(MSCNNError, match=message):
+    with pytest.raises(MSCNNError, match="model is for another data set: tiny; the data has digits"):
         model.check_matches(digits)
     renamed = dataclasses.replace(tiny_data, category_names=("plane", *tiny_data.category_names[1:]))
     for other in (renamed, dataclasses.replace(tiny_data, name="mine")):
-        with pytest.raises(MSCNNError, match="choose the data set the model was trained on, or train a new model"):
+        with pytest.raises(MSCNNError, match="Choose the data set that the model was trained on, or train a new"):
             model.check_matches(other)
+
+
+def test_other_splits_of_the_same_data_are_refused(model, tiny_data):
+    """Else images that the model was trained on would calibrate and judge it."""
+    swapped = dataclasses.replace(tiny_data, calibration=tiny_data.certification, certification=tiny_data.calibration)
+    with pytest.raises(MSCNNError, match=r"trained on other splits of tiny \(seed, light_mode or files differ\)"):
+        model.check_matches(swapped)
+
+
+def test_a_frozen_calibration_row_does_not_move(trained_model, tiny_data):
+    before = trained_model.fingerprints()
+    trained_model.train_only("ship")
+    with pytest.raises(MSCNNError, match="The calibration of airplane, cat is frozen"):
+        trained_model.calibrate(tiny_data.calibration, [0, 1])
+    trained_model.calibrate(tiny_data.test)  # other images, so that the row moves
+    after = trained_model.fingerprints()
+    assert {name for name in before if before[name] != after[name]} == {"calibration/ship"}
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, 7, float("nan")])
+def test_a_threshold_that_is_no_confidence(model, tiny_data, threshold):
+    with pytest.raises(MSCNNError, match=r"threshold is .*: it is a confidence, so use 0 to 1"):
+        model.decide(tiny_data.test.images[:1], threshold)

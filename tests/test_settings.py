@@ -44,12 +44,17 @@ EVERYTHING = tuple(range(10))
         (0, (0,)),
         ("", EVERYTHING),
         ("  ", EVERYTHING),
-        ("[]", EVERYTHING),
-        ([], EVERYTHING),
+        ([], ()),
     ],
 )
 def test_choice_of_categories(chosen, expected):
     assert categories_from(chosen, CIFAR10) == expected
+
+
+@pytest.mark.parametrize("nothing", [",", "[]", "''"])
+def test_a_text_without_a_category_is_not_all(nothing):
+    with pytest.raises(MSCNNError, match=r"No category in .*: name some of airplane, .* leave it empty for all"):
+        categories_from(nothing, CIFAR10)
 
 
 def test_a_name_that_is_a_number_wins_over_an_index():
@@ -104,6 +109,18 @@ def test_documented_defaults():
         "seed": 0,
         "run_dir": "runs/latest",
     }
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage1.keras"])
+def test_the_finished_model_cannot_take_the_place_of_notebook_02s(name):
+    with pytest.raises(MSCNNError, match="choose another name"):
+        Settings(save_model=name)
+
+
+def test_a_seed_too_large():
+    assert Settings(seed=2**31 - 1).seed == 2**31 - 1
+    with pytest.raises(MSCNNError, match="seed is 2147483648: it has to be below 2147483648"):
+        Settings(seed=2**31)
 
 
 def test_every_parameter_is_explained():

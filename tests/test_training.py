@@ -49,7 +49,7 @@ def few_images(tiny_data) -> mscnn.Dataset:
 def test_recipe_for(images, asked, epochs, batch_size):
     recipe = mscnn.recipe_for(images, *asked)
     assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
-    assert recipe.companion_epochs == (2 * epochs if images < 20_000 else epochs / 2)
+    assert recipe.companion_epochs == (2 * epochs if images < 20_000 else 0)
 
 
 def test_learning_rate_rises_then_falls_to_nearly_nothing():
@@ -114,9 +114,12 @@ def test_the_seed_decides_the_weights(trained_twice):
     assert one == again != other
 
 
-def test_training_stage1_leaves_stage2_alone(trained_twice, model):
-    before, after = model.fingerprints(), trained_twice[0].model.fingerprints()
-    assert {name for name in before if before[name] != after[name]} == {"stage1"}
+def test_training_stage1_leaves_stage2_alone_and_voids_the_calibration(trained_twice, model):
+    """The rows were fitted to another Stage 1: to go on deciding with them would be silently wrong."""
+    before, trained = model.fingerprints(), trained_twice[0].model
+    moved = {name for name, now in trained.fingerprints().items() if before[name] != now}
+    assert moved == {"stage1", "calibration/common"} | {f"calibration/{name}" for name in model.category_names}
+    assert not trained.is_calibrated
 
 
 def test_history_has_a_value_an_epoch_and_the_kept_weights_are_the_best(trained_twice, few_images):
@@ -166,7 +169,7 @@ def test_only_training_sees_altered_images(untrained_model, few_images, monkeypa
 def test_a_frozen_stage1_refuses_training(trained_model, few_images):
     before = trained_model.fingerprints()
     trained_model.set_stage1_trainable(False)
-    with pytest.raises(MSCNNError, match=r"stage1 is frozen: call set_stage1_trainable\(True\)"):
+    with pytest.raises(MSCNNError, match="stage1 is frozen: set its trainable to True"):
         mscnn.train_stage1(trained_model, few_images, ONE_EPOCH)
     assert trained_model.fingerprints() == before
     trained_model.set_stage1_trainable()
@@ -177,9 +180,13 @@ def test_a_frozen_stage1_refuses_training(trained_model, few_images):
 def test_the_companion_is_copied_to_the_trainable_categories(trained_model, few_images):
     before = trained_model.fingerprints()
     trained_model.train_only("cat,dog")
+    with pytest.raises(MSCNNError, match="companion is frozen"):
+        mscnn.train_companion(trained_model, few_images, ONE_EPOCH)
+    trained_model.companion.trainable = True
     mscnn.train_companion(trained_model, few_images, ONE_EPOCH)
     after = trained_model.fingerprints()
-    assert {n for n in before if before[n] != after[n]} == {"companion", "stage2/cat", "stage2/dog"}
+    moved = {"companion", *(f"{part}/{name}" for part in ("stage2", "calibration") for name in ("cat", "dog"))}
+    assert {n for n in before if before[n] != after[n]} == moved
     assert after["stage2/cat"] == after["stage2/dog"] == after["companion"]
 
 
@@ -221,7 +228,7 @@ def test_the_same_generator_draws_the_same():
 
 def test_batches_carry_the_right_labels(model, tiny_data):
     trainer = mscnn.Stage2Trainer(model, tiny_data, Recipe(epochs=4, batch_size=32))
-    assert trainer.steps == round(0.125 * 4 * 420 / 32 / 5) == 1
+    assert trainer.steps == round(Recipe.stage2_share * 4 * 420 / 32 / 5) == 1
     batches = list(trainer._batches(2, np.random.default_rng(0)))
     assert len(batches) == 5
     for images, right in batches:
@@ -288,13 +295,14 @@ def test_only_trainable_categories_are_trained_each_from_its_start(trained_model
     assert len({seed for _, _, seed in calls[:2]}) == 2  # each category draws its own images
 
 
-def test_training_stage2_leaves_its_start_and_the_calibration_alone(trained_model, few_images):
+def test_training_stage2_leaves_its_start_alone_and_voids_its_own_row(trained_model, few_images):
     before = trained_model.fingerprints()
     trained_model.set_stage2_category_trainable("", False)
     trained_model.set_stage2_category_trainable("dog")
     history = mscnn.train_stage2(trained_model, few_images, Recipe(epochs=5, batch_size=32))["dog"]
     after = trained_model.fingerprints()
-    assert {name for name in before if before[name] != after[name]} == {"stage2/dog"}
+    assert {name for name in before if before[name] != after[name]} == {"stage2/dog", "calibration/dog"}
+    assert not trained_model.is_calibrated
     assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
     assert all(len(values) == 5 for values in history.values())
 
