@@ -606,7 +606,7 @@ def test_relative_paths_start_here(tmp_path, monkeypatch):
 def test_an_empty_category_is_named(tmp_path):
     write_images(tmp_path / "pets", 20)
     (tmp_path / "pets" / "cow").mkdir()
-    with pytest.raises(MSCNNError, match=r"No images of category 'cow' in .*cow: add some, or remove the folder"):
+    with pytest.raises(MSCNNError, match=r"No images of category 'cow' in .*cow: add some, or take the category out"):
         load_dataset(str(tmp_path / "pets"))
 
 
