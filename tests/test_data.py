@@ -789,6 +789,35 @@ def test_the_fingerprint_sees_the_names(tiny_data):
     assert renamed.fingerprint != tiny_data.fingerprint
 
 
+def test_sixteen_bits_become_eight(tmp_path):
+    grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    read = mscnn.read_image(tmp_path / "deep.png", (32, 32, 1))[..., 0]
+    assert np.abs(read.astype(int) - grey // 256).max() <= 1
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[:16] = (200, 0, 0, 255)  # the upper half is red, the lower half is not there
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    read = mscnn.read_image(tmp_path / "half.png")
+    assert (read[:16] == (200, 0, 0)).all() and (read[16:] == 255).all()
+
+
+def test_npz_of_black_and_white(npz):
+    content = arrays(channels=None)
+    binary = {name: one > 127 if name.startswith("x") else one for name, one in content.items()}
+    assert set(np.unique(load_dataset(npz(**binary)).test.images)) == {0, 255}
+
+
+@pytest.mark.parametrize("names", [["cat"], ["cat", "cat"], ["cat", "OTHER"]])
+def test_categories_that_cannot_be_told_apart(npz, names):
+    content = arrays()
+    content = {name: one % len(names) if name.startswith("y") else one for name, one in content.items()}
+    with pytest.raises(MSCNNError, match="use two or more different names, none of them OTHER"):
+        load_dataset(npz(**content, class_names=np.array(names)))
+
+
 def test_channel_statistics_are_those_of_the_train_split(tiny_data):
     mean, std = tiny_data.channel_statistics()
     pixels = tiny_data.train.images.astype(np.float64)
