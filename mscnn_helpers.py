@@ -2035,7 +2035,7 @@ def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, n
     """Images with what was decided, how confidently, and what is true."""
     full = [*names, OTHER]
     captions = [
-        f"{full[d]} {p:.0%}" + (f"\n({full[c]}?)" if d != c else "") + f"\ntrue: {full[t]}"
+        (f"{full[d]} {p:.0%}" if d == c else f"{full[d]}\n{full[c]}? {p:.1%}") + f"\ntrue: {full[t]}"
         for d, c, p, t in zip(decisions.category, decisions.stage1_category, decisions.confidence, labels, strict=True)
     ]
     return plot_images(images, captions, title)
@@ -2091,8 +2091,11 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
             _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
         top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
-        colour = "firebrick" if trace.verdict == OTHER else "darkgreen"
-        text.text(0, 0.02, f"{trace.verdict} ({trace.confidence:.0%})", fontsize=12, weight="bold", color=colour)
+        wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
+        colour = "firebrick" if trace.verdict == OTHER else "darkorange" if wrong else "darkgreen"
+        asked = f"{trace.top3[0][0]}? " if trace.verdict == OTHER else ""
+        verdict = f"{trace.verdict}{' ✗' if wrong else ''}\n{asked}{trace.confidence:.0%}"
+        text.text(0, 0.02, verdict, fontsize=11, weight="bold", color=colour)
     return figure
 
 
@@ -2144,8 +2147,8 @@ def start_data(run: Run) -> Dataset:
     settings = run.settings
     data = load_dataset(settings.dataset, settings.light_mode, settings.seed)
     settings.mode(data.category_names)  # an unknown category is refused now, not after an hour of training
-    run.starting_model()
-    goes_on = settings.stage2_only and not settings.load_model  # with the run folder's own model
+    start = run.starting_model()
+    goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
     for name in ("metrics",) if goes_on else ("metrics", "history"):
         _write_whole(run.folder / f"{name}.json", lambda path: path.write_text("{}\n"))
     run.write(
@@ -2257,9 +2260,8 @@ def run_notebook(name: str, settings: Settings) -> Path:
             extra_arguments=["--log-level=ERROR"],  # the kernel's, of the notebook's own prints nothing is lost
         )
     except papermill.PapermillExecutionError as error:
-        raise MSCNNError(
-            f"{name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nThe notebook so far: {target}"
-        ) from error
+        told = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
+        raise MSCNNError(f"{told}\n({name}, cell {error.exec_count}; the notebook so far: {target})") from error
     except DeadKernelError as error:
         raise MSCNNError(
             f"{name}: its Python process died, most often because the memory is used up. "
@@ -2300,6 +2302,7 @@ def print_result(run: Run) -> None:
     one, two = metrics["stage1"], metrics["two_stage"]
     data = metrics["dataset"]
     print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
+    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two readings in notebook 05.\n")
     print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
     if data["fallback"]:
         print(FALLBACK_NOTICE)

@@ -186,7 +186,7 @@ def test_retraining_says_what_was_kept():
 def test_gallery_says_what_was_decided_and_what_is_true():
     figure = mscnn.plot_gallery(pictures(2), decisions_of(2), np.array([8, 1]), NAMES, "title")
     assert [axis.get_title() for axis in figure.axes[:2]] == [
-        "OTHER 5%\n(airplane?)\ntrue: ship",
+        "OTHER\nairplane? 5.0%\ntrue: ship",
         "automobile 95%\ntrue: automobile",
     ]
 
@@ -204,7 +204,9 @@ def test_decision_traces_are_one_row_an_image():
     assert titles[0] == "true: ship" and titles[4] == "your image"
     assert titles[1].startswith("Stage 1") and titles[2].startswith("Stage 2")
     read = "\n".join(texts(figure))
-    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER (55%)", "truck (55%)"):
+    assert "✗" not in read  # neither is wrong: one is rejected, of the other the truth is not known
+    assert "truck ✗\n55%" in texts(mscnn.plot_decision_traces([trace("ship", "truck")]))
+    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER\nship? 55%", "truck\n55%"):
         assert part in read
 
 

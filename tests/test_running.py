@@ -296,7 +296,7 @@ def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, cap
     assert mscnn.main([]) == 1
     partial = folder / "notebooks" / "bad.ipynb"
     printed = capsys.readouterr()
-    assert "error: bad failed in cell " in printed.err
+    assert "\n(bad, cell " in printed.err
     assert "KeyError: 'nothing'" in printed.err
     assert str(partial) in printed.err
     assert "[after]" not in printed.out
@@ -382,7 +382,7 @@ def test_a_misspelt_category_reads_the_same_through_the_command_line(settings, m
     assert mscnn.main(command(settings, stage2_categories="shipp")) == 1
     error = capsys.readouterr().err
     assert str(direct.value) in error
-    assert "01_data_and_light_mode failed in cell" in error
+    assert "\n(01_data_and_light_mode, cell" in error
 
 
 def test_a_model_for_other_data_reads_the_same_through_the_command_line(
@@ -395,7 +395,7 @@ def test_a_model_for_other_data_reads_the_same_through_the_command_line(
     assert mscnn.main(command(settings, dataset=str(other), load_model=str(trained_model_path))) == 1
     error = capsys.readouterr().err
     assert str(direct.value) in error
-    assert "02_stage1_training failed in cell" in error
+    assert "\n(02_stage1_training, cell" in error
 
 
 def test_the_module_is_imported_quietly_and_without_jupyter():
