@@ -274,13 +274,15 @@ class Run:
 
     def write(self, name: str, **entries: Any) -> None:
         """Sets entries of `metrics.json` or `history.json` and keeps the rest."""
-        text = json.dumps(_jsonable({**self.read(name), **entries}), indent=2, ensure_ascii=False)
-        _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        self.replace(name, {**self.read(name), **entries})
 
     def forget(self, name: str, *entries: str) -> None:
         """Takes entries out of `metrics.json` or `history.json`, because they no longer hold."""
-        kept = {key: value for key, value in self.read(name).items() if key not in entries}
-        text = json.dumps(kept, indent=2, ensure_ascii=False)
+        self.replace(name, {key: value for key, value in self.read(name).items() if key not in entries})
+
+    def replace(self, name: str, record: dict) -> None:
+        """Writes `metrics.json` or `history.json` anew, whole."""
+        text = json.dumps(_jsonable(record), indent=2, ensure_ascii=False)
         _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     def require(self, name: str, entry: str, notebook: str) -> Any:
@@ -2150,7 +2152,7 @@ def start_data(run: Run) -> Dataset:
     start = run.starting_model()
     goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
     for name in ("metrics",) if goes_on else ("metrics", "history"):
-        _write_whole(run.folder / f"{name}.json", lambda path: path.write_text("{}\n"))
+        run.replace(name, {})
     run.write(
         "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settings), versions=versions(),
         device=device_name(),
