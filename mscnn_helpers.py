@@ -333,7 +333,7 @@ def _jsonable(value: Any) -> Any:
 
 
 # ======================================================================================================
-# 2 Data: find, check, load, light mode, splits
+# 2 Data: find, check, load, light mode, splits, batches
 # ======================================================================================================
 
 IMAGE_SIZE = 32  # pixels; other sizes are resized when they are loaded
@@ -730,6 +730,33 @@ def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     except ValueError as error:
         raise MSCNNError(f"Too few images to split {len(split)} by category, setting {count} aside: {error}") from error
     return split.take(np.sort(kept)), split.take(np.sort(aside))
+
+
+def batches(
+    split: Split, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
+) -> tf.data.Dataset:
+    """Batches of a split for `fit`: images uint8 (B, H, W, channels) and labels (B, ...).
+
+    The images lie in memory once, and only indices are shuffled. tf.data's autotuning is off: nothing is left
+    for it to tune, and its thread lets the end of an epoch wait for up to a minute, in which the processor idles.
+
+    Args:
+        split: its labels may be of any shape and dtype, (N, ...).
+        order: indices in the order wanted, with repetitions if need be; None: each image once.
+        shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
+    """
+    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    indices = tf.data.Dataset.from_tensor_slices(np.arange(len(split)) if order is None else order)
+    if shuffle_seed is not None:
+        indices = indices.shuffle(len(indices), seed=shuffle_seed)
+
+    @tf.autograph.experimental.do_not_convert
+    def look_up(index):
+        return tf.gather(images, index), tf.gather(labels, index)
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return indices.batch(batch_size).map(look_up).prefetch(2).with_options(options)
 
 
 # ======================================================================================================
@@ -1467,10 +1494,10 @@ def train_classifier(
         jit_compile=False,  # XLA was slower on CPU wherever it was measured
     )
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
+    train, calibration = (Split(s.images, one_hot(s.labels)) for s in (data.train, data.calibration))
     history = trainer.fit(
-        data.train.images, one_hot(data.train.labels), batch_size=recipe.batch_size, epochs=recipe.epochs, verbose=2,
-        validation_data=(data.calibration.images, one_hot(data.calibration.labels)), validation_batch_size=500,
-        callbacks=[KeepBestWeights(), *logs],
+        batches(train, recipe.batch_size, shuffle_seed=seed), epochs=recipe.epochs, shuffle=False, verbose=2,
+        validation_data=batches(calibration, 500), callbacks=[KeepBestWeights(), *logs],
     )  # fmt: skip
     return history.history
 
@@ -1548,7 +1575,6 @@ class Stage2Trainer:
         self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
         logits = model.stage1_logits(data.train.images)
         self.probability = np.asarray(tf.nn.softmax(logits / self.TEMPERATURE))  # (N, C)
-        self.train_images = tf.constant(data.train.images)
         self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
         self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
         self.head = LogOdds()
@@ -1574,11 +1600,10 @@ class Stage2Trainer:
         for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
             variable.assign(tf.zeros_like(variable))
         here = self.predicted == category  # the question is only asked where Stage 1 says `category`
-        judged = self.data.calibration.take(here)
+        judged = _judged(self.data.calibration.take(here), category)
         history = self.trainer.fit(
             self._batches(category, np.random.default_rng(seed)), epochs=self.ROUNDS, steps_per_epoch=self.steps,
-            validation_data=(judged.images, np.float32(judged.labels == category)) if here.any() else None,
-            shuffle=False, verbose=0,
+            validation_data=batches(judged, 500) if here.any() else None, shuffle=False, verbose=0,
         ).history  # fmt: skip
         self.model.stage2_of(category).set_weights(self.network.get_weights())
         self.model.void_calibration([category])
@@ -1586,17 +1611,14 @@ class Stage2Trainer:
 
     def _batches(self, category: int, rng: np.random.Generator) -> tf.data.Dataset:
         """All batches of one training: images uint8 (B, H, W, channels), labels float32 (B,)."""
-        labels = self.data.train.labels
         count = self.ROUNDS * self.steps * self.batch_size
-        indices = draw_stage2_images(labels, self.probability[:, category], category, count, rng)
-        right = (labels[indices] == category).astype(np.float32)
-        batches = tf.data.Dataset.from_tensor_slices((indices, right)).batch(self.batch_size, drop_remainder=True)
+        drawn = draw_stage2_images(self.data.train.labels, self.probability[:, category], category, count, rng)
+        return batches(_judged(self.data.train, category), self.batch_size, drawn)
 
-        @tf.autograph.experimental.do_not_convert
-        def look_up(index, right):
-            return tf.gather(self.train_images, index), right
 
-        return batches.map(look_up).prefetch(2)
+def _judged(split: Split, category: int) -> Split:
+    """The labels of a Stage 2 CNN: float32 (N,), 1 where Stage 1 is right to say `category`."""
+    return Split(split.images, np.float32(split.labels == category))
 
 
 def train_stage2(

@@ -839,3 +839,46 @@ def test_a_split_has_the_length_of_its_images():
     taken = split.take(np.array([4, 0]))
     assert taken.labels.tolist() == [4, 0]
     assert np.array_equal(taken.images, split.images[[4, 0]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches for fit
+# ------------------------------------------------------------------------------------------------------------
+
+
+def counted(count: int) -> Split:
+    """Images that carry their own number in every pixel, and labels of three values each."""
+    images = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 4, 4, 3))
+    return Split(np.ascontiguousarray(images), np.arange(count)[:, None] * np.float32([1, 10, 100]))
+
+
+def numbers_in(dataset) -> list[int]:
+    return [int(image[0, 0, 0]) for images, _ in dataset for image in images.numpy()]
+
+
+def test_batches_hold_each_image_once_with_its_label():
+    sizes = []
+    for images, labels in mscnn.batches(counted(10), 4):
+        sizes.append(len(images))
+        assert images.dtype == np.uint8 and images.shape[1:] == (4, 4, 3)
+        np.testing.assert_array_equal(labels[:, 1], 10 * images[:, 0, 0, 0].numpy().astype(np.float32))
+    assert sizes == [4, 4, 2]
+    assert numbers_in(mscnn.batches(counted(10), 4)) == list(range(10))
+
+
+def test_batches_are_shuffled_anew_in_each_epoch_and_alike_for_a_seed():
+    one, same, other = (mscnn.batches(counted(50), 8, shuffle_seed=seed) for seed in (3, 3, 4))
+    epochs = [numbers_in(one) for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(50))] * 2
+    assert epochs[0] != epochs[1]
+    assert [numbers_in(same) for _ in range(2)] == epochs
+    assert numbers_in(other) != epochs[0]
+
+
+def test_batches_follow_a_given_order_with_repetitions():
+    assert numbers_in(mscnn.batches(counted(5), 2, order=np.array([4, 0, 4, 1]))) == [4, 0, 4, 1]
+
+
+def test_batches_are_not_autotuned():
+    """The autotuner's thread made the end of an epoch wait for up to 16 s while the processor idled."""
+    assert mscnn.batches(counted(5), 2).options().autotune.enabled is False
