@@ -4,6 +4,8 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
 # What `make run` runs: make run ARGS="--epochs 0 --batch_size 0". `python mscnn_helpers.py --help` lists it all.
 ARGS ?= --epochs 5 --light_mode
+# What the benchmarks get: make bench-speed BENCH="--only training,decide".
+BENCH ?=
 # SYSTEM_PYTHON=1 uses the Python on the path as it is and installs nothing: for conda, containers and Colab.
 SYSTEM_PYTHON ?=
 
@@ -25,10 +27,10 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow lint format lock badges clean distclean
+.PHONY: help env run lab test test-slow bench-quality bench-speed lint format lock badges clean distclean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## Make .venv from requirements.lock, if it is not there, whole and up to date
 
@@ -52,6 +54,12 @@ test: env ## Run the tests, but for the slow ones
 
 test-slow: env ## Run the slow tests
 	@$(RUN) -m pytest -m slow
+
+bench-quality: env ## Measure accuracy, selective metrics, time and memory of full runs: over an hour; BENCH=--quick
+	@$(RUN) benchmarks/quality.py $(BENCH)
+
+bench-speed: env ## Measure speed and memory against rivals: about an hour; BENCH=--quick for three minutes
+	@$(RUN) benchmarks/speed.py $(BENCH)
 
 lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing
 	@$(RUN) -m ruff check .

@@ -741,11 +741,11 @@ def batches(
     for it to tune, and its thread lets the end of an epoch wait for up to a minute, in which the processor idles.
 
     Args:
-        split: its labels may be of any shape and dtype, (N, ...).
+        split: its labels may be of any shape and dtype, (N, ...). Arrays are copied; tensors are taken as they are.
         order: indices in the order wanted, with repetitions if need be; None: each image once.
         shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
     """
-    images, labels = tf.constant(split.images), tf.constant(split.labels)
+    images, labels = tf.convert_to_tensor(split.images), tf.convert_to_tensor(split.labels)
     indices = tf.data.Dataset.from_tensor_slices(np.arange(len(split)) if order is None else order)
     if shuffle_seed is not None:
         indices = indices.shuffle(len(indices), seed=shuffle_seed)
@@ -1232,10 +1232,17 @@ class MultiStageCNN(keras.Model):
     def _stage1_logits(self, images):
         return self.stage1(images, training=False)
 
+    @property
+    def _views(self) -> int:
+        """How many views of an image Stage 2 sees: itself, and its mirror image if that keeps the category."""
+        return 2 if self.flip else 1
+
     def _stage2_logits(self, weights, images):
-        """Stage 2's logits (B, C) for given weights: all Stage 2 CNNs are one graph, traced once."""
+        """Stage 2's logits (B, views C) for given weights: all Stage 2 CNNs are one graph, traced once."""
+        views = tf.concat([images, tf.reverse(images, [2])][: self._views], axis=0)  # (views B, H, W, channels)
         with keras.StatelessScope(state_mapping=list(zip(self.companion.weights, weights, strict=True))):
-            return self.companion(images, training=False)
+            logits = self.companion(views, training=False)  # (views B, C)
+        return tf.concat(tf.split(logits, self._views), axis=1)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels)."""
@@ -1245,10 +1252,9 @@ class MultiStageCNN(keras.Model):
         """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,)."""
         weights = [tf.convert_to_tensor(w.value) for w in self.stage2_of(category).weights]
         graph = functools.partial(self._stage2_graph, weights)
-        views = [images, images[:, :, ::-1]] if self.flip else [images]
+        logits = _in_batches(graph, images, batch_size, self._views * len(self.category_names))  # (B, views C)
         where = np.full(len(images), category)
-        logits = [_in_batches(graph, view, batch_size, len(self.category_names)) for view in views]
-        return np.mean([log_odds(one, where) for one in logits], axis=0)
+        return np.mean([log_odds(one, where) for one in np.split(logits, self._views, axis=1)], axis=0)
 
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
         """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
@@ -1443,6 +1449,19 @@ def _sgd(schedule: keras.optimizers.schedules.LearningRateSchedule, recipe: Reci
     return keras.optimizers.SGD(schedule, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
 
 
+class EpochSeconds(keras.callbacks.Callback):
+    """Records how long each epoch takes, its validation included, in seconds."""
+
+    def on_train_begin(self, logs=None):
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds.append(time.perf_counter() - self.begun)
+
+
 class KeepBestWeights(keras.callbacks.Callback):
     """Puts back the weights of the epoch with the best accuracy on the calibration split (the later of equals)."""
 
@@ -1465,27 +1484,12 @@ def _seed(network: keras.Model, seed: int) -> None:
     network.get_layer("augmentation").reseed(seed)
 
 
-def train_classifier(
-    network: keras.Model, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
-) -> dict[str, list[float]]:
-    """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the companion.
+def classifier_trainer(network: keras.Model, recipe: Recipe, steps: int) -> keras.Model:
+    """A compiled Model on the network's own layers: so optimizer and metrics do not end up in the model file.
 
     Args:
-        log_dir: folder for TensorBoard logs; None: none are written.
-
-    Returns:
-        The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split), one value an
-        epoch. Empty lists for 0 epochs do not occur: a recipe has at least one.
-
-    Raises:
-        MSCNNError: the network is frozen.
+        steps: of the whole training, over which the learning rate rises and falls.
     """
-    if not network.trainable:
-        raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
-    _seed(network, seed)
-    steps = -(-len(data.train) // recipe.batch_size) * recipe.epochs
-    one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
-    # A second Model on the same layers, so that optimizer and metrics do not end up in the model file.
     trainer = keras.Model(network.inputs, network.outputs)
     trainer.compile(
         _sgd(learning_rate_schedule(recipe, steps), recipe),
@@ -1493,20 +1497,55 @@ def train_classifier(
         metrics=["accuracy"],
         jit_compile=False,  # XLA was slower on CPU wherever it was measured
     )
+    return trainer
+
+
+def train_classifier(
+    network: keras.Model,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int = 0,
+    log_dir: str | Path | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> dict[str, list[float]]:
+    """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the companion.
+
+    Args:
+        log_dir: folder for TensorBoard logs; None: none are written.
+        callbacks: more of Keras' callbacks.
+
+    Returns:
+        The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split) and seconds, one
+        value an epoch. Empty lists for 0 epochs do not occur: a recipe has at least one.
+
+    Raises:
+        MSCNNError: the network is frozen.
+    """
+    if not network.trainable:
+        raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
+    _seed(network, seed)
+    trainer = classifier_trainer(network, recipe, -(-len(data.train) // recipe.batch_size) * recipe.epochs)
+    one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
+    timer = EpochSeconds()
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
     train, calibration = (Split(s.images, one_hot(s.labels)) for s in (data.train, data.calibration))
     history = trainer.fit(
         batches(train, recipe.batch_size, shuffle_seed=seed), epochs=recipe.epochs, shuffle=False, verbose=2,
-        validation_data=batches(calibration, 500), callbacks=[KeepBestWeights(), *logs],
+        validation_data=batches(calibration, 500), callbacks=[timer, *callbacks, KeepBestWeights(), *logs],
     )  # fmt: skip
-    return history.history
+    return {**history.history, "seconds": timer.seconds}
 
 
 def train_stage1(
-    model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
+    model: MultiStageCNN,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int = 0,
+    log_dir: str | Path | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
     """Trains Stage 1 where it stands, see `train_classifier`; what was calibrated to it is void."""
-    history = train_classifier(model.stage1, data, recipe, seed, log_dir)
+    history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
     model.void_calibration()
     return history
 
@@ -1575,6 +1614,7 @@ class Stage2Trainer:
         self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
         logits = model.stage1_logits(data.train.images)
         self.probability = np.asarray(tf.nn.softmax(logits / self.TEMPERATURE))  # (N, C)
+        self.train_split = Split(tf.constant(data.train.images), data.train.labels)  # one copy for all categories
         self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
         self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
         self.head = LogOdds()
@@ -1593,6 +1633,7 @@ class Stage2Trainer:
 
     def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
         """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value a round."""
+        timer = EpochSeconds()
         _seed(self.network, seed)
         self.network.set_weights(start.get_weights())
         self.trainer.build((None, *self.model.image_shape))
@@ -1604,16 +1645,17 @@ class Stage2Trainer:
         history = self.trainer.fit(
             self._batches(category, np.random.default_rng(seed)), epochs=self.ROUNDS, steps_per_epoch=self.steps,
             validation_data=batches(judged, 500) if here.any() else None, shuffle=False, verbose=0,
+            callbacks=[timer],
         ).history  # fmt: skip
         self.model.stage2_of(category).set_weights(self.network.get_weights())
         self.model.void_calibration([category])
-        return history
+        return {**history, "seconds": timer.seconds}
 
     def _batches(self, category: int, rng: np.random.Generator) -> tf.data.Dataset:
         """All batches of one training: images uint8 (B, H, W, channels), labels float32 (B,)."""
         count = self.ROUNDS * self.steps * self.batch_size
-        drawn = draw_stage2_images(self.data.train.labels, self.probability[:, category], category, count, rng)
-        return batches(_judged(self.data.train, category), self.batch_size, drawn)
+        drawn = draw_stage2_images(self.train_split.labels, self.probability[:, category], category, count, rng)
+        return batches(_judged(self.train_split, category), self.batch_size, drawn)
 
 
 def _judged(split: Split, category: int) -> Split:
@@ -1633,7 +1675,7 @@ def train_stage2(
         start: "companion": begin with a copy of the companion; "current": go on from the CNN as it is.
 
     Returns:
-        A history for each category's name: loss, accuracy, val_loss, val_accuracy.
+        A history for each category's name: loss, accuracy, val_loss, val_accuracy and seconds.
     """
     trainer, histories = Stage2Trainer(model, data, recipe), {}
     for category in model.trainable_categories():

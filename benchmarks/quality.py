@@ -12,18 +12,13 @@ import argparse
 import contextlib
 import json
 import shutil
-import statistics
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
+from common import HERE, ROOT, commit, read_json, spread, write
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS = HERE / "quality.json"
 KINDS = {  # name: (what the table says of it, arguments)
     "full": ("full data, the recipe's own choice", "--epochs 0 --batch_size 0"),
     "documented": ("full data, 50 epochs, batches of 32", "--epochs 50 --batch_size 32"),
@@ -76,28 +71,10 @@ def identity(run: dict) -> tuple:
     return run["dataset"]["name"], list(KINDS).index(run["kind"]), run["seed"]
 
 
-def commit() -> str:
-    """The commit that is measured, with '+' where files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    # What this script writes does not count.
-    changed = subprocess.run(
-        [*git, "diff", "--stat", "HEAD", "--", ".", ":!benchmarks"], capture_output=True, text=True
-    )
-    return head + ("+" if changed.stdout.strip() else "")
-
-
-def spread(values: list[float], form: str) -> str:
-    """Median (minimum to maximum), or the one value there is."""
-    if len(values) == 1:
-        return form.format(values[0])
-    return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
-
-
 def table(runs: list[dict]) -> str:
-    """RESULTS.md from all the runs: a row a kind, the median over its seeds, and then every run."""
+    """Its section of RESULTS.md from all the runs: a row a kind, the median over its seeds, and then every run."""
     lines = [
-        "# Results", "", "Written by `python benchmarks/quality.py` (see its first lines for the other forms).",
+        "## Quality", "", "Written by `python benchmarks/quality.py` (see its first lines for the other forms).",
         "All figures are of the test split of the data set named; AURC is the area under the risk-coverage",
         "curve (lower is better), gain is how far the two stages are below Stage 1's softmax alone on the same",
         "model. Median over the seeds, in brackets minimum and maximum.", "",
@@ -138,14 +115,12 @@ def main() -> None:
     seeds = options.seeds or ("0,1,2" if kind == "full" else "0")
     for seed in map(int, seeds.split(",")):
         new = measure(kind, seed, options.dataset)
-        old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-        runs = [run for run in old if identity(run) != identity(new)] + [new]
+        runs = [run for run in read_json("quality", []) if identity(run) != identity(new)] + [new]
         runs.sort(key=identity)
-        RESULTS.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-        (HERE / "RESULTS.md").write_text(table(runs), encoding="utf-8")
+        write("quality", runs, table(runs))
         if (kind, seed, options.dataset) == ("full", 0, "cifar10"):  # the README shows it
             shutil.copyfile(ROOT / "runs/quality/full_0/figures/risk_coverage.png", HERE / "risk_coverage.png")
-    print((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
 import json
 import re
 import shlex
@@ -12,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import quality
 from conftest import ROOT
 from PIL import Image
 
@@ -298,14 +298,6 @@ def test_figures_of_the_recipe_and_the_networks(text):
     assert [one for one in expected if one not in text] == []
 
 
-def quality():
-    """benchmarks/quality.py as a module."""
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def numbers_of(cell: str) -> list[str]:
     return re.findall(r"\d+(?:\.\d+)?", cell)
 
@@ -316,9 +308,8 @@ def disagreements(shown: str, runs: list[dict]) -> list[str]:
     It has a row for each kind of run, in the order of RESULTS.md; each cell but the first holds the numbers of a cell
     of the same row there. Somewhere beside them stand each kind's arguments, and the device.
     """
-    module = quality()
-    kinds = [kind for kind in module.KINDS if any(run["kind"] == kind for run in runs)]
-    measured = table_rows(module.table(runs))[: len(kinds)]
+    kinds = [kind for kind in quality.KINDS if any(run["kind"] == kind for run in runs)]
+    measured = table_rows(quality.table(runs))[: len(kinds)]
     rows = [row for row in table_rows(shown) if len(row) >= 5]
     wrong = [] if len(rows) == len(kinds) else [f"{len(rows)} rows for {len(kinds)} kinds"]
     for row, expected in zip(rows, measured, strict=False):
@@ -326,7 +317,7 @@ def disagreements(shown: str, runs: list[dict]) -> list[str]:
         wrong += [f"{cell} is not in {expected}" for cell in row[1:] if numbers_of(cell) not in known]
         if numbers_of(expected[2]) not in [numbers_of(cell) for cell in row[1:]]:
             wrong.append(f"Stage 1's accuracy {expected[2]} is missing")
-    stated = [*(module.KINDS[kind][1] for kind in kinds), *{run["device"] for run in runs}]
+    stated = [*(quality.KINDS[kind][1] for kind in kinds), *{run["device"] for run in runs}]
     return wrong + [f"'{one}' is missing" for one in stated if one not in shown]
 
 
@@ -346,7 +337,7 @@ def test_a_wrong_result_is_noticed():
     run = {"kind": "light", "seed": 0, "command": "python x", "minutes": 3.21, "peak_memory_gb": 2.5, "commit": "abc"}
     run |= {"dataset": {"name": "cifar10"}, "stage1": stage, "two_stage": {**stage, "aurc": 0.01}}
     run |= {"versions": {"python": "3"}, "device": "some processor"}
-    table = quality().table([run])
+    table = quality.table([run])
     summary = table[table.index("| run") : table.index("| command")]
     shown = f"{summary}\n`--epochs 5 --light_mode`, some processor"
     assert disagreements(shown, [run]) == []

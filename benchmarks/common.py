@@ -1,0 +1,62 @@
+"""What the benchmarks share: repeats in turn, the commit and the device, and RESULTS.md, a section a benchmark."""
+
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "RESULTS.md"
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each task, measured in turn (A B C A B C ...) so that other work on the machine hits all alike.
+
+    A first round is not counted: it traces graphs and fills caches.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_number in range(repeats + 1):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+        print(f"  round {round_number} of {repeats}", flush=True)
+    return seconds
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median (minimum to maximum), or the one value there is."""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def commit() -> str:
+    """The commit that is measured, with '+' where files differ from it (what the benchmarks write does not count)."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(
+        [*git, "diff", "--stat", "HEAD", "--", ".", ":!benchmarks"], capture_output=True, text=True
+    )
+    return head + ("+" if changed.stdout.strip() else "")
+
+
+def read_json(name: str, default):
+    """Reads benchmarks/NAME.json, or gives the default where it does not exist yet."""
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def write(name: str, figures, section: str) -> None:
+    """Writes benchmarks/NAME.json, and its section of RESULTS.md; the other benchmarks' sections stay."""
+    (HERE / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    old = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
+    sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", old, re.S))
+    sections[name] = section.strip()
+    parts = [f"<!-- {one} -->\n{sections[one]}\n<!-- /{one} -->" for one in sorted(sections)]
+    RESULTS.write_text("# Results\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")

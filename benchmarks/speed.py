@@ -1,0 +1,561 @@
+"""Measures speed and memory against what people would use instead, and writes speed.json and RESULTS.md.
+
+    python benchmarks/speed.py                        everything, about an hour on two cores
+    python benchmarks/speed.py --quick                fewer and shorter repeats, under three minutes on two cores
+    python benchmarks/speed.py --only training,decide some of the measurements; the others' figures are kept
+
+Rivals are measured in turn with ours (A B C A B C ...) in one process, so a ratio holds on a shared machine, where
+seconds alone do not. The rivals' networks are the same: whitening, three blocks, average pooling, one dense layer.
+They train without augmentation, which is in their favour. PyTorch is optional: pip install torch.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from common import ROOT, commit, interleaved, read_json, spread, write
+
+WIDTHS, SIZE, CATEGORIES, BATCH = (64, 128, 128), 32, 10, 512
+LEVELS = (0.90, 0.92, 0.93, 0.94)  # test accuracies to be reached
+
+
+# ---- what is measured with
+
+
+def random_images(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (count, 32, 32, 3) and labels; what the images show does not change how long they take."""
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8), np.arange(count) % CATEGORIES
+
+
+def in_fresh_process(function: Callable, *arguments):
+    """The result of a function in a process of its own, whose imports and memory are its own, too."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory_gb() -> float:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def multiply_adds(network) -> int:
+    """Of one image: places of the output x size of the kernel, over convolutions and the dense layer."""
+    kernels = [layer for layer in network.layers if hasattr(layer, "kernel")]
+    return sum(int(np.prod(one.output.shape[1:-1]) * np.prod(one.kernel.shape)) for one in kernels)
+
+
+def our_network(policy: str, widths=WIDTHS, name: str = "stage1"):
+    """Stage 1 (or a Stage 2 CNN), as the module builds it."""
+    import mscnn_helpers as mscnn
+
+    return mscnn.build_cnn(
+        name, (SIZE, SIZE, 3), CATEGORIES, widths, mean=[120.0] * 3, std=[60.0] * 3, flip=True, policy=policy
+    )
+
+
+def stock_keras(policy: str):
+    """The same network in Keras' own layers, compiled."""
+    import keras
+
+    layers = keras.layers
+    with_policy = functools.partial(dict, dtype=policy)
+    x = inputs = keras.Input((SIZE, SIZE, 3))
+    x = layers.Rescaling(1 / 60, offset=-2.0, **with_policy())(x)
+    x = layers.ReLU(**with_policy())(layers.Conv2D(24, 2, trainable=False, **with_policy())(x))  # (B, 31, 31, 24)
+    for width in WIDTHS:
+        for half in (1, 2):
+            x = layers.Conv2D(width, 3, padding="same", use_bias=False, **with_policy())(x)
+            if half == 1:
+                x = layers.MaxPooling2D(2, **with_policy())(x)
+            x = layers.ReLU(**with_policy())(layers.BatchNormalization(scale=False, **with_policy())(x))
+    x = layers.GlobalAveragePooling2D(dtype="float32")(x)  # (B, 128)
+    network = keras.Model(inputs, layers.Dense(CATEGORIES, dtype="float32")(x))
+    network.compile(
+        keras.optimizers.SGD(0.01, momentum=0.85, nesterov=True, weight_decay=0.009),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    return network
+
+
+def hand_written_epoch(policy: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], object]:
+    """One epoch of our network by a tf.function on resident data: no fit, no tf.data, no metrics."""
+    import keras
+    import tensorflow as tf
+
+    network = our_network(policy)
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.85, nesterov=True, weight_decay=0.009)
+    optimizer.build(network.trainable_variables)
+    weights = [variable.value for variable in network.trainable_variables]
+    x, y = tf.constant(images), tf.one_hot(labels, CATEGORIES)
+
+    @tf.function(jit_compile=False)
+    def step(index):
+        with tf.GradientTape() as tape:
+            logits = network(tf.gather(x, index), training=True)  # (B, 10)
+            loss = tf.nn.softmax_cross_entropy_with_logits(tf.gather(y, index), logits)
+            loss = tf.reduce_mean(loss)
+        optimizer.apply(tape.gradient(loss, weights), network.trainable_variables)
+        return loss
+
+    def epoch():
+        order = tf.random.shuffle(tf.range(len(images)))
+        return [step(order[i : i + BATCH]) for i in range(0, len(images), BATCH)][-1].numpy()
+
+    return epoch
+
+
+def torch_epoch(bfloat16: bool, compiled: bool, images: np.ndarray, labels: np.ndarray) -> Callable[[], object]:
+    """One epoch of the same network in PyTorch, channels last, on resident data."""
+    import torch
+    from torch import nn
+
+    parts, channels = [nn.Conv2d(3, 24, 2), nn.ReLU()], 24
+    parts[0].requires_grad_(False)
+    for width in WIDTHS:
+        for half in (1, 2):
+            parts.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
+            parts += [nn.MaxPool2d(2)] if half == 1 else []
+            parts += [nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+    parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CATEGORIES)]
+    network = nn.Sequential(*parts).to(memory_format=torch.channels_last)
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.01, momentum=0.85, nesterov=True, weight_decay=0.009)
+    forward = torch.compile(network) if compiled else network
+    x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)  # NHWC in memory
+
+    def epoch():
+        order = torch.randperm(len(images))
+        for i in range(0, len(images), BATCH):
+            index = order[i : i + BATCH]
+            batch = ((x[index].float() - 120) / 60).contiguous(memory_format=torch.channels_last)  # (B, 3, 32, 32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = nn.functional.cross_entropy(forward(batch), y[index], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    return epoch
+
+
+def torch_tasks(images: np.ndarray, labels: np.ndarray, quick: bool) -> dict[str, Callable]:
+    """The modes of PyTorch, or none with a notice where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed, so it is left out: pip install torch")
+        return {}
+    torch.set_num_threads(os.cpu_count())
+    modes = {
+        f"PyTorch {'bfloat16' if bfloat16 else 'float32'}{', torch.compile' if compiled else ''}": (bfloat16, compiled)
+        for bfloat16 in (True, False)
+        for compiled in ((False,) if quick else (False, True))
+    }
+    return {name: torch_epoch(*mode, images, labels) for name, mode in modes.items()}
+
+
+def convolutions(policy: str) -> tuple[Callable[[], object], float]:
+    """Stage 1's six 3x3 convolutions, forward and backward, and nothing else; and their FLOP."""
+    import tensorflow as tf
+
+    dtype = tf.bfloat16 if "bfloat16" in policy else tf.float32
+    shapes, channels, size = [], 8 * 3, SIZE - 1
+    for width in WIDTHS:
+        shapes += [(size, channels, width), (size // 2, width, width)]
+        channels, size = width, size // 2
+    tensors = [
+        (tf.random.normal((BATCH, size, size, one), dtype=dtype), tf.random.normal((3, 3, one, other), dtype=dtype))
+        for size, one, other in shapes
+    ]
+
+    @tf.function(jit_compile=False)
+    def run(image, kernel):
+        result = tf.nn.conv2d(image, kernel, 1, "SAME")
+        back = tf.raw_ops.Conv2DBackpropInput(
+            input_sizes=tf.shape(image), filter=kernel, out_backprop=result, strides=[1] * 4, padding="SAME"
+        )
+        kernels = tf.raw_ops.Conv2DBackpropFilter(
+            input=image, filter_sizes=tf.shape(kernel), out_backprop=result, strides=[1] * 4, padding="SAME"
+        )
+        return back[0, 0, 0, 0], kernels[0, 0, 0, 0]
+
+    flop = sum(3 * 2 * BATCH * size**2 * 9 * one * other for size, one, other in shapes)
+    return lambda: [[float(r) for r in run(*pair)] for pair in tensors], flop
+
+
+# ---- the measurements: each returns a dict for speed.json
+
+
+def measure_training(quick: bool) -> dict:
+    """Training images/s of Stage 1: ours, stock Keras, a hand-written step, PyTorch."""
+    import tensorflow as tf
+
+    import mscnn_helpers as mscnn
+
+    policy = mscnn.fastest_policy()
+    steps, repeats = (2, 2) if quick else (8, 5)
+    images, labels = random_images(steps * BATCH)
+    one_hot = np.eye(CATEGORIES, dtype=np.float32)[labels]
+
+    def ours(dtype: str, batches) -> Callable[[], object]:
+        trainer = mscnn.classifier_trainer(our_network(dtype), mscnn.Recipe(100, BATCH), 100_000)
+        return lambda: trainer.fit(batches, shuffle=False, verbose=0)
+
+    pipeline = mscnn.batches(mscnn.Split(images, one_hot), BATCH, shuffle_seed=0)
+    one_batch = mscnn.batches(mscnn.Split(images[:BATCH], one_hot[:BATCH]), BATCH).cache().repeat(steps)
+    one_batch = one_batch.with_options(pipeline.options())
+    stock = {name: stock_keras(name) for name in ("float32", "mixed_bfloat16")}
+    conv, flop = convolutions(policy)
+
+    def stock_fit(dtype: str) -> Callable[[], object]:
+        return lambda: stock[dtype].fit(images, labels, batch_size=BATCH, verbose=0)
+
+    tasks = {
+        "ours": ours(policy, pipeline), "ours, one resident batch": ours(policy, one_batch),
+        "hand-written step": hand_written_epoch(policy, images, labels),
+        "ours in float32": ours("float32", pipeline),
+        "stock Keras float32": stock_fit("float32"), "stock Keras mixed_bfloat16": stock_fit("mixed_bfloat16"),
+        **torch_tasks(images, labels, quick), "convolutions alone": conv,
+    }  # fmt: skip
+    seconds = interleaved(tasks, repeats)
+    flops = [flop / one for one in seconds.pop("convolutions alone")]
+    network = our_network(policy)
+    rates = {name: [len(images) / one for one in values] for name, values in seconds.items()}
+    share = [6 * multiply_adds(network) * a / b for a, b in zip(rates["ours"], flops, strict=True)]
+    return {
+        "policy": policy, "images_per_second": rates, "convolutions_gflops": [one / 1e9 for one in flops],
+        "share_of_attainable_flops": share, "tf_threads": tf.config.threading.get_intra_op_parallelism_threads(),
+    }  # fmt: skip
+
+
+def spread_model(flip: bool):
+    """A calibrated model with random weights whose Stage 1 predicts every category about equally often."""
+    import mscnn_helpers as mscnn
+
+    images, labels = random_images(2000)
+    split = mscnn.Split(images, labels)
+    data = mscnn.Dataset("random", "none", tuple("abcdefghij"), split, split, split, split, flip=flip)
+    model = mscnn.MultiStageCNN.for_dataset(data)
+    dense = model.stage1.get_layer("logits")
+    logits = model.stage1_logits(images)
+    # Standardised logits: each category is the largest about as often as any other.
+    dense.kernel.assign(dense.kernel.numpy() / logits.std(axis=0))
+    dense.bias.assign(-(logits / logits.std(axis=0)).mean(axis=0))
+    model.rows.assign(np.tile([0.0, 0.5, 0.5], (CATEGORIES, 1)))
+    return model
+
+
+def measure_decide(quick: bool) -> dict:
+    """images/s of decide() against Stage 1 alone, by batch size, on one view and on two."""
+    repeats, found = (2 if quick else 7), {}
+    for views, flip in ((1, False), (2, True)):
+        model = spread_model(flip)
+        one, two = multiply_adds(model.stage1), views * multiply_adds(model.companion)
+        for batch, count in ((1, 40), (32, 640), (512, 512 if quick else 2048)):
+            images, _ = random_images(count)
+            parts = [images[i : i + batch] for i in range(0, count, batch)]
+            tasks = {
+                "stage1": lambda parts=parts, model=model: [model.stage1_logits(part) for part in parts],
+                "decide": lambda parts=parts, model=model: [model.decide(part) for part in parts],
+            }
+            seconds = interleaved(tasks, repeats)
+            found[f"batch {batch}, {views} view{'s' * (views > 1)}"] = {
+                "stage1_per_second": [count / s for s in seconds["stage1"]],
+                "decide_per_second": [count / s for s in seconds["decide"]],
+                "ratio_of_times": [b / a for a, b in zip(seconds["stage1"], seconds["decide"], strict=True)],
+                "ratio_of_multiply_adds": (one + two) / one,
+            }
+    return found
+
+
+def _first_decision(path: str, image: np.ndarray) -> tuple[float, float, float]:
+    start = time.perf_counter()
+    import mscnn_helpers as mscnn
+
+    imported = time.perf_counter()
+    model = mscnn.load_model(path)
+    loaded = time.perf_counter()
+    model.decide(image)
+    return imported - start, loaded - imported, time.perf_counter() - loaded
+
+
+def measure_cold_start(quick: bool) -> dict:
+    """Seconds to import, load and decide on a first image, each time in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.keras"
+        spread_model(True).save(path)
+        rounds = [in_fresh_process(_first_decision, path, random_images(1)[0]) for _ in range(1 if quick else 5)]
+    return dict(zip(("import", "load", "first_decision"), map(list, zip(*rounds, strict=True)), strict=True))
+
+
+def measure_stages(quick: bool) -> dict:
+    """Seconds of Stage 1, the companion, the ten Stage 2 CNNs and one retraining, at the recipe's settings."""
+    import mscnn_helpers as mscnn
+
+    data = mscnn.load_dataset("auto", light_mode=quick)
+    recipe = mscnn.recipe_for(len(data.train), epochs=1 if quick else 0)
+    model, seconds = mscnn.MultiStageCNN.for_dataset(data), {}
+
+    def timed(name: str, function: Callable, *arguments) -> None:
+        start = time.perf_counter()
+        function(*arguments)
+        seconds[name] = time.perf_counter() - start
+
+    timed("stage1", mscnn.train_stage1, model, data, recipe)
+    timed("companion", mscnn.train_companion, model, data, recipe)
+    timed("stage2", mscnn.train_stage2, model, data, recipe)
+    model.calibrate(data.calibration)
+    timed("retraining of one category", mscnn.retrain_stage2, model, data, [3], recipe)
+    ratio = (seconds["companion"] + seconds["stage2"]) / seconds["stage1"]
+    return {
+        "dataset": data.name, "light_mode": quick, "seconds": seconds, "stage2_with_companion_over_stage1": ratio,
+        "peak_memory_gb": peak_memory_gb(),
+    }  # fmt: skip
+
+
+def measure_light_run(quick: bool) -> dict:
+    """A whole light run by notebook, and what of it is not training."""
+    import quality
+
+    run = quality.measure("light", 0, "auto")
+    history = json.loads((ROOT / "runs/quality/light_0/history.json").read_text(encoding="utf-8"))
+    retrained = history.get("retraining", {}).get("histories", {})
+    records = [history["stage1"], history["companion"], *history["stage2"].values(), *retrained.values()]
+    training = sum(sum(record["seconds"]) for record in records)
+    return {
+        "seconds": run["seconds"], "training": training, "not_training": run["seconds"]["total"] - training,
+        "peak_memory_gb": run["peak_memory_gb"], "stage1_accuracy": run["stage1"]["accuracy"],
+    }  # fmt: skip
+
+
+def _timed_stage1(seed: int, quick: bool, begun: float) -> dict:
+    """Trains and saves Stage 1; then, with the clock stopped, tests what was saved and the weights of each epoch."""
+    import keras
+
+    import mscnn_helpers as mscnn
+
+    data = mscnn.load_dataset("auto", light_mode=quick, seed=seed)
+    model = mscnn.MultiStageCNN.for_dataset(data, seed=seed)
+    recipe, epochs = mscnn.recipe_for(len(data.train), epochs=1 if quick else 0), []
+
+    def keep(epoch, logs):
+        epochs.append((time.time() - begun, model.stage1.get_weights()))
+
+    mscnn.train_stage1(model, data, recipe, seed, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=keep)])
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model.keras")
+        seconds = time.time() - begun
+        final = mscnn.load_model(f"{folder}/model.keras")
+
+    def accuracy_of(weights) -> float:
+        final.stage1.set_weights(weights)
+        return float((final.stage1_logits(data.test.images).argmax(axis=1) == data.test.labels).mean())
+
+    accuracy = accuracy_of(final.stage1.get_weights())
+    by_epoch = [(after, accuracy_of(weights)) for after, weights in epochs]
+    reached = {f"{level:.0%}": next((s for s, a in by_epoch if a >= level), None) for level in LEVELS}
+    return {"seed": seed, "seconds": seconds, "accuracy": accuracy, "seconds_to": reached, "by_epoch": by_epoch}
+
+
+def measure_time_to_accuracy(quick: bool) -> dict:
+    """Seconds from process start to levels of test accuracy, of Stage 1 with the recipe's own choice."""
+    seeds = (0,) if quick else (0, 1, 2)
+    return {"runs": [in_fresh_process(_timed_stage1, seed, quick, time.time()) for seed in seeds]}
+
+
+def _cost_of_images(count: int) -> tuple[float, float]:
+    """Training images/s of the second epoch, and peak memory in GB, with a train split of `count` images."""
+    import mscnn_helpers as mscnn
+
+    images, labels = random_images(count)
+    split = mscnn.Split(images, np.eye(CATEGORIES, dtype=np.float32)[labels])
+    trainer = mscnn.classifier_trainer(our_network(mscnn.fastest_policy()), mscnn.Recipe(2, BATCH), 1000)
+    data, timer = mscnn.batches(split, BATCH, shuffle_seed=0), mscnn.EpochSeconds()
+    trainer.fit(data, epochs=2, shuffle=False, verbose=0, callbacks=[timer])
+    return count / timer.seconds[1], peak_memory_gb()
+
+
+def _cost_of_categories(count: int) -> tuple[float, float]:
+    """Seconds to train one Stage 2 CNN of `count` (the second, when all is traced), and peak memory in GB."""
+    import mscnn_helpers as mscnn
+
+    images, _ = random_images(5000)
+    split = mscnn.Split(images, np.arange(len(images)) % count)
+    names = tuple(f"category {i}" for i in range(count))
+    data = mscnn.Dataset("random", "none", names, split, split.take(np.arange(500)), split, split)
+    model = mscnn.MultiStageCNN.for_dataset(data)
+    trainer, seconds = mscnn.Stage2Trainer(model, data, mscnn.Recipe(20, 256)), []
+    for category in (0, 1):
+        start = time.perf_counter()
+        trainer.train(category, model.companion, seed=0)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1], peak_memory_gb()
+
+
+def measure_growth(quick: bool) -> dict:
+    """How cost grows with the number of train images and of categories."""
+    images = {n: in_fresh_process(_cost_of_images, n) for n in ((1000,) if quick else (5000, 10000, 25000, 50000))}
+    numbers = (2, 10) if quick else (2, 5, 10, 20, 50)
+    categories = {n: in_fresh_process(_cost_of_categories, n) for n in numbers}
+    return {"images": images, "categories": categories}
+
+
+def measure_control(quick: bool) -> dict:
+    """Stage 1 trained on shuffled labels: its test accuracy has to be chance."""
+    import mscnn_helpers as mscnn
+
+    data = mscnn.load_dataset("auto", light_mode=True)
+    shuffled = np.random.default_rng(0).permutation(data.train.labels)
+    object.__setattr__(data, "train", mscnn.Split(data.train.images, shuffled))
+    model = mscnn.MultiStageCNN.for_dataset(data)
+    mscnn.train_stage1(model, data, mscnn.recipe_for(len(data.train), epochs=1 if quick else 5))
+    right = model.stage1_logits(data.test.images).argmax(axis=1) == data.test.labels
+    return {"accuracy": float(right.mean()), "margin": float(1.96 * np.sqrt(0.09 / len(right)))}
+
+
+MEASURES: dict[str, Callable[[bool], dict]] = {
+    "training": measure_training, "decide": measure_decide, "cold_start": measure_cold_start,
+    "stages": measure_stages, "light_run": measure_light_run, "time_to_accuracy": measure_time_to_accuracy,
+    "growth": measure_growth, "control": measure_control,
+}  # fmt: skip
+
+
+# ---- RESULTS.md
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table, an empty line behind it."""
+    return [f"| {' | '.join(one)} |" for one in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def table_training(found: dict) -> list[str]:
+    rates = found["images_per_second"]
+    rows = [
+        [name, spread(values, "{:,.0f}"), spread([a / b for a, b in zip(rates["ours"], values, strict=True)], "{:.2f}")]
+        for name, values in rates.items()
+    ]
+    gflops = spread(found["convolutions_gflops"], "{:,.0f}")
+    share = spread(found["share_of_attainable_flops"], "{:.0%}")
+    return [
+        f"Stage 1, batches of {BATCH}, ours in {found['policy']}. Its convolutions alone, forward and backward, reach",
+        f"{gflops} GFLOP/s here; ours trains at {share} of that.", "",
+        *markdown(["training of Stage 1", "images/s", "ours is faster by"], rows),
+    ]  # fmt: skip
+
+
+def table_decide(found: dict) -> list[str]:
+    rows = [
+        [name, spread(one["stage1_per_second"], "{:,.0f}"), spread(one["decide_per_second"], "{:,.0f}"),
+         spread(one["ratio_of_times"], "{:.2f}"), f"{one['ratio_of_multiply_adds']:.2f}"]
+        for name, one in found.items()
+    ]  # fmt: skip
+    return markdown(["decide()", "Stage 1 alone, images/s", "decide(), images/s", "times the time",
+                     "times the multiply-adds"], rows)  # fmt: skip
+
+
+def table_cold_start(found: dict) -> list[str]:
+    rows = [[name.replace("_", " "), spread(seconds, "{:.2f}")] for name, seconds in found.items()]
+    return markdown(["cold start", "seconds"], rows)
+
+
+def table_stages(found: dict) -> list[str]:
+    rows = [[name, f"{seconds:.0f}"] for name, seconds in found["seconds"].items()]
+    ratio = found["stage2_with_companion_over_stage1"]
+    data = found["dataset"] + (", light mode, 1 epoch" if found["light_mode"] else "")
+    return [
+        f"Training by the recipe ({data}): companion and ten Stage 2 CNNs take {ratio:.2f} times",
+        f"Stage 1's time; peak {found['peak_memory_gb']:.2f} GB.",
+        "", *markdown(["training", "seconds"], rows),
+    ]  # fmt: skip
+
+
+def table_light_run(found: dict) -> list[str]:
+    rows = [[name, f"{seconds:.0f}"] for name, seconds in found["seconds"].items()]
+    rows += [["of this training", f"{found['training']:.0f}"], ["and all else", f"{found['not_training']:.0f}"]]
+    return [
+        f"`python mscnn_helpers.py --epochs 5 --light_mode`: Stage 1 {found['stage1_accuracy']:.1%}, peak",
+        f"{found['peak_memory_gb']:.2f} GB.", "", *markdown(["a light run", "seconds"], rows),
+    ]  # fmt: skip
+
+
+def table_time_to_accuracy(found: dict) -> list[str]:
+    rows = [
+        [str(run["seed"]), f"{run['accuracy']:.2%}", f"{run['seconds']:.0f}",
+         *("not reached" if s is None else f"{s:.0f}" for s in run["seconds_to"].values())]
+        for run in found["runs"]
+    ]  # fmt: skip
+    levels = list(found["runs"][0]["seconds_to"])
+    return markdown(["seed", "Stage 1 at the end (test)", "seconds, saved", *(f"to {one}" for one in levels)], rows)
+
+
+def table_growth(found: dict) -> list[str]:
+    images = [[f"{int(n):,}", f"{rate:,.0f}", f"{memory:.2f}"] for n, (rate, memory) in found["images"].items()]
+    ten = found["categories"].get("10") or found["categories"][10]
+    categories = [
+        [str(n), f"{s:.1f}", f"{s / ten[0]:.2f}", f"{memory:.2f}"] for n, (s, memory) in found["categories"].items()
+    ]
+    header = ["categories", "seconds for one Stage 2 CNN", "against 10 categories", "peak memory, GB"]
+    return markdown(["train images", "images/s", "peak memory, GB"], images) + markdown(header, categories)
+
+
+def table_control(found: dict) -> list[str]:
+    return [f"Control: trained on shuffled labels Stage 1 has {found['accuracy']:.1%} on the test split; chance is",
+            f"10.0% ± {found['margin']:.1%}.", ""]  # fmt: skip
+
+
+TABLES = {name.removeprefix("table_"): function for name, function in list(globals().items()) if "table_" in name}
+
+
+def section(figures: dict) -> str:
+    """The section of RESULTS.md."""
+    lines = ["## Speed", "", "Written by `python benchmarks/speed.py`. Medians, in brackets minimum and maximum.", ""]
+    for name, one in figures.items():
+        lines += [f"### {name.replace('_', ' ').capitalize()}", "", *TABLES[name](one["found"])]
+        lines += [f"`{one['command']}`, commit {one['commit']}, {one['device']}, "
+                  + ", ".join(f"{k} {v}" for k, v in one["versions"].items()), ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, and replaces what was measured before under the same name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats")
+    parser.add_argument("--only", default="", help=f"comma-separated: {', '.join(MEASURES)}")
+    options = parser.parse_args()
+    wanted = options.only.split(",") if options.only else list(MEASURES)
+    unknown = sorted(set(wanted) - set(MEASURES))
+    if unknown:
+        parser.error(f"unknown measurement {', '.join(unknown)}: choose among {', '.join(MEASURES)}")
+    sys.path.insert(0, str(ROOT))
+    import mscnn_helpers as mscnn
+
+    figures = read_json("speed", {})
+    for name in wanted:
+        print(name, flush=True)
+        figures[name] = {
+            "found": MEASURES[name](options.quick),
+            "command": f"python benchmarks/speed.py --only {name}" + " --quick" * options.quick,
+            "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions(),
+        }  # fmt: skip
+        figures = {one: figures[one] for one in MEASURES if one in figures}
+        figures = json.loads(json.dumps(figures))  # as it will be read: keys are text
+        write("speed", figures, section(figures))
+        print("\n".join(TABLES[name](figures[name]["found"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The benchmarks: the same network for every rival, honest repeats, and tables that show what was measured."""
+
+import json
+import subprocess
+import sys
+
+import common
+import keras
+import numpy as np
+import pytest
+import quality
+import speed
+from conftest import ROOT
+
+import mscnn_helpers as mscnn
+
+
+def test_tasks_are_measured_in_turn_and_the_first_round_does_not_count():
+    called = []
+    seconds = common.interleaved({name: lambda name=name: called.append(name) for name in "ab"}, repeats=3)
+    assert called == list("ab" * 4)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert min(min(values) for values in seconds.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "told"), [([2.0], "2.0"), ([1.0, 9.0, 2.0], "2.0 (1.0 to 9.0)"), ([1.0, 2.0], "1.5 (1.0 to 2.0)")]
+)
+def test_spread_is_the_median_with_both_ends(values, told):
+    assert common.spread(values, "{:.1f}") == told
+
+
+def test_each_benchmark_has_its_section_and_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    common.write("speed", {"a": 1}, "## Speed\n\nold")
+    common.write("quality", [1], "## Quality\n\nsome")
+    common.write("speed", {"a": 2}, "## Speed\n\nnew\n")
+    text = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert text.count("## Speed") == 1 and "old" not in text
+    assert text.index("## Quality") < text.index("## Speed") < text.index("new")
+    assert common.read_json("speed", None) == {"a": 2} and common.read_json("absent", "none") == "none"
+
+
+def test_results_are_made_from_the_figures():
+    """RESULTS.md is what the committed figures give, word for word."""
+    text = common.RESULTS.read_text("utf-8")
+    sections = {"quality": lambda runs: quality.table(runs), "speed": lambda figures: speed.section(figures)}
+    for name, make in sections.items():
+        figures = common.read_json(name, None)
+        assert figures is None or make(figures).strip() in text
+    assert "## Quality" in text
+
+
+def trained(network: keras.Model) -> int:
+    return sum(int(np.prod(weight.shape)) for weight in network.trainable_variables)
+
+
+def test_the_rivals_have_our_network():
+    ours, stock = speed.our_network("float32"), speed.stock_keras("float32")
+    assert speed.multiply_adds(ours) == speed.multiply_adds(stock) == pytest.approx(54e6, rel=0.01)
+    # The whitening's bias is trained in ours, and frozen with its kernel in Keras' own layer.
+    assert trained(ours) - trained(stock) == 24
+    stage2 = speed.our_network("float32", mscnn.STAGE2_WIDTHS)
+    assert speed.multiply_adds(stage2) == pytest.approx(17e6, rel=0.02)
+
+
+def test_the_torch_network_is_ours(monkeypatch):
+    torch = pytest.importorskip("torch")
+    built = []
+    plain = torch.nn.Sequential
+    monkeypatch.setattr(torch.nn, "Sequential", lambda *parts: built.append(plain(*parts)) or built[-1])
+    images, labels = speed.random_images(16)
+    loss = speed.torch_epoch(False, False, images, labels)()
+    assert np.isfinite(loss)
+    weights = sum(weight.numel() for weight in built[0].parameters() if weight.requires_grad)
+    # PyTorch's BatchNorm2d has a scale, which ours and Keras' lack.
+    assert weights - 2 * sum(mscnn.STAGE1_WIDTHS) == trained(speed.stock_keras("float32"))
+
+
+def test_a_hand_written_epoch_trains():
+    images, labels = speed.random_images(2 * speed.BATCH)
+    epoch = speed.hand_written_epoch("float32", images[:600], labels[:600])
+    assert np.isfinite(epoch())
+
+
+def test_the_model_for_timing_decide_predicts_all_categories():
+    """Else one Stage 2 CNN would get every image, in one large and fast batch."""
+    model = speed.spread_model(flip=True)
+    category = model.decide(speed.random_images(1000)[0]).stage1_category
+    assert np.bincount(category, minlength=10).min() > 40
+
+
+def test_an_unknown_measurement_is_refused():
+    command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--only", "trainin"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown measurement trainin: choose among training, decide" in done.stderr
+
+
+def test_tables_show_the_ratios():
+    rates = {"ours": [200.0, 300.0, 400.0], "rival": [100.0, 100.0, 100.0]}
+    figures = {"policy": "float32", "images_per_second": rates}
+    figures |= {"convolutions_gflops": [1e3], "share_of_attainable_flops": [0.8]}
+    text = "\n".join(speed.table_training(figures))
+    assert "| rival | 100 (100 to 100) | 3.00 (2.00 to 4.00) |" in text
+    growth = {"images": {"5000": [1000.0, 1.0]}, "categories": {"10": [2.0, 1.0], "50": [2.2, 1.5]}}
+    assert "| 50 | 2.2 | 1.10 | 1.50 |" in speed.table_growth(growth)
+
+
+@pytest.mark.slow
+def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
+    for module in (common, speed):
+        monkeypatch.setattr(module, "HERE", tmp_path, raising=False)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick"])
+    speed.main()
+    figures = json.loads((tmp_path / "speed.json").read_text("utf-8"))
+    assert list(figures) == list(speed.MEASURES)
+    assert abs(figures["control"]["found"]["accuracy"] - 0.1) < 2 * figures["control"]["found"]["margin"]
