@@ -58,7 +58,7 @@ test-slow: env ## Run the slow tests
 bench-quality: env ## Measure accuracy, selective metrics, time and memory of full runs: over an hour; BENCH=--quick
 	@$(RUN) benchmarks/quality.py $(BENCH)
 
-bench-speed: env ## Measure speed and memory against rivals: about an hour; BENCH=--quick for three minutes
+bench-speed: env ## Measure speed and memory against rivals: about an hour; BENCH=--quick for minutes
 	@$(RUN) benchmarks/speed.py $(BENCH)
 
 lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing

@@ -37,12 +37,14 @@ def spread(values: list[float], form: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with '+' where files differ from it (what the benchmarks write does not count)."""
+    """The commit that is checked out, with '+' where files differ from it; what the benchmarks write does not count.
+
+    To be asked before a measurement, so that it names the code that ran.
+    """
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "diff", "--stat", "HEAD", "--", ".", ":!benchmarks"], capture_output=True, text=True
-    )
+    written = [f":!benchmarks/{name}" for name in ("*.json", "*.md", "*.png")]
+    changed = subprocess.run([*git, "diff", "--stat", "HEAD", "--", ".", *written], capture_output=True, text=True)
     return head + ("+" if changed.stdout.strip() else "")
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                    full data, the recipe's own choice, seeds 0, 1 and 2
     python benchmarks/quality.py --documented       full data, 50 epochs in batches of 32 (the defaults), seed 0
-    python benchmarks/quality.py --quick            light mode, 5 epochs, seed 0: under three minutes on two cores
+    python benchmarks/quality.py --quick            light mode, 5 epochs, seed 0: some three minutes on two cores
 
 Each run is the command line that a user types, in a process of its own. Memory is the proportional set size
 summed over the run's processes (pages they share count once), read every two seconds.
@@ -47,13 +47,14 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
     run_dir = f"runs/quality/{kind}_{seed}"
     arguments = f"{KINDS[kind][1]} --seed {seed} --dataset {dataset} --run_dir {run_dir}"
     print(f"python mscnn_helpers.py {arguments}", flush=True)
-    started, peak = time.time(), [0]
+    started, peak, measured = time.time(), [0], commit()
     process = psutil.Popen([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT)
     watching = threading.Thread(target=watch_memory, args=(process, peak), daemon=True)
     watching.start()
     if process.wait():
         raise SystemExit(f"The run of seed {seed} failed, see above.")
     metrics = json.loads((ROOT / run_dir / "metrics.json").read_text(encoding="utf-8"))
+    del metrics["dataset"]["source"]  # a folder of this machine
     kept = ("dataset", "stage1", "two_stage", "seconds", "versions", "device", "parameters")
     return {
         "kind": kind,
@@ -61,7 +62,7 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
         "command": f"python mscnn_helpers.py {arguments}",
         "minutes": (time.time() - started) / 60,
         "peak_memory_gb": peak[0] / 1e9,
-        "commit": commit(),
+        "commit": measured,
         **{name: metrics[name] for name in kept},
     }
 
