@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -163,10 +164,13 @@ def torch_tasks(images: np.ndarray, labels: np.ndarray, quick: bool) -> dict[str
         print('PyTorch is not installed, so it is left out: pip install ".[bench]"')
         return {}
     torch.set_num_threads(os.cpu_count())
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        print("No C++ compiler is installed, so torch.compile is left out.")
     modes = {
         f"PyTorch {'bfloat16' if bfloat16 else 'float32'}{', torch.compile' if compiled else ''}": (bfloat16, compiled)
         for bfloat16 in (True, False)
-        for compiled in ((False,) if quick else (False, True))
+        for compiled in ((False, True) if compiler and not quick else (False,))
     }
     return {name: torch_epoch(*mode, images, labels) for name, mode in modes.items()}
 
