@@ -125,7 +125,7 @@ def test_training_stage1_leaves_stage2_alone_and_voids_the_calibration(trained_t
 def test_history_has_a_value_an_epoch_and_the_kept_weights_are_the_best(trained_twice, few_images):
     images, labels = few_images.calibration
     for run in trained_twice:
-        assert set(run.history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+        assert set(run.history) == {"loss", "accuracy", "val_loss", "val_accuracy", "seconds"}
         assert all(len(values) == 2 for values in run.history.values())
         accuracy = (run.model.stage1_logits(images).argmax(axis=1) == labels).mean()
         assert max(run.history["val_accuracy"]) == pytest.approx(accuracy)
@@ -303,14 +303,14 @@ def test_training_stage2_leaves_its_start_alone_and_voids_its_own_row(trained_mo
     after = trained_model.fingerprints()
     assert {name for name in before if before[name] != after[name]} == {"stage2/dog", "calibration/dog"}
     assert not trained_model.is_calibrated
-    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy", "seconds"}
     assert all(len(values) == 5 for values in history.values())
 
 
 def test_a_category_that_stage1_never_predicts_is_trained_without_validation(trained_model, few_images):
     trainer = mscnn.Stage2Trainer(trained_model, few_images, Recipe(epochs=5, batch_size=32))
     trainer.predicted = np.zeros_like(trainer.predicted)
-    assert set(trainer.train(3, trained_model.companion, seed=0)) == {"loss", "accuracy"}
+    assert set(trainer.train(3, trained_model.companion, seed=0)) == {"loss", "accuracy", "seconds"}
 
 
 def test_stage2_learns_what_is_right(model, untrained_model, tiny_data):
