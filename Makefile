@@ -27,10 +27,10 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow bench-quality bench-speed lint format lock badges clean distclean
+.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ingredients lint format lock badges clean distclean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## Make .venv from requirements.lock, if it is not there, whole and up to date
 
@@ -60,6 +60,9 @@ bench-quality: env ## Measure accuracy, selective metrics, time and memory of fu
 
 bench-speed: env ## Measure speed and memory against rivals: about an hour; BENCH=--quick for minutes
 	@$(RUN) benchmarks/speed.py $(BENCH)
+
+bench-ingredients: env ## Measure what each ingredient of the recipe is worth: 20 minutes; BENCH=--quick
+	@$(RUN) benchmarks/ingredients.py $(BENCH)
 
 lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing
 	@$(RUN) -m ruff check .

@@ -1,6 +1,8 @@
 """What the benchmarks share: repeats in turn, the commit and the device, and RESULTS.md, a section a benchmark."""
 
+import concurrent.futures
 import json
+import multiprocessing
 import re
 import statistics
 import subprocess
@@ -27,6 +29,13 @@ def interleaved(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[st
                 seconds[name].append(time.perf_counter() - start)
         print(f"  round {round_number} of {repeats}", flush=True)
     return seconds
+
+
+def in_fresh_process(function: Callable, *arguments):
+    """The result of a function in a process of its own, whose imports and memory are its own, too."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def spread(values: list[float], form: str) -> str:

@@ -103,10 +103,13 @@ def test_whitening_decorrelates_neighbouring_pixels(channels):
     assert np.corrcoef(*neighbours)[0, 1] > 0.3, "before they were correlated"
 
 
-def test_whitening_trains_its_bias_only():
-    layer = WhiteningConv()
-    layer.build((None, 8, 8, 3))
-    assert [one.name for one in layer.trainable_weights] == ["bias"]
+def test_whitening_stands_still_however_the_network_is_set():
+    network = cnn()
+    for flag in (False, True):
+        network.trainable = flag
+        layer = network.get_layer("whitening")
+        assert not layer.trainable_weights
+        assert [(one.name, one.shape) for one in layer.weights] == [("kernel", (2, 2, 3, 24))]
 
 
 # ------------------------------------------------------------------------------------------------------------

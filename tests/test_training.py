@@ -9,6 +9,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
@@ -67,6 +68,59 @@ def test_the_schedule_spans_the_training(untrained_model, few_images, monkeypatc
     recipe = Recipe(epochs=2, batch_size=40)
     mscnn.train_stage1(untrained_model, few_images, recipe)
     assert asked == [(recipe, 6)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 72), (72, 24), (16, 16)])
+def test_orthogonalising_evens_out_the_singular_values_and_keeps_the_directions(shape):
+    rng = np.random.default_rng(0)
+    left, _, right = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    values = np.geomspace(1, 0.1, min(shape))
+    result = mscnn.orthogonalised(tf.constant((left * values) @ right, tf.float32)).numpy()
+    inside = left.T @ result @ right.T  # diagonal, if the directions are kept
+    assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.3
+    np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
+
+
+def test_a_kernel_as_a_matrix_has_a_row_an_output_channel():
+    kernel = np.arange(3 * 3 * 2 * 5).reshape(3, 3, 2, 5)
+    matrix = mscnn.as_matrix(tf.constant(kernel)).numpy()
+    assert matrix.shape == (5, 18)
+    np.testing.assert_array_equal(matrix[3], kernel[..., 3].ravel())
+
+
+def test_muon_turns_kernels_at_one_length_and_steps_the_rest_plainly():
+    rng = np.random.default_rng(0)
+    values = {"kernel": rng.normal(size=(3, 3, 4, 6)), "offset": rng.normal(size=6), "dense": rng.normal(size=(6, 2))}
+    ours, theirs = ([keras.Variable(value, dtype="float32") for value in values.values()] for _ in range(2))
+    muon = mscnn.Muon(0.1, momentum=0.5, kernel_gain=0.2)
+    sgd = keras.optimizers.SGD(0.1, momentum=0.5, nesterov=True)
+    for _ in range(3):
+        before = mscnn.as_matrix(ours[0]).numpy()
+        gradients = [tf.constant(rng.normal(size=one.shape), tf.float32) for one in ours]
+        muon.apply(gradients, ours)
+        sgd.apply(gradients, theirs)
+        step = mscnn.as_matrix(ours[0]).numpy() - before * np.sqrt(6) / np.linalg.norm(before)
+        sizes = np.linalg.svd(step, compute_uv=False)
+        assert sizes.min() > 0.02 * 0.6 and sizes.max() < 0.02 * 1.3  # all directions as far: rate x gain
+        assert (step * mscnn.as_matrix(gradients[0]).numpy()).sum() < 0  # downhill
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-6)
+
+
+def test_the_rates_of_a_recipe_follow_the_batch_size():
+    """In proportion for plain steps, by the square root for those of kernels, whose length the gradients don't set."""
+    for size, plain, root in ((512, 1.0, 1.0), (128, 0.25, 0.5)):
+        recipe = Recipe(epochs=1, batch_size=size, learning_rate=0.4, kernel_learning_rate=0.06, warm_up=0.25)
+        muon = mscnn.muon_for(recipe, 100)
+        peak = float(muon._learning_rate(25))
+        assert peak == pytest.approx(0.4 * plain)
+        assert peak * muon.kernel_gain == pytest.approx(0.06 * root)
+    assert mscnn.Muon.from_config(muon.get_config()).kernel_gain == muon.kernel_gain
 
 
 # ------------------------------------------------------------------------------------------------------------

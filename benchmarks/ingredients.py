@@ -1,0 +1,250 @@
+"""Measures what each ingredient of the training recipe is worth, and writes ingredients.json and RESULTS.md.
+
+    python benchmarks/ingredients.py              three seeds each: some twenty minutes on two cores
+    python benchmarks/ingredients.py --quick      one seed, little training: under three minutes; shows that it works
+
+The network is the companion's, which has all the layers of Stage 1 at a fifth of its work. It is trained on 10,000 of
+CIFAR-10's train images and judged by 20,000 others of the train split: nothing here sees the test split. Each variant
+leaves one ingredient out, or adds one that the recipe does without, and is compared with the recipe seed by seed.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+
+import numpy as np
+from common import ROOT, commit, in_fresh_process, spread, write
+
+BATCH = 128  # so that 10,000 images are enough steps
+
+
+@dataclasses.dataclass
+class Training:
+    """What a variant may change before the training begins."""
+
+    network: object  # keras.Model
+    recipe: object  # mscnn.Recipe
+    steps: int
+    callbacks: list
+
+
+# ---- the variants: each changes a Training, or the module in its own process
+
+
+def recipe_as_it_is(training: Training) -> None:
+    """Changes nothing."""
+
+
+def without_whitening(training: Training) -> None:
+    """A random fixed kernel of the same length."""
+    kernel = training.network.get_layer("whitening").kernel
+    random = np.random.default_rng(0).normal(size=kernel.shape)
+    kernel.assign(random * np.linalg.norm(kernel) / np.linalg.norm(random))
+
+
+def without_identity(training: Training) -> None:
+    """Keras' own initialisation of the convolutions."""
+    import keras
+
+    for layer in training.network.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            layer.kernel.assign(keras.initializers.GlorotUniform()(layer.kernel.shape))
+
+
+def normalizations(network) -> list:
+    import mscnn_helpers as mscnn
+
+    return [layer for layer in network.layers if isinstance(layer, mscnn.FusedBatchNormalization)]
+
+
+def without_fast_statistics(training: Training) -> None:
+    """BatchNormalization's momentum as Keras has it."""
+    for layer in normalizations(training.network):
+        layer.momentum = 0.99
+
+
+def without_fast_offsets(training: Training) -> None:
+    """BatchNormalization's offsets learn at the learning rate of all."""
+    for layer in normalizations(training.network):
+        layer.OFFSET_GAIN = 1.0
+
+
+def without_logit_scale(training: Training) -> None:
+    training.network.get_layer("scaled").scale = 1.0
+
+
+def without_label_smoothing(training: Training) -> None:
+    training.recipe = dataclasses.replace(training.recipe, label_smoothing=0.0)
+
+
+def without_muon(training: Training) -> None:
+    """Plain steps for the kernels, too."""
+    import keras
+
+    import mscnn_helpers as mscnn
+
+    def sgd(recipe, steps):
+        schedule = mscnn.learning_rate_schedule(recipe, steps)
+        return keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
+
+    mscnn.muon_for = sgd
+
+
+def without_schedule(training: Training) -> None:
+    """A constant learning rate, a fifth of the peak."""
+    import mscnn_helpers as mscnn
+
+    mscnn.learning_rate_schedule = lambda recipe, steps: 0.2 * recipe.learning_rate * recipe.batch_size / 512
+
+
+def without_augmentation(training: Training) -> None:
+    layer = training.network.get_layer("augmentation")
+    layer.flip, layer.shift = False, 0
+
+
+def with_stronger_shift(training: Training) -> None:
+    training.network.get_layer("augmentation").shift = 4
+
+
+def with_lookahead(training: Training) -> None:
+    """A slow copy of the weights, to which the weights return every five steps (Jordan 2024, 3.4)."""
+    import keras
+
+    class Lookahead(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.step, self.slow = 0, [weight.numpy() for weight in self.model.weights]
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.step += 1
+            if self.step % 5 == 0:
+                keep = 0.95**5 * (self.step / training.steps) ** 3
+                for slow, weight in zip(self.slow, self.model.weights, strict=True):
+                    if slow.dtype == np.float32:
+                        slow += (1 - keep) * (weight.numpy() - slow)
+                        weight.assign(slow)
+
+    training.callbacks.append(Lookahead())
+
+
+def with_alternating_flip(training: Training) -> None:
+    """Each image is mirrored in every second epoch, in place of at random (Jordan 2024, section 3.6)."""
+    import keras
+    import tensorflow as tf
+
+    import mscnn_helpers as mscnn
+
+    training.network.get_layer("augmentation").flip = False
+    epoch, plain = tf.Variable(0.0), mscnn.batches
+    training.callbacks.append(keras.callbacks.LambdaCallback(on_epoch_begin=lambda number, logs: epoch.assign(number)))
+
+    def mirror(images, labels):
+        mirrored = tf.cast((labels[:, -1] + epoch) % 2, tf.bool)[:, None, None, None]  # (B, 1, 1, 1)
+        return tf.where(mirrored, tf.reverse(images, [2]), images), labels[:, :-1]
+
+    def alternating(split, batch_size, order=None, shuffle_seed=None):
+        if shuffle_seed is None:
+            return plain(split, batch_size, order)
+        first = np.random.default_rng(shuffle_seed).integers(0, 2, (len(split), 1)).astype(np.float32)
+        marked = mscnn.Split(split.images, np.hstack([split.labels, first]).astype(np.float32))
+        return plain(marked, batch_size, shuffle_seed=shuffle_seed).map(mirror)
+
+    mscnn.batches = alternating
+
+
+VARIANTS: dict[str, Callable[[Training], None]] = {
+    "the recipe": recipe_as_it_is,
+    "without the whitening kernel": without_whitening,
+    "without identity initialisation": without_identity,
+    "without fast BatchNormalization statistics": without_fast_statistics,
+    "without fast BatchNormalization offsets": without_fast_offsets,
+    "without the factor before the dense layer": without_logit_scale,
+    "without label smoothing": without_label_smoothing,
+    "without Muon": without_muon,
+    "without a rising and falling learning rate": without_schedule,
+    "without augmentation": without_augmentation,
+    "with shifts of up to 4 pixels": with_stronger_shift,
+    "with lookahead": with_lookahead,
+    "with alternating flip": with_alternating_flip,
+}
+
+
+# ---- measuring
+
+
+def train(variant: str, seed: int, quick: bool) -> dict[str, float]:
+    """Trains a companion by the recipe but for the variant, and judges it on train images it has not seen.
+
+    Returns:
+        accuracy, aurc (of its softmax) and images_per_second (of the fastest epoch).
+    """
+    import mscnn_helpers as mscnn
+
+    data = mscnn.load_dataset("cifar10", seed=seed)
+    images, epochs, judges = (1000, 2, 1000) if quick else (10_000, 8, 20_000)
+    order = np.random.default_rng(seed).permutation(len(data.train))
+    unseen = data.train.take(order[images : images + judges])
+    data = dataclasses.replace(data, train=data.train.take(order[:images]))
+    model = mscnn.MultiStageCNN.for_dataset(data, seed=seed)
+    recipe = mscnn.Recipe(epochs, BATCH)
+    training = Training(model.companion, recipe, -(-images // BATCH) * epochs, [])
+    VARIANTS[variant](training)
+    history = mscnn.train_classifier(training.network, data, training.recipe, seed, callbacks=training.callbacks)
+    logits = np.concatenate([training.network.predict_on_batch(part) for part in np.array_split(unseen.images, 20)])
+    predicted = logits.argmax(axis=1)
+    right = predicted == unseen.labels
+    return {
+        "accuracy": float(right.mean()), "aurc": mscnn.aurc(mscnn.log_odds(logits, predicted), right),
+        "images_per_second": images / min(history["seconds"]),
+    }  # fmt: skip
+
+
+# ---- RESULTS.md
+
+
+def table(found: dict) -> str:
+    """Its section of RESULTS.md: each variant against the recipe, seed by seed."""
+    base, rows = found["variants"]["the recipe"], []
+    for name, runs in found["variants"].items():
+        pairs = list(zip(runs, base, strict=True))
+        rows.append([
+            name, spread([one["accuracy"] for one in runs], "{:.2%}"),
+            spread([100 * (one["accuracy"] - other["accuracy"]) for one, other in pairs], "{:+.2f}"),
+            spread([one["aurc"] for one in runs], "{:.4f}"),
+            spread([one["aurc"] / other["aurc"] - 1 for one, other in pairs], "{:+.1%}"),
+            spread([one["images_per_second"] for one in runs], "{:,.0f}"),
+        ])  # fmt: skip
+    header = ["training", "accuracy", "against the recipe, points", "AURC", "against the recipe", "images/s"]
+    lines = [
+        "## Ingredients", "",
+        "Written by `python benchmarks/ingredients.py`. The companion's network, trained on a part of CIFAR-10's train",
+        "split and judged by another part of it (see the script's first lines). A lower AURC is better. Median over",
+        "the seeds, in brackets minimum and maximum; differences are taken seed by seed.", "",
+        *(f"| {' | '.join(one)} |" for one in (header, ["---"] * len(header), *rows)), "",
+        f"`{found['command']}`, commit {found['commit']}, {found['device']}, "
+        + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures all variants, in turn for each seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, little training")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import mscnn_helpers as mscnn
+
+    command = "python benchmarks/ingredients.py" + " --quick" * options.quick
+    found = {"command": command, "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions()}
+    found["variants"] = {name: [] for name in VARIANTS}
+    for seed in (0,) if options.quick else (0, 1, 2):
+        for name, runs in found["variants"].items():
+            runs.append(in_fresh_process(train, name, seed, options.quick))  # a variant may change the module
+            print(f"seed {seed}, {name}: {runs[-1]['accuracy']:.2%}", flush=True)
+    write("ingredients", found, table(found))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
