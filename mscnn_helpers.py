@@ -28,6 +28,7 @@ References
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -1430,7 +1431,7 @@ class Recipe:
     batch_size: int
     companion_epochs: int = 0  # 0: as many as Stage 1
     learning_rate: float = 0.5  # peak, at batches of 512; proportional to the batch size
-    kernel_learning_rate: float = 0.06  # the same of convolution kernels; proportional to its square root, see Muon
+    kernel_learning_rate: float = 0.05  # peak for convolution kernels at any batch size, see Muon
     momentum: float = 0.85
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight
     label_smoothing: float = 0.1
@@ -1451,7 +1452,7 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     if images < 20_000:
         epochs = epochs or 20
         return Recipe(epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, stage2_share=0.3)
-    epochs = epochs or 18
+    epochs = epochs or 12
     return Recipe(epochs, batch_size or 512)
 
 
@@ -1467,7 +1468,7 @@ def learning_rate_schedule(recipe: Recipe, steps: int) -> keras.optimizers.sched
 class Muon(keras.optimizers.SGD):
     """SGD with Nesterov momentum that orthogonalises the steps of convolution kernels.
 
-    A kernel is seen as a matrix with a row for each output channel, and so is its step. A plain step is ruled by the
+    A kernel is seen as a matrix with a column for each output channel, and so is its step. A plain step is ruled by the
     few directions with the largest gradients; here all its singular values are made nearly equal, so that it moves as
     far in the others. Kernels are kept at one length, since BatchNormalization makes their scale idle: so
     `kernel_rate` is a share of it. Every other weight takes a plain step.
@@ -1487,40 +1488,40 @@ class Muon(keras.optimizers.SGD):
             return super().update_step(gradient, variable, learning_rate)
         momentum = self.momentums[self._get_variable_index(variable)]
         self.assign(momentum, self.momentum * momentum + gradient)
-        step = orthogonalised(as_matrix(gradient + self.momentum * momentum))  # (out, 9 in)
-        matrix = as_matrix(variable)
-        matrix *= matrix.shape[0] ** 0.5 / tf.norm(matrix)
-        matrix -= tf.cast(learning_rate * self.kernel_gain, matrix.dtype) * step
-        self.assign(variable, tf.reshape(tf.transpose(matrix), variable.shape))
+        step = orthogonalised(as_matrix(gradient + self.momentum * momentum))  # (9 in, out)
+        kernel = variable * (variable.shape[-1] ** 0.5 / tf.norm(variable))
+        rate = tf.cast(learning_rate, kernel.dtype) * self.kernel_gain
+        self.assign(variable, kernel - rate * tf.reshape(step, variable.shape))
 
     def get_config(self):
         return {**super().get_config(), "kernel_gain": self.kernel_gain}
 
 
 def as_matrix(kernel):
-    """A convolution kernel (height, width, in, out) as a matrix (out, height width in)."""
-    return tf.transpose(tf.reshape(kernel, (-1, kernel.shape[-1])))
+    """A convolution kernel (height, width, in, out) as a matrix (height width in, out)."""
+    return tf.reshape(kernel, (-1, kernel.shape[-1]))
 
 
 def orthogonalised(matrix, rounds: int = 3):
     """About the nearest matrix whose singular values are all 1: float32 (m, n) -> (m, n).
 
-    By Newton-Schulz iteration with coefficients chosen for speed: what was not negligible ends between 0.7 and 1.2 or
-    so, which is near enough for a step. Source: Jordan 2024.
+    By Newton-Schulz iteration with coefficients chosen for speed: singular values that were not negligible end between
+    0.7 and 1.2 or so, which is near enough for a step. All rounds are done on the matrix of inner products, which is
+    smaller, and applied at once. Source: Jordan 2024.
     """
-    flat = matrix.shape[0] > matrix.shape[1]
-    x = tf.transpose(matrix) if flat else matrix  # (short, long)
-    x /= tf.norm(x) + 1e-7
+    x = matrix / (tf.norm(matrix) + 1e-7)
+    inner = tf.matmul(x, x, transpose_a=True)  # (n, n)
+    turn = one = tf.eye(inner.shape[0])
     for _ in range(rounds):
-        square = x @ tf.transpose(x)  # (short, short)
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return tf.transpose(x) if flat else x
+        polynomial = 3.4445 * one - 4.7750 * inner + 2.0315 * inner @ inner
+        turn = turn @ polynomial
+        inner = polynomial @ inner @ polynomial
+    return x @ turn
 
 
 def muon_for(recipe: Recipe, steps: int) -> Muon:
     """The optimizer of Stage 1 and the companion, for a training of so many steps."""
-    size = recipe.batch_size / 512
-    gain = recipe.kernel_learning_rate * size**0.5 / (recipe.learning_rate * size)
+    gain = recipe.kernel_learning_rate / (recipe.learning_rate * recipe.batch_size / 512)
     schedule = learning_rate_schedule(recipe, steps)
     return Muon(schedule, momentum=recipe.momentum, kernel_gain=gain, weight_decay=recipe.weight_decay)
 
@@ -2376,8 +2377,8 @@ def _code_cells(notebook: Path) -> list[int]:
     return [number for number, kind in enumerate(sum(kinds, ()), start=1) if kind == "code"]
 
 
-def run_notebook(name: str, settings: Settings) -> Path:
-    """Runs one notebook by papermill into the run folder, and writes its HTML page beside it.
+def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Executor) -> Path:
+    """Runs one notebook by papermill into the run folder; its HTML page is left to `pages`.
 
     Raises:
         MSCNNError: a cell failed; the message holds its error and names the partial notebook.
@@ -2412,7 +2413,7 @@ def run_notebook(name: str, settings: Settings) -> Path:
         ) from error
     finally:
         logger.removeHandler(progress)
-        _write_html(target)
+        pages.submit(_write_html, target)
     return target
 
 
@@ -2432,8 +2433,9 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     started, run = time.time(), Run("total", settings)
     os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
     run.starting_model()  # a missing model is refused before anything runs
-    for name in notebooks:
-        run_notebook(name, settings)
+    with concurrent.futures.ThreadPoolExecutor(1) as pages:  # a page is made while the next notebook runs
+        for name in notebooks:
+            run_notebook(name, settings, pages)
     seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
     run.write("metrics", seconds=seconds)
     return run.read("metrics")

@@ -38,6 +38,16 @@ def watch_memory(process: psutil.Process, peak: list[int]) -> None:
         time.sleep(2)
 
 
+def training_seconds(history: dict) -> dict[str, float]:
+    """Seconds of the epochs of each part, their validation included, from a run's history.json."""
+    retrained = history.get("retraining", {}).get("histories", {})
+    parts = {
+        "stage1": [history["stage1"]], "companion": [history["companion"]], "stage2": history["stage2"].values(),
+        "retraining": retrained.values(),
+    }  # fmt: skip
+    return {name: sum(sum(record["seconds"]) for record in records) for name, records in parts.items()}
+
+
 def measure(kind: str, seed: int, dataset: str) -> dict:
     """Runs the command line once; returns its metrics.json with minutes and memory.
 
@@ -53,7 +63,9 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
     watching.start()
     if process.wait():
         raise SystemExit(f"The run of seed {seed} failed, see above.")
-    metrics = json.loads((ROOT / run_dir / "metrics.json").read_text(encoding="utf-8"))
+    metrics, history = (
+        json.loads((ROOT / run_dir / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "history")
+    )
     del metrics["dataset"]["source"]  # a folder of this machine
     kept = ("dataset", "stage1", "two_stage", "seconds", "versions", "device", "parameters")
     return {
@@ -63,6 +75,7 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
         "minutes": (time.time() - started) / 60,
         "peak_memory_gb": peak[0] / 1e9,
         "commit": measured,
+        "training_seconds": training_seconds(history),
         **{name: metrics[name] for name in kept},
     }
 
@@ -97,6 +110,16 @@ def table(runs: list[dict]) -> str:
                 spread([run["peak_memory_gb"] for run in mine], "{:.2f}"),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Seconds of training by part; the ratio is that of companion and ten Stage 2 CNNs to Stage 1.", ""]
+    lines += ["| run | seed | Stage 1 | companion | ten Stage 2 CNNs | ratio | retraining | all else |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for run in runs:
+        parts = run["training_seconds"]
+        ratio = (parts["companion"] + parts["stage2"]) / parts["stage1"]
+        seconds = [f"{s:.0f}" for s in parts.values()]
+        seconds.insert(3, f"{ratio:.2f}")
+        rest = run["seconds"]["total"] - sum(parts.values())
+        lines.append(f"| {KINDS[run['kind']][0]} | {run['seed']} | {' | '.join(seconds)} | {rest:.0f} |")
     lines += ["", "| command | commit | device | versions |", "|---|---|---|---|"]
     for run in runs:
         versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())

@@ -318,10 +318,7 @@ def measure_light_run(quick: bool) -> dict:
     import quality
 
     run = quality.measure("light", 0, DATASET)
-    history = json.loads((ROOT / "runs/quality/light_0/history.json").read_text(encoding="utf-8"))
-    retrained = history.get("retraining", {}).get("histories", {})
-    records = [history["stage1"], history["companion"], *history["stage2"].values(), *retrained.values()]
-    training = sum(sum(record["seconds"]) for record in records)
+    training = sum(run["training_seconds"].values())
     return {
         "seconds": run["seconds"], "training": training, "not_training": run["seconds"]["total"] - training,
         "outside_notebooks": 2 * run["seconds"]["total"] - sum(run["seconds"].values()),

@@ -1,10 +1,12 @@
 """The benchmarks: the same network for every rival, honest repeats, and tables that show what was measured."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import common
+import ingredients
 import keras
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def test_each_benchmark_has_its_section_and_leaves_the_others(tmp_path, monkeypa
 def test_results_are_made_from_the_figures():
     """RESULTS.md is what the committed figures give, word for word."""
     text = common.RESULTS.read_text("utf-8")
-    sections = {"quality": lambda runs: quality.table(runs), "speed": lambda figures: speed.section(figures)}
+    sections = {"quality": quality.table, "speed": speed.section, "ingredients": ingredients.table}
     for name, make in sections.items():
         figures = common.read_json(name, None)
         assert figures is None or make(figures).strip() in text
@@ -105,8 +107,60 @@ def test_tables_show_the_ratios():
     figures |= {"float32_over_stock": [1.5], "torch": "2"}
     text = "\n".join(speed.table_training(figures))
     assert "| rival | 100 (100 to 100) | 3.00 (2.00 to 4.00) |" in text
+    run = {"seed": 0, "accuracy": 0.9123, "saved_after": 99.0, "seconds_to": {"90%": 88.0, "92%": None}}
+    run |= {"seconds": {"Stage 1": 90.0}, "peak_memory_gb": 1.5}
+    stages = {"dataset": "cifar10", "quick": False, "runs": [run], "stage2_with_companion_over_stage1": 0.5}
+    assert "| 0 | 91.23% | 99 | 88 | not reached |" in speed.table_stages(stages)
     growth = {"images": {"5000": [1000.0, 1.0]}, "categories": {"10": [2.0, 1.0], "50": [2.2, 1.5]}}
     assert "| 50 | 2.2 | 1.10 | 1.50 |" in speed.table_growth(growth)
+
+
+def test_training_seconds_are_those_of_every_part():
+    epochs = {"seconds": [1.0, 2.0]}
+    history = {"stage1": epochs, "companion": epochs, "stage2": {"ship": epochs, "truck": {"seconds": [4.0]}}}
+    seconds = {"stage1": 3.0, "companion": 3.0, "stage2": 7.0, "retraining": 0}
+    assert quality.training_seconds(history) == seconds
+    history["retraining"] = {"histories": {"cat": epochs}}
+    assert quality.training_seconds(history) == {**seconds, "retraining": 3.0}
+
+
+def test_a_variant_is_compared_seed_by_seed():
+    runs = [{"accuracy": a, "aurc": 0.1, "images_per_second": 10.0} for a in (0.80, 0.84, 0.82)]
+    worse = [{"accuracy": a, "aurc": 0.2, "images_per_second": 20.0} for a in (0.79, 0.80, 0.80)]
+    found = {"variants": {"the recipe": runs, "without salt": worse}}
+    found |= {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
+    shown = ingredients.table(found)
+    assert "| without salt | 80.00% (79.00% to 80.00%) | -2.00 (-4.00 to -1.00) |" in shown
+    assert "+100.0% (+100.0% to +100.0%)" in shown
+
+
+@pytest.fixture(autouse=True)
+def module_as_it_was(monkeypatch):
+    """Some variants replace a function of the module, as they may in a process of their own."""
+    for name in ("muon_for", "learning_rate_schedule", "batches"):
+        monkeypatch.setattr(mscnn, name, getattr(mscnn, name))
+
+
+def trained_by(variant: str, tiny_data) -> np.ndarray:
+    """All weights of a small network after six steps."""
+    data = dataclasses.replace(tiny_data, train=tiny_data.train.take(np.arange(32)))
+    widths = {"stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
+    network = mscnn.MultiStageCNN.for_dataset(data, "float32", **widths).companion
+    training = ingredients.Training(network, mscnn.Recipe(epochs=3, batch_size=16), steps=6, callbacks=[])
+    ingredients.VARIANTS[variant](training)
+    mscnn.train_classifier(network, data, training.recipe, callbacks=training.callbacks)
+    return np.concatenate([weight.ravel() for weight in network.get_weights()])
+
+
+@pytest.fixture(scope="module")
+def trained_by_the_recipe(tiny_data) -> np.ndarray:
+    return trained_by("the recipe", tiny_data)
+
+
+@pytest.mark.parametrize("name", [name for name in ingredients.VARIANTS if name != "the recipe"])
+def test_each_variant_changes_the_training_and_it_still_runs(tiny_data, trained_by_the_recipe, name):
+    weights = trained_by(name, tiny_data)
+    assert np.isfinite(weights).all() and not np.array_equal(weights, trained_by_the_recipe)
 
 
 @pytest.mark.slow
