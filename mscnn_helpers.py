@@ -1436,7 +1436,8 @@ class Recipe:
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight
     label_smoothing: float = 0.1
     warm_up: float = 0.23  # share of the steps in which the learning rate rises
-    stage2_learning_rate: float = 0.02  # at batches of 256
+    stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
+    stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
     stage2_share: float = 0.11  # images drawn for a category in an epoch, as a share of the train split
 
 
@@ -1522,8 +1523,7 @@ def orthogonalised(matrix, rounds: int = 3):
 def muon_for(recipe: Recipe, steps: int) -> Muon:
     """The optimizer of Stage 1 and the companion, for a training of so many steps."""
     gain = recipe.kernel_learning_rate / (recipe.learning_rate * recipe.batch_size / 512)
-    schedule = learning_rate_schedule(recipe, steps)
-    return Muon(schedule, momentum=recipe.momentum, kernel_gain=gain, weight_decay=recipe.weight_decay)
+    return Muon(learning_rate_schedule(recipe, steps), recipe.momentum, gain, weight_decay=recipe.weight_decay)
 
 
 class EpochSeconds(keras.callbacks.Callback):
@@ -1700,10 +1700,11 @@ class Stage2Trainer:
         def accuracy(right, log_odds):
             return tf.cast((log_odds > 0) == (right > 0.5), tf.float32)
 
-        peak = recipe.stage2_learning_rate * self.batch_size / 256
-        falling = keras.optimizers.schedules.CosineDecay(peak, self.steps * self.ROUNDS, alpha=0.01)
+        rate = recipe.stage2_learning_rate * self.batch_size / 256
+        falling = keras.optimizers.schedules.CosineDecay(rate, self.steps * self.ROUNDS, alpha=0.01)
+        gain = recipe.stage2_kernel_learning_rate / rate
         self.trainer.compile(
-            keras.optimizers.SGD(falling, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay),
+            Muon(falling, recipe.momentum, gain, weight_decay=recipe.weight_decay),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[accuracy],
             jit_compile=False,
