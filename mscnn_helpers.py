@@ -819,7 +819,7 @@ class WhiteningConv(keras.layers.Layer):
 
     The kernel comes from `whitening_kernel`. Filters are the eigenvectors of the patches and their
     negatives, so 8 a channel. Source: airbench (Jordan 2024, section 3.2), which also trains a bias for a while:
-    without one no gradient has to be taken back through the first 3x3 convolution, the costliest.
+    without one no gradient has to be taken back through the first 3x3 convolution.
     """
 
     def build(self, input_shape):
@@ -1431,14 +1431,19 @@ class Recipe:
     batch_size: int
     companion_epochs: int = 0  # 0: as many as Stage 1
     learning_rate: float = 0.5  # peak, at batches of 512; proportional to the batch size
-    kernel_learning_rate: float = 0.05  # peak for convolution kernels at any batch size, see Muon
+    kernel_learning_rate: float = 0.05  # the same of convolution kernels, at any batch size; see Muon
     momentum: float = 0.85
-    weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight
+    weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight but the kernels
     label_smoothing: float = 0.1
     warm_up: float = 0.23  # share of the steps in which the learning rate rises
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
     stage2_share: float = 0.11  # images drawn for a category in an epoch, as a share of the train split
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate of Stage 1 and the companion, kernels aside."""
+        return self.learning_rate * self.batch_size / 512
 
 
 def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
@@ -1459,30 +1464,34 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
 
 def learning_rate_schedule(recipe: Recipe, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
     """Of Stage 1 and the companion: rises from a fifth to the peak, then falls along a cosine to a hundredth."""
-    peak, rising = recipe.learning_rate * recipe.batch_size / 512, int(recipe.warm_up * steps)
+    peak, rising = recipe.peak, int(recipe.warm_up * steps)
     return keras.optimizers.schedules.CosineDecay(
         0.2 * peak, max(steps - rising, 1), alpha=0.01, warmup_target=peak, warmup_steps=rising
     )
 
 
-@_serializable
 class Muon(keras.optimizers.SGD):
     """SGD with Nesterov momentum that orthogonalises the steps of convolution kernels.
 
     A kernel is seen as a matrix with a column for each output channel, and so is its step. A plain step is ruled by the
     few directions with the largest gradients; here all its singular values are made nearly equal, so that it moves as
-    far in the others. Kernels are kept at one length, since BatchNormalization makes their scale idle: so
-    `kernel_rate` is a share of it. Every other weight takes a plain step.
+    far in the others. Kernels are kept at one length, since BatchNormalization makes their scale idle: so their
+    learning rate is a share of it, and they need no weight decay. Every other weight takes a plain step.
     Source: Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024; airbench94_muon.
 
     Args:
-        learning_rate: of the other weights.
+        schedule: learning rate of the other weights.
         kernel_gain: the kernels' learning rate is so many times that of the others.
+        recipe: its momentum and weight decay are used.
     """
 
-    def __init__(self, learning_rate=0.01, momentum=0.85, kernel_gain: float = 0.12, **kwargs):
-        super().__init__(learning_rate, momentum, **{"nesterov": True, **kwargs})
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, kernel_gain: float, recipe: Recipe):
+        super().__init__(schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
         self.kernel_gain = kernel_gain
+
+    def build(self, variables):
+        self.exclude_from_weight_decay([one for one in variables if len(one.shape) == 4])
+        super().build(variables)
 
     def update_step(self, gradient, variable, learning_rate):
         if len(variable.shape) != 4:
@@ -1494,9 +1503,6 @@ class Muon(keras.optimizers.SGD):
         rate = tf.cast(learning_rate, kernel.dtype) * self.kernel_gain
         self.assign(variable, kernel - rate * tf.reshape(step, variable.shape))
 
-    def get_config(self):
-        return {**super().get_config(), "kernel_gain": self.kernel_gain}
-
 
 def as_matrix(kernel):
     """A convolution kernel (height, width, in, out) as a matrix (height width in, out)."""
@@ -1506,9 +1512,9 @@ def as_matrix(kernel):
 def orthogonalised(matrix, rounds: int = 3):
     """About the nearest matrix whose singular values are all 1: float32 (m, n) -> (m, n).
 
-    By Newton-Schulz iteration with coefficients chosen for speed: singular values that were not negligible end between
-    0.7 and 1.2 or so, which is near enough for a step. All rounds are done on the matrix of inner products, which is
-    smaller, and applied at once. Source: Jordan 2024.
+    By Newton-Schulz iteration with coefficients chosen for speed: in three rounds, singular values of more than a
+    fiftieth of the matrix' length end between 0.7 and 1.2 or so, which is near enough for a step. All rounds are done
+    on the matrix of inner products, which is smaller, and applied at once. Source: Jordan 2024.
     """
     x = matrix / (tf.norm(matrix) + 1e-7)
     inner = tf.matmul(x, x, transpose_a=True)  # (n, n)
@@ -1522,8 +1528,7 @@ def orthogonalised(matrix, rounds: int = 3):
 
 def muon_for(recipe: Recipe, steps: int) -> Muon:
     """The optimizer of Stage 1 and the companion, for a training of so many steps."""
-    gain = recipe.kernel_learning_rate / (recipe.learning_rate * recipe.batch_size / 512)
-    return Muon(learning_rate_schedule(recipe, steps), recipe.momentum, gain, weight_decay=recipe.weight_decay)
+    return Muon(learning_rate_schedule(recipe, steps), recipe.kernel_learning_rate / recipe.peak, recipe)
 
 
 class EpochSeconds(keras.callbacks.Callback):
@@ -1702,9 +1707,8 @@ class Stage2Trainer:
 
         rate = recipe.stage2_learning_rate * self.batch_size / 256
         falling = keras.optimizers.schedules.CosineDecay(rate, self.steps * self.ROUNDS, alpha=0.01)
-        gain = recipe.stage2_kernel_learning_rate / rate
         self.trainer.compile(
-            Muon(falling, recipe.momentum, gain, weight_decay=recipe.weight_decay),
+            Muon(falling, recipe.stage2_kernel_learning_rate / rate, recipe),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[accuracy],
             jit_compile=False,
@@ -2420,9 +2424,9 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
 
 def _write_html(notebook: Path) -> None:
     """Writes the notebook's page beside it; a page that cannot be made is no reason to lose a run."""
-    from nbconvert import HTMLExporter
-
     try:
+        from nbconvert import HTMLExporter
+
         html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
         _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
     except Exception as error:  # nbconvert, Jinja and the file system each have their own

@@ -45,6 +45,11 @@ def spread(values: list[float], form: str) -> str:
     return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table, an empty one behind it."""
+    return [f"| {' | '.join(one)} |" for one in (header, ["---"] * len(header), *rows)] + [""]
+
+
 def commit() -> str:
     """The commit that is checked out, with '+' where files differ from it; what the benchmarks write does not count.
 

@@ -17,7 +17,7 @@ import threading
 import time
 
 import psutil
-from common import HERE, ROOT, commit, read_json, spread, write
+from common import HERE, ROOT, commit, markdown, read_json, spread, write
 
 KINDS = {  # name: (what the table says of it, arguments)
     "full": ("full data, the recipe's own choice", "--epochs 0 --batch_size 0"),
@@ -85,46 +85,57 @@ def identity(run: dict) -> tuple:
     return run["dataset"]["name"], list(KINDS).index(run["kind"]), run["seed"]
 
 
+def title(run: dict) -> str:
+    return f"{run['dataset']['name']}, {KINDS[run['kind']][0]}"
+
+
+def summary(runs: list[dict]) -> list[str]:
+    """A row of the first table: the runs of one kind and data set, their median and range."""
+    one, two = [run["stage1"] for run in runs], [run["two_stage"] for run in runs]
+    gains = [1 - b["aurc"] / a["aurc"] for a, b in zip(one, two, strict=True)]
+    return [
+        title(runs[0]), ", ".join(str(run["seed"]) for run in runs),
+        spread([a["accuracy"] for a in one], "{:.2%}"), spread([b["coverage"] for b in two], "{:.1%}"),
+        spread([b["selective_accuracy"] for b in two], "{:.2%}"),
+        spread([a["aurc"] for a in one], "{:.5f}"), spread([b["aurc"] for b in two], "{:.5f}"),
+        spread(gains, "{:.1%}"), spread([run["minutes"] for run in runs], "{:.1f}"),
+        spread([run["peak_memory_gb"] for run in runs], "{:.2f}"),
+    ]  # fmt: skip
+
+
+def seconds_by_part(run: dict) -> list[str]:
+    """A row of the second table."""
+    parts = run["training_seconds"]
+    ratio = (parts["companion"] + parts["stage2"]) / parts["stage1"]
+    rest = run["seconds"]["total"] - sum(parts.values())
+    first = [f"{parts[name]:.0f}" for name in ("stage1", "companion", "stage2")]
+    return [title(run), str(run["seed"]), *first, f"{ratio:.2f}", f"{parts['retraining']:.0f}", f"{rest:.0f}"]
+
+
+def provenance(run: dict) -> list[str]:
+    """A row of the last table."""
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    return [f"`{run['command']}`", run["commit"], run["device"], versions]
+
+
 def table(runs: list[dict]) -> str:
-    """Its section of RESULTS.md from all the runs: a row a kind, the median over its seeds, and then every run."""
+    """Its section of RESULTS.md from all the runs."""
+    groups: dict[str, list[dict]] = {}
+    for run in sorted(runs, key=lambda run: list(KINDS).index(run["kind"])):
+        groups.setdefault(title(run), []).append(run)
     lines = [
         "## Quality", "", "Written by `python benchmarks/quality.py` (see its first lines for the other forms).",
         "All figures are of the test split of the data set named; AURC is the area under the risk-coverage",
         "curve (lower is better), gain is how far the two stages are below Stage 1's softmax alone on the same",
         "model. Median over the seeds, in brackets minimum and maximum.", "",
-        "| run | seeds | Stage 1 accuracy | coverage at 0.7 | accuracy of the accepted | AURC softmax |"
-        " AURC two stages | gain | minutes | peak memory, GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *markdown(["run", "seeds", "Stage 1 accuracy", "coverage at 0.7", "accuracy of the accepted", "AURC softmax",
+                   "AURC two stages", "gain", "minutes", "peak memory, GB"], [summary(one) for one in groups.values()]),
+        "Seconds of the epochs by part. The ratio is that of companion and ten Stage 2 CNNs to Stage 1.", "",
+        *markdown(["run", "seed", "Stage 1", "companion", "ten Stage 2 CNNs", "ratio", "retraining", "all else"],
+                  [seconds_by_part(run) for run in runs]),
+        *markdown(["command", "commit", "device", "versions"], [provenance(run) for run in runs]),
     ]  # fmt: skip
-    for kind, (title, _) in KINDS.items():
-        for data in sorted({run["dataset"]["name"] for run in runs if run["kind"] == kind}):
-            mine = [run for run in runs if (run["kind"], run["dataset"]["name"]) == (kind, data)]
-            one, two = [run["stage1"] for run in mine], [run["two_stage"] for run in mine]
-            gains = [1 - b["aurc"] / a["aurc"] for a, b in zip(one, two, strict=True)]
-            cells = [
-                f"{mine[0]['dataset']['name']}, {title}", ", ".join(str(run["seed"]) for run in mine),
-                spread([a["accuracy"] for a in one], "{:.2%}"), spread([b["coverage"] for b in two], "{:.1%}"),
-                spread([b["selective_accuracy"] for b in two], "{:.2%}"),
-                spread([a["aurc"] for a in one], "{:.5f}"), spread([b["aurc"] for b in two], "{:.5f}"),
-                spread(gains, "{:.1%}"), spread([run["minutes"] for run in mine], "{:.1f}"),
-                spread([run["peak_memory_gb"] for run in mine], "{:.2f}"),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Seconds of training by part; the ratio is that of companion and ten Stage 2 CNNs to Stage 1.", ""]
-    lines += ["| run | seed | Stage 1 | companion | ten Stage 2 CNNs | ratio | retraining | all else |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for run in runs:
-        parts = run["training_seconds"]
-        ratio = (parts["companion"] + parts["stage2"]) / parts["stage1"]
-        seconds = [f"{s:.0f}" for s in parts.values()]
-        seconds.insert(3, f"{ratio:.2f}")
-        rest = run["seconds"]["total"] - sum(parts.values())
-        lines.append(f"| {KINDS[run['kind']][0]} | {run['seed']} | {' | '.join(seconds)} | {rest:.0f} |")
-    lines += ["", "| command | commit | device | versions |", "|---|---|---|---|"]
-    for run in runs:
-        versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-        lines.append(f"| `{run['command']}` | {run['commit']} | {run['device']} | {versions} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:

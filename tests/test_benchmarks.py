@@ -107,10 +107,13 @@ def test_tables_show_the_ratios():
     figures |= {"float32_over_stock": [1.5], "torch": "2"}
     text = "\n".join(speed.table_training(figures))
     assert "| rival | 100 (100 to 100) | 3.00 (2.00 to 4.00) |" in text
-    run = {"seed": 0, "accuracy": 0.9123, "saved_after": 99.0, "seconds_to": {"90%": 88.0, "92%": None}}
-    run |= {"seconds": {"Stage 1": 90.0}, "peak_memory_gb": 1.5}
-    stages = {"dataset": "cifar10", "quick": False, "runs": [run], "stage2_with_companion_over_stage1": 0.5}
-    assert "| 0 | 91.23% | 99 | 88 | not reached |" in speed.table_stages(stages)
+    short = {"seed": 0, "epochs": 4, "accuracy": 0.9023, "saved_after": 40.0, "seconds": {"Stage 1": 30.0}}
+    full = {"seed": 0, "epochs": 9, "accuracy": 0.9223, "saved_after": 99.0, "peak_memory_gb": 1.5}
+    full["seconds"] = {"Stage 1": 80.0, "companion": 30.0, "ten Stage 2 CNNs": 20.0}
+    stages = {"dataset": "cifar10", "quick": False, "runs": {"short": [short], "full": [full]}}
+    text = "\n".join(speed.table_stages(stages))
+    assert "| 0 | 40 | 99 | not reached | not reached |" in text
+    assert "| ten Stage 2 CNNs | 20 | 0.25 |" in text and "| companion and ten Stage 2 CNNs |  | 0.62 |" in text
     growth = {"images": {"5000": [1000.0, 1.0]}, "categories": {"10": [2.0, 1.0], "50": [2.2, 1.5]}}
     assert "| 50 | 2.2 | 1.10 | 1.50 |" in speed.table_growth(growth)
 
@@ -125,8 +128,8 @@ def test_training_seconds_are_those_of_every_part():
 
 
 def test_a_variant_is_compared_seed_by_seed():
-    runs = [{"accuracy": a, "aurc": 0.1, "images_per_second": 10.0} for a in (0.80, 0.84, 0.82)]
-    worse = [{"accuracy": a, "aurc": 0.2, "images_per_second": 20.0} for a in (0.79, 0.80, 0.80)]
+    runs = [{"accuracy": a, "aurc": 0.1} for a in (0.80, 0.84, 0.82)]
+    worse = [{"accuracy": a, "aurc": 0.2} for a in (0.79, 0.80, 0.80)]
     found = {"variants": {"the recipe": runs, "without salt": worse}}
     found |= {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
     shown = ingredients.table(found)

@@ -339,8 +339,8 @@ def test_a_wrong_result_is_noticed():
     run |= {"versions": {"python": "3"}, "device": "some processor", "seconds": {"total": 100.0}}
     run["training_seconds"] = {"stage1": 20.0, "companion": 8.0, "stage2": 6.0, "retraining": 1.0}
     table = quality.table([run])
-    assert "| 0 | 20 | 8 | 6 | 0.70 | 1 | 65 |" in table
-    summary = table[table.index("| run") : table.index("Seconds of training")]
+    assert "| 0 | 20 | 8 | 6 | 0.70 | 1 | 65 |\n" in table
+    summary = table[table.index("| run") : table.index("Seconds of the epochs")]
     shown = f"{summary}\n`--epochs 5 --light_mode`, some processor"
     assert disagreements(shown, [run]) == []
     assert disagreements(shown.replace("91.34", "91.43"), [run]) != []
