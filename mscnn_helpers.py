@@ -1431,7 +1431,7 @@ class Recipe:
     batch_size: int
     companion_epochs: int = 0  # 0: as many as Stage 1
     learning_rate: float = 0.5  # peak, at batches of 512; proportional to the batch size
-    kernel_learning_rate: float = 0.05  # the same of convolution kernels, at any batch size; see Muon
+    kernel_learning_rate: float = 0.06  # the same of convolution kernels, at any batch size; see Muon
     momentum: float = 0.85
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight but the kernels
     label_smoothing: float = 0.1
@@ -1458,16 +1458,29 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     if images < 20_000:
         epochs = epochs or 20
         return Recipe(epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, stage2_share=0.3)
-    epochs = epochs or 12
+    epochs = epochs or 10
     return Recipe(epochs, batch_size or 512)
 
 
-def learning_rate_schedule(recipe: Recipe, steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Of Stage 1 and the companion: rises from a fifth to the peak, then falls along a cosine to a hundredth."""
-    peak, rising = recipe.peak, int(recipe.warm_up * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        0.2 * peak, max(steps - rising, 1), alpha=0.01, warmup_target=peak, warmup_steps=rising
-    )
+class Triangle(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises in a straight line from a fifth to the peak, then falls in another to a hundredth (as in airbench)."""
+
+    def __init__(self, peak: float, rising: int, steps: int):
+        self.peak, self.rising, self.steps = peak, rising, steps
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        rise = 0.2 + 0.8 * step / max(self.rising, 1)
+        fall = 0.01 + 0.99 * (self.steps - step) / max(self.steps - self.rising, 1)
+        return self.peak * tf.maximum(tf.minimum(rise, fall), 0.01)
+
+    def get_config(self):  # TensorBoard asks for it
+        return {"peak": self.peak, "rising": self.rising, "steps": self.steps}
+
+
+def learning_rate_schedule(recipe: Recipe, steps: int) -> Triangle:
+    """Of Stage 1 and the companion, for a training of so many steps."""
+    return Triangle(recipe.peak, int(recipe.warm_up * steps), steps)
 
 
 class Muon(keras.optimizers.SGD):
