@@ -114,7 +114,7 @@ def test_tables_show_the_ratios():
     text = "\n".join(speed.table_stages(stages))
     assert "| 0 | 40 | 99 | not reached | not reached |" in text
     assert "| ten Stage 2 CNNs | 20 | 0.25 |" in text and "| companion and ten Stage 2 CNNs |  | 0.62 |" in text
-    growth = {"images": {"5000": [1000.0, 1.0]}, "categories": {"10": [2.0, 1.0], "50": [2.2, 1.5]}}
+    growth = {"images": {"5000": [[1000.0, 1.0]]}, "categories": {"10": [[2.0, 1.0]], "50": [[2.2, 1.5]]}}
     assert "| 50 | 2.2 | 1.10 | 1.50 |" in speed.table_growth(growth)
 
 
