@@ -75,6 +75,8 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
         "minutes": (time.time() - started) / 60,
         "peak_memory_gb": peak[0] / 1e9,
         "commit": measured,
+        "epochs": len(history["stage1"]["seconds"]),
+        "stage1_saved_after": (ROOT / run_dir / "stage1.keras").stat().st_mtime - started,
         "training_seconds": training_seconds(history),
         **{name: metrics[name] for name in kept},
     }

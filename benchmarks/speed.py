@@ -150,7 +150,7 @@ def torch_epoch(bfloat16: bool, compiled: bool, images: np.ndarray, labels: np.n
             index = order[i : i + BATCH]
             batch = ((x[index].float() - 120) / 60).contiguous(memory_format=torch.channels_last)  # (B, 3, 32, 32)
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = nn.functional.cross_entropy(forward(batch), y[index], label_smoothing=0.1)
+                loss = nn.functional.cross_entropy(forward(batch), y[index], label_smoothing=0.2)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -342,14 +342,8 @@ def measure_light_run(quick: bool) -> dict:
     }  # fmt: skip
 
 
-def _timed(seconds: dict[str, float], name: str, function: Callable, *arguments) -> None:
-    start = time.perf_counter()
-    function(*arguments)
-    seconds[name] = time.perf_counter() - start
-
-
-def _stage1_trained(seed: int, epochs: int, light: bool, begun: float) -> tuple:
-    """A model whose Stage 1 is trained, its data set and recipe, and a record: how good as saved, and when.
+def _short_training(seed: int, light: bool, begun: float) -> dict:
+    """Trains Stage 1 in SHORT epochs, saves the model, and judges it as it is read back.
 
     Args:
         begun: when the process was started, by time.time().
@@ -358,45 +352,34 @@ def _stage1_trained(seed: int, epochs: int, light: bool, begun: float) -> tuple:
 
     data = mscnn.load_dataset(DATASET, light_mode=light, seed=seed)
     model = mscnn.MultiStageCNN.for_dataset(data, seed=seed)
-    recipe, seconds = mscnn.recipe_for(len(data.train), epochs), {}
-    _timed(seconds, "Stage 1", mscnn.train_stage1, model, data, recipe, seed)
+    mscnn.train_stage1(model, data, mscnn.recipe_for(len(data.train), SHORT), seed)
     with tempfile.TemporaryDirectory() as folder:
         model.save(f"{folder}/model.keras")
         saved_after = time.time() - begun
         logits = mscnn.load_model(f"{folder}/model.keras").stage1_logits(data.test.images)
     accuracy = float((logits.argmax(axis=1) == data.test.labels).mean())
-    record = {"seed": seed, "epochs": recipe.epochs, "accuracy": accuracy, "saved_after": saved_after}
-    return model, data, recipe, {**record, "seconds": seconds}
+    return {"seed": seed, "epochs": SHORT, "accuracy": accuracy, "saved_after": saved_after}
 
 
-def _short_training(seed: int, light: bool, begun: float) -> dict:
-    return _stage1_trained(seed, 1 if light else SHORT, light, begun)[-1]
+def _whole_runs(kind: str) -> list[dict]:
+    """The same record of the runs that quality.py has measured."""
+    runs = [run for run in read_json("quality", []) if (run["kind"], run["dataset"]["name"]) == (kind, DATASET)]
+    return [
+        {"seed": run["seed"], "epochs": run["epochs"], "accuracy": run["stage1"]["accuracy"],
+         "saved_after": run["stage1_saved_after"], "commit": run["commit"]}
+        for run in runs
+    ]  # fmt: skip
 
 
-def _full_training(seed: int, light: bool, begun: float) -> dict:
-    """Trains everything by the recipe (in light mode, for two epochs)."""
-    import mscnn_helpers as mscnn
+def measure_time_to_accuracy(quick: bool) -> dict:
+    """Seconds from the start of the process to a saved Stage 1 of so much test accuracy.
 
-    model, data, recipe, record = _stage1_trained(seed, 2 if light else 0, light, begun)
-    for name, train in (("companion", mscnn.train_companion), ("ten Stage 2 CNNs", mscnn.train_stage2)):
-        _timed(record["seconds"], name, train, model, data, recipe, seed)
-    model.calibrate(data.calibration)
-    _timed(record["seconds"], "one category's retraining", mscnn.retrain_stage2, model, data, [3], recipe, seed)
-    return {**record, "peak_memory_gb": peak_memory_gb()}
-
-
-def measure_stages(quick: bool) -> dict:
-    """Time to accuracy of the default Stage 1, and how long all else takes against it, at the recipe's settings.
-
-    A training is as good as its schedule's end: so a level is reached sooner by a shorter training.
+    A training is as good as its schedule's end: so a low level is reached sooner by a short training. The long ones
+    are those of quality.py's runs: they are not trained a second time.
     """
     seeds = (0,) if quick else (0, 1, 2)
-    kinds = {"short": _short_training, "full": _full_training}
-    runs = {kind: [] for kind in kinds}
-    for seed in seeds:
-        for kind, train in kinds.items():
-            runs[kind].append(in_fresh_process(train, seed, quick, time.time()))
-    return {"dataset": DATASET, "quick": quick, "runs": runs}
+    short = [in_fresh_process(_short_training, seed, quick, time.time()) for seed in seeds]
+    return {"light": quick, "trainings": short + _whole_runs("light" if quick else "full")}
 
 
 def _cost_of_images(count: int) -> tuple[float, float]:
@@ -420,11 +403,12 @@ def _cost_of_categories(count: int) -> tuple[float, float]:
     names = tuple(f"category {i}" for i in range(count))
     data = mscnn.Dataset("random", "none", names, split, split.take(np.arange(500)), split, split)
     model = mscnn.MultiStageCNN.for_dataset(data)
-    trainer, seconds = mscnn.Stage2Trainer(model, data, mscnn.Recipe(20, 256)), {}
+    trainer = mscnn.Stage2Trainer(model, data, mscnn.Recipe(20, 256))
     trainer.predicted = data.calibration.labels  # each category judges its share, as with a trained Stage 1
-    for category in (0, 1):
-        _timed(seconds, str(category), trainer.train, category, model.companion, 0)
-    return seconds["1"], peak_memory_gb()
+    trainer.train(0, model.companion, 0)
+    start = time.perf_counter()
+    trainer.train(1, model.companion, 0)
+    return time.perf_counter() - start, peak_memory_gb()
 
 
 def measure_growth(quick: bool) -> dict:
@@ -458,7 +442,7 @@ def measure_control(quick: bool) -> dict:
 
 MEASURES: dict[str, Callable[[bool], dict]] = {
     "training": measure_training, "decide": measure_decide, "cold_start": measure_cold_start,
-    "stages": measure_stages, "light_run": measure_light_run, "growth": measure_growth,
+    "time_to_accuracy": measure_time_to_accuracy, "light_run": measure_light_run, "growth": measure_growth,
     "control": measure_control,
 }  # fmt: skip
 WHOLE_RUNS = ("light_run",)  # as long in the quick form, so left out of it
@@ -505,29 +489,21 @@ def seconds_to(level: float, runs: list[dict]) -> float | None:
     return min((run["saved_after"] for run in runs if run["accuracy"] >= level), default=None)
 
 
-def table_stages(found: dict) -> list[str]:
-    data = found["dataset"] + (", light mode" if found["quick"] else "")
-    trainings, levels, against = [], [], {}
-    for pair in zip(found["runs"]["short"], found["runs"]["full"], strict=True):
-        trainings += [[str(run["seed"]), str(run["epochs"]), f"{run['accuracy']:.2%}", f"{run['saved_after']:.0f}"]
-                      for run in pair]  # fmt: skip
-        reached = [seconds_to(level, pair) for level in LEVELS]
-        levels.append([str(pair[0]["seed"]), *("not reached" if s is None else f"{s:.0f}" for s in reached)])
-    full = found["runs"]["full"]
-    for name in full[0]["seconds"]:
-        against[name] = [run["seconds"][name] / run["seconds"]["Stage 1"] for run in full]
-    both = [run["seconds"]["companion"] + run["seconds"]["ten Stage 2 CNNs"] for run in full]
-    against["companion and ten Stage 2 CNNs"] = [
-        b / run["seconds"]["Stage 1"] for b, run in zip(both, full, strict=True)
+def table_time_to_accuracy(found: dict) -> list[str]:
+    trainings = sorted(found["trainings"], key=lambda one: (one["seed"], one["epochs"]))
+    rows = [
+        [str(one["seed"]), str(one["epochs"]), f"{one['accuracy']:.2%}", f"{one['saved_after']:.0f}"]
+        for one in trainings
     ]
-    rows = [[name, spread([run["seconds"][name] for run in full], "{:.0f}") if name in full[0]["seconds"] else "",
-             spread(ratios, "{:.2f}")] for name, ratios in against.items()]  # fmt: skip
+    levels = []
+    for seed in sorted({one["seed"] for one in trainings}):
+        reached = [seconds_to(level, [one for one in trainings if one["seed"] == seed]) for level in LEVELS]
+        levels.append([str(seed), *("not reached" if s is None else f"{s:.0f}" for s in reached)])
     return [
-        f"By the recipe ({data}), each training in a process of its own; seconds count from the process's start.",
-        f"Peak memory of all of it: {spread([run['peak_memory_gb'] for run in full], '{:.2f}')} GB.", "",
-        *markdown(["seed", "epochs", "Stage 1 as saved, test", "seconds until saved"], trainings),
+        f"The default Stage 1 on {DATASET}{', light mode' * found['light']}; seconds from the start of the process.",
+        f"The trainings of more than {SHORT} epochs are those of the runs under Quality.", "",
+        *markdown(["seed", "epochs", "accuracy as saved, test", "seconds until saved"], rows),
         *markdown(["seed", *(f"seconds to {level:.0%}" for level in LEVELS)], levels),
-        *markdown(["training", "seconds", "times Stage 1's"], rows),
     ]  # fmt: skip
 
 
@@ -566,8 +542,9 @@ def table_control(found: dict) -> list[str]:
 
 
 TABLES: dict[str, Callable[[dict], list[str]]] = {
-    "training": table_training, "decide": table_decide, "cold_start": table_cold_start, "stages": table_stages,
-    "light_run": table_light_run, "growth": table_growth, "control": table_control,
+    "training": table_training, "decide": table_decide, "cold_start": table_cold_start,
+    "time_to_accuracy": table_time_to_accuracy, "light_run": table_light_run, "growth": table_growth,
+    "control": table_control,
 }  # fmt: skip
 
 
