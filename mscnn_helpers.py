@@ -773,6 +773,7 @@ def batches(
 
 STAGE1_WIDTHS = (64, 192, 256)  # 90 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
+RANDOM_FLIP = -1  # in place of an epoch
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
@@ -782,12 +783,17 @@ class RandomFlipCrop(keras.layers.Layer):
 
     Works on uint8, before the images become floats. The border is filled by reflection. Two gathers do
     it, which costs far less than Keras' general affine layers.
+
+    Which images are mirrored is random, or alternates: while `epoch` is 0 or more, each image is mirrored in every
+    second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
+    Source: alternating flip (Jordan 2024, section 3.6).
     """
 
     def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
         super().__init__(**{"dtype": "uint8", **kwargs})
         self.flip, self.shift, self.seed = flip, shift, seed
         self.random = keras.random.SeedGenerator(seed)
+        self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not a weight: no model file needs it
 
     def reseed(self, seed: int) -> None:
         """Starts the random numbers anew, also for a graph that has been traced already."""
@@ -799,10 +805,15 @@ class RandomFlipCrop(keras.layers.Layer):
         batch, (height, width) = tf.shape(images)[0], images.shape[1:3]
         rows, columns = self._indices(batch, height), self._indices(batch, width)
         if self.flip:
-            mirrored = keras.random.uniform((batch, 1), dtype="float32", seed=self.random) < 0.5
-            columns = tf.where(mirrored, width - 1 - columns, columns)
+            columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
         images = tf.gather(images, rows, axis=1, batch_dims=1)  # (B, H, W, channels)
         return tf.gather(images, columns, axis=2, batch_dims=1)  # (B, H, W, channels)
+
+    def _mirrored(self, images):
+        """Which images are mirrored: bool (B,)."""
+        at_random = keras.random.uniform((tf.shape(images)[0],), dtype="float32", seed=self.random) < 0.5
+        in_turn = (tf.reduce_sum(tf.cast(images, tf.int32), axis=(1, 2, 3)) + self.epoch) % 2 == 1
+        return tf.where(self.epoch == RANDOM_FLIP, at_random, in_turn)
 
     def _indices(self, batch, size: int):
         """Which row (or column) each row of the result is taken from, reflected at the border: (B, size)."""
@@ -1434,7 +1445,7 @@ class Recipe:
     kernel_learning_rate: float = 0.06  # the same of convolution kernels, at any batch size; see Muon
     momentum: float = 0.85
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight but the kernels
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.2
     warm_up: float = 0.23  # share of the steps in which the learning rate rises
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
@@ -1557,6 +1568,16 @@ class EpochSeconds(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.begun)
 
 
+class AlternatingFlip(keras.callbacks.Callback):
+    """Tells the augmentation which epoch it is, so that it mirrors each image in every second one."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.get_layer("augmentation").epoch.assign(epoch)
+
+    def on_train_end(self, logs=None):
+        self.model.get_layer("augmentation").epoch.assign(RANDOM_FLIP)
+
+
 class KeepBestWeights(keras.callbacks.Callback):
     """Puts back the weights of the epoch with the best accuracy on the calibration split (the later of equals)."""
 
@@ -1621,12 +1642,12 @@ def train_classifier(
     _seed(network, seed)
     trainer = classifier_trainer(network, recipe, -(-len(data.train) // recipe.batch_size) * recipe.epochs)
     one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
-    timer = EpochSeconds()
-    logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
+    timer, logs = EpochSeconds(), [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
+    callbacks = [timer, AlternatingFlip(), *callbacks, KeepBestWeights(), *logs]
     train, calibration = (Split(s.images, one_hot(s.labels)) for s in (data.train, data.calibration))
     history = trainer.fit(
         batches(train, recipe.batch_size, shuffle_seed=seed), epochs=recipe.epochs, shuffle=False, verbose=2,
-        validation_data=batches(calibration, 500), callbacks=[timer, *callbacks, KeepBestWeights(), *logs],
+        validation_data=batches(calibration, 500), callbacks=callbacks,
     )  # fmt: skip
     return {**history.history, "seconds": timer.seconds}
 
@@ -1676,7 +1697,7 @@ def draw_stage2_images(
     for the category is what its judge has to know.
 
     Args:
-        labels: (N,). probability: Stage 1's softened probability of `category` for each image, (N,).
+        labels: (N,). probability: Stage 1's probability of `category` for each image, (N,).
         count: how many indices to draw, with replacement; even positions hold the category.
 
     Returns:
@@ -1700,15 +1721,13 @@ class Stage2Trainer:
     """
 
     ROUNDS = 5  # points of the history of each category
-    TEMPERATURE = 2.0  # softens Stage 1's softmax on the images that it was trained on
 
     def __init__(self, model: MultiStageCNN, data: Dataset, recipe: Recipe):
         self.model, self.data = model, data
         self.batch_size = min(256, recipe.batch_size)
         images = recipe.stage2_share * recipe.epochs * len(data.train)
         self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
-        logits = model.stage1_logits(data.train.images)
-        self.probability = np.asarray(tf.nn.softmax(logits / self.TEMPERATURE))  # (N, C)
+        self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
         self.train_split = Split(tf.constant(data.train.images), data.train.labels)  # one copy for all categories
         self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
         self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
@@ -2088,9 +2107,11 @@ def plot_samples(data: Dataset, columns: int = 8):
 def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3):
     """Train images (first column) as training sees them in different epochs."""
     chosen = data.train.images[:rows]
-    layer = RandomFlipCrop(data.flip)
-    seen = np.stack([np.asarray(layer(tf.constant(chosen), training=True)) for _ in range(columns - 1)], axis=1)
-    images = np.concatenate([chosen[:, None], seen], axis=1).reshape(-1, *data.input_shape)
+    layer, views = RandomFlipCrop(data.flip), [chosen]
+    for epoch in range(columns - 1):
+        layer.epoch.assign(epoch)
+        views.append(layer(tf.constant(chosen), training=True).numpy())
+    images = np.stack(views, axis=1).reshape(-1, *data.input_shape)
     captions = ["original", *[f"epoch {e + 1}" for e in range(columns - 1)]] * rows
     return plot_images(images, captions, "Every epoch sees a slightly different picture", columns)
 

@@ -78,6 +78,19 @@ def without_label_smoothing(training: Training) -> None:
     training.recipe = dataclasses.replace(training.recipe, label_smoothing=0.0)
 
 
+def with_less_label_smoothing(training: Training) -> None:
+    training.recipe = dataclasses.replace(training.recipe, label_smoothing=0.1)
+
+
+def without_alternating_flip(training: Training) -> None:
+    """Each image is mirrored at random."""
+    import keras
+
+    import mscnn_helpers as mscnn
+
+    mscnn.AlternatingFlip = keras.callbacks.Callback
+
+
 def without_muon(training: Training) -> None:
     """Plain steps for the kernels, too."""
     import keras
@@ -134,31 +147,6 @@ def with_lookahead(training: Training) -> None:
     training.callbacks.append(Lookahead())
 
 
-def with_alternating_flip(training: Training) -> None:
-    """Each image is mirrored in every second epoch, in place of at random (Jordan 2024, section 3.6)."""
-    import keras
-    import tensorflow as tf
-
-    import mscnn_helpers as mscnn
-
-    training.network.get_layer("augmentation").flip = False
-    epoch, plain = tf.Variable(0.0), mscnn.batches
-    training.callbacks.append(keras.callbacks.LambdaCallback(on_epoch_begin=lambda number, logs: epoch.assign(number)))
-
-    def mirror(images, labels):
-        mirrored = tf.cast((labels[:, -1] + epoch) % 2, tf.bool)[:, None, None, None]  # (B, 1, 1, 1)
-        return tf.where(mirrored, tf.reverse(images, [2]), images), labels[:, :-1]
-
-    def alternating(split, batch_size, order=None, shuffle_seed=None):
-        if shuffle_seed is None:
-            return plain(split, batch_size, order)
-        first = np.random.default_rng(shuffle_seed).integers(0, 2, (len(split), 1)).astype(np.float32)
-        marked = mscnn.Split(split.images, np.hstack([split.labels, first]).astype(np.float32))
-        return plain(marked, batch_size, shuffle_seed=shuffle_seed).map(mirror)
-
-    mscnn.batches = alternating
-
-
 VARIANTS: dict[str, Callable[[Training], None]] = {
     "the recipe": recipe_as_it_is,
     "without the whitening kernel": without_whitening,
@@ -167,12 +155,13 @@ VARIANTS: dict[str, Callable[[Training], None]] = {
     "without fast BatchNormalization offsets": without_fast_offsets,
     "without the factor before the dense layer": without_logit_scale,
     "without label smoothing": without_label_smoothing,
+    "with label smoothing 0.1": with_less_label_smoothing,
+    "without alternating flip": without_alternating_flip,
     "without Muon": without_muon,
     "without a rising and falling learning rate": without_schedule,
     "without augmentation": without_augmentation,
     "with shifts of up to 4 pixels": with_stronger_shift,
     "with lookahead": with_lookahead,
-    "with alternating flip": with_alternating_flip,
 }
 
 

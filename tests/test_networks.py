@@ -62,6 +62,25 @@ def test_what_must_not_be_mirrored_is_not():
     assert len(set(seen)) == 25
 
 
+def test_in_epochs_each_image_is_mirrored_in_turn():
+    layer, images = RandomFlipCrop(), noise(1_000)
+    graph = tf.function(lambda images: layer(images, training=True))
+    mirrored = []
+    for epoch in range(3):
+        layer.epoch.assign(epoch)
+        allowed = [{shifted(image, *one).tobytes(): one[2] for one in VARIANTS} for image in images]
+        seen = graph(tf.constant(images)).numpy()
+        mirrored.append([names[image.tobytes()] for names, image in zip(allowed, seen, strict=True)])
+    assert mirrored[0] == [not one for one in mirrored[1]] == mirrored[2], "both views in any two epochs"
+    assert 0.45 < np.mean(mirrored[0]) < 0.55, "and half of the images begin with the mirrored one"
+
+
+def test_in_epochs_what_must_not_be_mirrored_is_not():
+    layer = RandomFlipCrop(flip=False)
+    layer.epoch.assign(1)
+    assert not any(mirrored for *_, mirrored in variants_seen(layer, noise(100)))
+
+
 def test_augmentation_differs_from_batch_to_batch():
     layer, images = RandomFlipCrop(), noise(100)
     assert variants_seen(layer, images) != variants_seen(layer, images)

@@ -220,6 +220,14 @@ def test_only_training_sees_altered_images(untrained_model, few_images, monkeypa
     assert untrained_model.stage1_logits(few_images.calibration.images).std(axis=0).min() > 1e-3
 
 
+def test_training_mirrors_in_turn_and_leaves_it_to_chance_afterwards(untrained_model, few_images):
+    augmentation, seen = untrained_model.stage1.get_layer("augmentation"), []
+    watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(int(augmentation.epoch)))
+    mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=3, batch_size=32), callbacks=[watch])
+    assert seen == [0, 1, 2]
+    assert int(augmentation.epoch) == mscnn.RANDOM_FLIP
+
+
 def test_a_frozen_stage1_refuses_training(trained_model, few_images):
     before = trained_model.fingerprints()
     trained_model.set_stage1_trainable(False)
