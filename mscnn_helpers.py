@@ -154,7 +154,9 @@ class Settings:
     epochs: int = _parameter(50, "passes over the train split; 0: the recipe's own choice")
     batch_size: int = _parameter(32, "images a training step; 0: the recipe's own choice")
     stage2_only: bool = _parameter(False, "keep Stage 1 as it is; needs --load_model or a model in the run folder")
-    stage2_categories: str = _parameter("", "Stage 2 categories to retrain: ship,truck or 8,9; empty: all")
+    stage2_categories: str = _parameter(
+        "", "Stage 2 categories to retrain: ship,truck or 8,9; empty: weakest two; stage2_only: all"
+    )
     threshold: float = _parameter(0.7, "confidence below which an image becomes OTHER, 0 to 1")
     light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
     load_model: str = _parameter("", "model file to start from")
@@ -2210,6 +2212,7 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
         counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
+    counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
     axis.legend(frameon=False, loc="best")
     return figure
 
@@ -2275,7 +2278,7 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
         top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
-        colour = "firebrick" if trace.verdict == OTHER else "darkorange" if wrong else "darkgreen"
+        colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
         asked = f"{trace.top3[0][0]}? " if trace.verdict == OTHER else ""
         verdict = f"{trace.verdict}{' ✗' if wrong else ''}\n{asked}{trace.confidence:.0%}"
         text.text(0, 0.02, verdict, fontsize=11, weight="bold", color=colour)
@@ -2325,12 +2328,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "tensorflow": tf.__version__, **found}
 
 
+def checked_data(run: Run) -> Dataset:
+    """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
+
+    Raises:
+        MSCNNError: an unknown data set or category, or a model to start from that is missing or of other data.
+    """
+    data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
+    run.settings.mode(data.category_names)
+    start = run.starting_model()
+    if start is not None:
+        load_model(start).check_matches(data)
+    return data
+
+
 def start_data(run: Run) -> Dataset:
     """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
-    settings = run.settings
-    data = load_dataset(settings.dataset, settings.light_mode, settings.seed)
-    settings.mode(data.category_names)  # an unknown category is refused now, not after an hour of training
-    start = run.starting_model()
+    settings, data, start = run.settings, checked_data(run), run.starting_model()
     goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
     for name in ("metrics",) if goes_on else ("metrics", "history"):
         run.replace(name, {})
@@ -2440,7 +2454,7 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
-            extra_arguments=["--log-level=ERROR"],  # the kernel's, of the notebook's own prints nothing is lost
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's, of the notebook's own prints nothing is lost
         )
     except papermill.PapermillExecutionError as error:
         told = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
@@ -2471,7 +2485,6 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
     os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
-    run.starting_model()  # a missing model is refused before anything runs
     with concurrent.futures.ThreadPoolExecutor(1) as pages:  # a page is made while the next notebook runs
         for name in notebooks:
             run_notebook(name, settings, pages)
@@ -2507,12 +2520,14 @@ def command_line() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  a first look, minutes       python mscnn_helpers.py --epochs 5 --light_mode\n"
         "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
-        "  retrain two categories      python mscnn_helpers.py --stage2_only --stage2_categories ship,truck\n"
+        "  then retrain two of it      python mscnn_helpers.py --epochs 5 --light_mode --stage2_only "
+        "--stage2_categories ship,truck\n"
         "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for one in dataclasses.fields(Settings):
-        text = one.metadata["help"] + ("" if one.default in ("", False) else f" (default: {one.default})")
+        says_nothing = one.default is False or one.default == ""  # but 0 does
+        text = one.metadata["help"] + ("" if says_nothing else f" (default: {one.default})")
         if one.type == "bool":
             parser.add_argument(f"--{one.name}", action="store_true", help=text)
         else:
@@ -2526,6 +2541,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = command_line().parse_args(arguments)
     try:
         settings = Settings(**vars(parsed))
+        checked_data(Run("total", settings))  # refused before a notebook takes the place of an older one
         run_all(settings)
         print_result(Run("total", settings))
     except MSCNNError as error:
