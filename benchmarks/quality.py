@@ -114,6 +114,12 @@ def seconds_by_part(run: dict) -> list[str]:
     return [title(run), str(run["seed"]), *first, f"{ratio:.2f}", f"{parts['retraining']:.0f}", f"{rest:.0f}"]
 
 
+def seconds_by_notebook(run: dict) -> list[str]:
+    """A row of the third table; outside the notebooks: kernels, imports, the data set, the last page."""
+    *notebooks, total = run["seconds"].values()
+    return [title(run), str(run["seed"]), *(f"{one:.0f}" for one in [*notebooks, total - sum(notebooks), total])]
+
+
 def provenance(run: dict) -> list[str]:
     """A row of the last table."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
@@ -135,6 +141,9 @@ def table(runs: list[dict]) -> str:
         "Seconds of the epochs by part. The ratio is that of companion and ten Stage 2 CNNs to Stage 1.", "",
         *markdown(["run", "seed", "Stage 1", "companion", "ten Stage 2 CNNs", "ratio", "retraining", "all else"],
                   [seconds_by_part(run) for run in runs]),
+        "Seconds of the same runs by notebook.", "",
+        *markdown(["run", "seed", "01", "02", "03", "04", "05", "outside", "total"],
+                  [seconds_by_notebook(run) for run in runs]),
         *markdown(["command", "commit", "device", "versions"], [provenance(run) for run in runs]),
     ]  # fmt: skip
     return "\n".join(lines)

@@ -1,14 +1,15 @@
 """Measures speed and memory against what people would use instead, and writes speed.json and RESULTS.md.
 
     python benchmarks/speed.py                        everything, about an hour on two cores
-    python benchmarks/speed.py --quick                fewer and shorter repeats, no whole runs: minutes on two cores
+    python benchmarks/speed.py --quick                fewer and shorter repeats: minutes on two cores
     python benchmarks/speed.py --only training,decide some of the measurements; the others' figures are kept
 
 In training and decide, rivals are measured in turn with ours (A B C A B C ...) in one process, so a ratio holds on a
 shared machine, where seconds alone do not. The networks of Keras' own layers and of PyTorch are the same as ours:
 whitening, three blocks, average pooling, one dense layer. They train without augmentation and by plain SGD, which is in
 their favour. The hand-written step is of our network and optimizer. Keras' own layers and plain `fit` are timed on both
-pipelines, its own and ours. PyTorch is optional: pip install ".[bench]".
+pipelines, its own and ours. PyTorch is optional: pip install ".[bench]". What whole runs take, by part and by notebook,
+is measured by quality.py.
 """
 
 import argparse
@@ -327,21 +328,6 @@ def measure_cold_start(quick: bool) -> dict:
     return dict(zip(names, map(list, zip(*rounds, strict=True)), strict=True))
 
 
-def measure_light_run(quick: bool) -> dict:
-    """A whole light run by notebook, and what of it is not training (graphs are traced in training, so count there)."""
-    import quality
-
-    import mscnn_helpers as mscnn
-
-    run = quality.measure("light", 0, DATASET)
-    training = sum(run["training_seconds"].values())
-    return {
-        "seconds": run["seconds"], "training": training, "not_training": run["seconds"]["total"] - training,
-        "outside_notebooks": run["seconds"]["total"] - sum(run["seconds"][name] for name in mscnn.NOTEBOOKS),
-        "peak_memory_gb": run["peak_memory_gb"], "stage1_accuracy": run["stage1"]["accuracy"],
-    }  # fmt: skip
-
-
 def _short_training(seed: int, light: bool, begun: float) -> dict:
     """Trains Stage 1 in SHORT epochs, saves the model, and judges it as it is read back.
 
@@ -442,10 +428,8 @@ def measure_control(quick: bool) -> dict:
 
 MEASURES: dict[str, Callable[[bool], dict]] = {
     "training": measure_training, "decide": measure_decide, "cold_start": measure_cold_start,
-    "time_to_accuracy": measure_time_to_accuracy, "light_run": measure_light_run, "growth": measure_growth,
-    "control": measure_control,
+    "time_to_accuracy": measure_time_to_accuracy, "growth": measure_growth, "control": measure_control,
 }  # fmt: skip
-WHOLE_RUNS = ("light_run",)  # as long in the quick form, so left out of it
 
 
 # ---- RESULTS.md
@@ -507,19 +491,6 @@ def table_time_to_accuracy(found: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def table_light_run(found: dict) -> list[str]:
-    rows = [[name, f"{seconds:.0f}"] for name, seconds in found["seconds"].items()]
-    rows.insert(-1, ["kernels, imports, last page", f"{found['outside_notebooks']:.0f}"])
-    share = found["not_training"] / found["seconds"]["total"]
-    rows += [["of this training", f"{found['training']:.0f}"]]
-    rows += [["and all else", f"{found['not_training']:.0f} ({share:.0%})"]]
-    return [
-        "One run of `python mscnn_helpers.py --epochs 5 --light_mode` on CIFAR-10: Stage 1 reaches",
-        f"{found['stage1_accuracy']:.1%}, peak memory is {found['peak_memory_gb']:.2f} GB.", "",
-        *markdown(["a light run", "seconds"], rows),
-    ]  # fmt: skip
-
-
 def table_growth(found: dict) -> list[str]:
     def rows(kind: str, form: str) -> list[list[str]]:
         base = found[kind].get("10", next(iter(found[kind].values())))
@@ -543,8 +514,7 @@ def table_control(found: dict) -> list[str]:
 
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "training": table_training, "decide": table_decide, "cold_start": table_cold_start,
-    "time_to_accuracy": table_time_to_accuracy, "light_run": table_light_run, "growth": table_growth,
-    "control": table_control,
+    "time_to_accuracy": table_time_to_accuracy, "growth": table_growth, "control": table_control,
 }  # fmt: skip
 
 
@@ -568,8 +538,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats; replaces no full figures")
     parser.add_argument("--only", default="", help=f"comma-separated: {', '.join(MEASURES)}")
     options = parser.parse_args()
-    usual = [name for name in MEASURES if not (options.quick and name in WHOLE_RUNS)]
-    wanted = options.only.split(",") if options.only else usual
+    wanted = options.only.split(",") if options.only else list(MEASURES)
     unknown = sorted(set(wanted) - set(MEASURES))
     if unknown:
         parser.error(f"unknown measurement {', '.join(unknown)}: choose among {', '.join(MEASURES)}")
