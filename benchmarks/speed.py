@@ -14,6 +14,7 @@ is measured by quality.py.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -196,7 +197,6 @@ def convolutions(policy: str) -> tuple[Callable[[], object], float]:
         for size, one, other in shapes
     ]
 
-    @tf.function(jit_compile=False)
     def run(image, kernel, further):
         result = tf.nn.conv2d(image, kernel, 1, "SAME")
         same = {"out_backprop": result, "strides": [1] * 4, "padding": "SAME"}
@@ -209,7 +209,8 @@ def convolutions(policy: str) -> tuple[Callable[[], object], float]:
     flop = sum(
         part * 2 * BATCH * size**2 * 9 * one * other for part, (size, one, other) in zip(parts, shapes, strict=True)
     )
-    return lambda: [[float(r) for r in run(*pair, i > 0)] for i, pair in enumerate(tensors)], flop
+    graphs = [tf.function(functools.partial(run, further=i > 0), jit_compile=False) for i in range(len(shapes))]
+    return lambda: [[float(r) for r in graph(*pair)] for graph, pair in zip(graphs, tensors, strict=True)], flop
 
 
 # ---- the measurements: each returns a dict for speed.json
@@ -220,7 +221,7 @@ def measure_training(quick: bool) -> dict:
     import mscnn_helpers as mscnn
 
     policy = mscnn.fastest_policy()
-    steps, repeats = (2, 2) if quick else (16, 5)
+    steps, repeats = (2, 2) if quick else (5, 5)
     images, labels = random_images(steps * BATCH)
     one_hot = np.eye(CATEGORIES, dtype=np.float32)[labels]
 

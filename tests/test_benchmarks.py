@@ -173,3 +173,14 @@ def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "speed.json").read_text("utf-8"))
     assert list(figures) == list(speed.MEASURES)
     assert abs(figures["control"]["found"]["accuracy"] - 0.1) < 2 * figures["control"]["found"]["margin"]
+
+
+@pytest.mark.slow
+def test_the_quick_form_trains_every_variant(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(sys, "argv", ["ingredients.py", "--quick"])
+    ingredients.main()
+    figures = json.loads((tmp_path / "ingredients.json").read_text("utf-8"))
+    assert list(figures["variants"]) == list(ingredients.VARIANTS)
+    assert all(0.05 < run["accuracy"] < 0.9 for runs in figures["variants"].values() for run in runs)
