@@ -375,7 +375,7 @@ def _cost_of_images(count: int) -> tuple[float, float]:
 
     images, labels = random_images(count)
     split = mscnn.Split(images, np.eye(CATEGORIES, dtype=np.float32)[labels])
-    trainer = mscnn.classifier_trainer(our_network(mscnn.fastest_policy()), mscnn.Recipe(2, BATCH), 1000)
+    trainer = mscnn.classifier_trainer(our_network(mscnn.fastest_policy()), mscnn.Recipe(2, BATCH), 16)
     data, timer = mscnn.batches(split, BATCH, shuffle_seed=0).repeat(), mscnn.EpochSeconds()
     trainer.fit(data, epochs=2, steps_per_epoch=8, shuffle=False, verbose=0, callbacks=[timer])
     return 8 * BATCH / timer.seconds[1], peak_memory_gb()

@@ -220,6 +220,21 @@ def test_only_training_sees_altered_images(untrained_model, few_images, monkeypa
     assert untrained_model.stage1_logits(few_images.calibration.images).std(axis=0).min() > 1e-3
 
 
+def test_many_steps_in_one_call_give_the_same_network(few_images, monkeypatch):
+    """As on a GPU, where one call takes all steps of an epoch."""
+    trained = []
+    for of_an_epoch in (lambda epoch: 1, lambda epoch: epoch):
+        monkeypatch.setattr(mscnn, "steps_per_call", of_an_epoch)
+        model = MultiStageCNN.for_dataset(few_images, "float32", stage1_widths=(8, 8), stage2_widths=(8, 8))
+        recipe = Recipe(epochs=2, batch_size=16, stage2_share=0.5)
+        history = mscnn.train_stage1(model, few_images, recipe)
+        mscnn.train_companion(model, few_images, recipe)
+        mscnn.train_stage2(model, few_images, recipe)
+        trained.append((model.fingerprints(), history["loss"]))
+    assert trained[0][0] == trained[1][0]
+    np.testing.assert_allclose(trained[0][1], trained[1][1], rtol=1e-5)
+
+
 def test_training_mirrors_in_turn_and_leaves_it_to_chance_afterwards(untrained_model, few_images):
     augmentation, seen = untrained_model.stage1.get_layer("augmentation"), []
     watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(int(augmentation.epoch)))
