@@ -1,7 +1,7 @@
 """Measures what each ingredient of the training recipe is worth, and writes ingredients.json and RESULTS.md.
 
     python benchmarks/ingredients.py              three seeds each: some twenty minutes on two cores
-    python benchmarks/ingredients.py --quick      one seed, little training: under three minutes; shows that it works
+    python benchmarks/ingredients.py --quick      one seed, little training: minutes; shows that it works
 
 The network is the companion's, which has all the layers of Stage 1 at a fifth of its work. It is trained on 10,000 of
 CIFAR-10's train images and judged by 20,000 others of the train split: nothing here sees the test split. Each variant
@@ -137,12 +137,10 @@ def with_lookahead(training: Training) -> None:
 
         def on_train_batch_end(self, batch, logs=None):
             self.step += 1
-            if self.step % 5 == 0:
-                self.go_back(0.95**5 * (self.step / training.steps) ** 3)
-
-        def on_epoch_end(self, epoch, logs=None):
-            if self.step == training.steps:
+            if self.step == training.steps:  # before the validation of the last epoch
                 self.go_back(1.0)
+            elif self.step % 5 == 0:
+                self.go_back(0.95**5 * (self.step / training.steps) ** 3)
 
     training.callbacks.append(Lookahead())
 

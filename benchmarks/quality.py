@@ -109,14 +109,17 @@ def seconds_by_part(run: dict) -> list[str]:
     """A row of the second table."""
     parts = run["training_seconds"]
     ratio = (parts["companion"] + parts["stage2"]) / parts["stage1"]
-    rest = run["seconds"]["total"] - sum(parts.values())
+    total = 60 * run["minutes"]
+    rest = total - sum(parts.values())
     first = [f"{parts[name]:.0f}" for name in ("stage1", "companion", "stage2")]
-    return [title(run), str(run["seed"]), *first, f"{ratio:.2f}", f"{parts['retraining']:.0f}", f"{rest:.0f}"]
+    last = [f"{parts['retraining']:.0f}", f"{rest:.0f} ({rest / total:.0%})"]
+    return [title(run), str(run["seed"]), *first, f"{ratio:.2f}", *last]
 
 
 def seconds_by_notebook(run: dict) -> list[str]:
-    """A row of the third table; outside the notebooks: kernels, imports, the data set, the last page."""
-    *notebooks, total = run["seconds"].values()
+    """A row of the third table; outside the notebooks: imports, checks, kernels, the last page."""
+    notebooks = [seconds for name, seconds in run["seconds"].items() if name != "total"]
+    total = 60 * run["minutes"]
     return [title(run), str(run["seed"]), *(f"{one:.0f}" for one in [*notebooks, total - sum(notebooks), total])]
 
 
@@ -138,7 +141,9 @@ def table(runs: list[dict]) -> str:
         "model. Median over the seeds, in brackets minimum and maximum.", "",
         *markdown(["run", "seeds", "Stage 1 accuracy", "coverage at 0.7", "accuracy of the accepted", "AURC softmax",
                    "AURC two stages", "gain", "minutes", "peak memory, GB"], [summary(one) for one in groups.values()]),
-        "Seconds of the epochs by part. The ratio is that of companion and ten Stage 2 CNNs to Stage 1.", "",
+        "Seconds of the epochs by part. The ratio is that of companion and ten Stage 2 CNNs to Stage 1. Retraining is",
+        "that of the two weakest categories. Not in the epochs: what prepares them, such as Stage 1's look at all",
+        "train images before Stage 2.", "",
         *markdown(["run", "seed", "Stage 1", "companion", "ten Stage 2 CNNs", "ratio", "retraining", "all else"],
                   [seconds_by_part(run) for run in runs]),
         "Seconds of the same runs by notebook.", "",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import common
 import ingredients
@@ -20,9 +21,30 @@ import mscnn_helpers as mscnn
 def test_tasks_are_measured_in_turn_and_the_first_round_does_not_count():
     called = []
     seconds = common.interleaved({name: lambda name=name: called.append(name) for name in "ab"}, repeats=3)
-    assert called == list("ab" * 4)
+    assert called == list("abbaabba"), "each task is first as often as the others"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert min(min(values) for values in seconds.values()) > 0
+
+
+def test_a_task_may_time_itself():
+    assert common.interleaved({"own": lambda: 42.0}, repeats=2) == {"own": [42.0, 42.0]}
+
+
+def test_a_timed_epoch_of_fit_is_that_of_its_steps(monkeypatch):
+    network, waiting = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), []
+    network.compile("sgd", "mse")
+
+    def slow_end(fit):
+        def fit_and_wait(*arguments, **named):
+            fit(*arguments, **named)
+            waiting.append(time.sleep(0.5))
+
+        return fit_and_wait
+
+    monkeypatch.setattr(network, "fit", slow_end(network.fit))
+    task = speed.timed_fit(network, np.zeros((8, 2), np.float32), y=np.zeros(8, np.float32), batch_size=2)
+    task()
+    assert 0 < task() < 0.5 and len(waiting) == 2
 
 
 @pytest.mark.parametrize(
@@ -76,8 +98,7 @@ def test_the_torch_network_is_ours(monkeypatch):
     loss = speed.torch_epoch(False, False, images, labels)()
     assert np.isfinite(loss)
     weights = sum(weight.numel() for weight in built[0].parameters() if weight.requires_grad)
-    # PyTorch's BatchNorm2d has a scale, which ours and Keras' lack.
-    assert weights - 2 * sum(mscnn.STAGE1_WIDTHS) == trained(speed.stock_keras("float32"))
+    assert weights == trained(speed.stock_keras("float32"))
 
 
 def test_a_hand_written_epoch_trains():
@@ -103,7 +124,7 @@ def test_an_unknown_measurement_is_refused():
 def test_tables_show_the_ratios():
     rates = {"ours": [200.0, 300.0, 400.0], "rival": [100.0, 100.0, 100.0]}
     figures = {"policy": "float32", "images_per_second": rates}
-    figures |= {"convolutions_gflops": [1e3], "share_of_attainable_flops": [0.8]}
+    figures |= {"convolutions_gflops": [1e3], "share_of_convolutions": [0.8]}
     figures |= {"float32_over_stock": [1.5], "torch": "2"}
     text = "\n".join(speed.table_training(figures))
     assert "| rival | 100 (100 to 100) | 3.00 (2.00 to 4.00) |" in text
@@ -183,4 +204,4 @@ def test_the_quick_form_trains_every_variant(tmp_path, monkeypatch):
     ingredients.main()
     figures = json.loads((tmp_path / "ingredients.json").read_text("utf-8"))
     assert list(figures["variants"]) == list(ingredients.VARIANTS)
-    assert all(0.05 < run["accuracy"] < 0.9 for runs in figures["variants"].values() for run in runs)
+    assert all(0 < run["accuracy"] < 0.9 for runs in figures["variants"].values() for run in runs)
