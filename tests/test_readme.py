@@ -336,7 +336,8 @@ def test_a_wrong_result_is_noticed():
     stage = {"accuracy": 0.9134, "aurc": 0.0123, "coverage": 0.95, "selective_accuracy": 0.9421}
     run = {"kind": "light", "seed": 0, "command": "python x", "minutes": 3.21, "peak_memory_gb": 2.5, "commit": "abc"}
     run |= {"dataset": {"name": "cifar10"}, "stage1": stage, "two_stage": {**stage, "aurc": 0.01}}
-    run |= {"versions": {"python": "3"}, "device": "some processor", "seconds": {"01": 40.0, "02": 50.0, "total": 100.0}}
+    run |= {"versions": {"python": "3"}, "device": "some processor"}
+    run["seconds"] = {"01": 40.0, "02": 50.0, "total": 100.0}
     run["training_seconds"] = {"stage1": 20.0, "companion": 8.0, "stage2": 6.0, "retraining": 1.0}
     table = quality.table([run])
     assert "| 0 | 20 | 8 | 6 | 0.70 | 1 | 158 (82%) |\n" in table
