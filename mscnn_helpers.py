@@ -1654,7 +1654,8 @@ def train_classifier(
     _seed(network, seed)
     trainer = classifier_trainer(network, recipe, -(-len(data.train) // recipe.batch_size) * recipe.epochs)
     one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
-    timer, logs = EpochSeconds(), [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
+    timer = EpochSeconds()
+    logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
     callbacks = [timer, AlternatingFlip(), *callbacks, KeepBestWeights(), *logs]
     train, calibration = (Split(s.images, one_hot(s.labels)) for s in (data.train, data.calibration))
     history = trainer.fit(
@@ -2496,6 +2497,7 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
     os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
+    run.starting_model()  # a missing model is refused before anything runs
     with concurrent.futures.ThreadPoolExecutor(1) as pages:  # a page is made while the next notebook runs
         for name in notebooks:
             run_notebook(name, settings, pages)
@@ -2530,9 +2532,9 @@ def command_line() -> argparse.ArgumentParser:
         "by running the notebooks 01 to 05 into a run folder.",
         epilog="examples:\n"
         "  a first look, minutes       python mscnn_helpers.py --epochs 5 --light_mode\n"
-        "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
         "  then retrain two of it      python mscnn_helpers.py --epochs 5 --light_mode --stage2_only "
         "--stage2_categories ship,truck\n"
+        "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
         "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -2552,7 +2554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = command_line().parse_args(arguments)
     try:
         settings = Settings(**vars(parsed))
-        if settings.dataset != "auto" or _find_cifar10():  # nothing is downloaded for a check
+        if settings.dataset != "auto" or _find_cifar10():  # else a download that fails would be tried twice
             checked_data(Run("total", settings))  # refused before a notebook takes the place of an older one
         run_all(settings)
         print_result(Run("total", settings))

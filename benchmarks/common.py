@@ -15,10 +15,14 @@ ROOT = HERE.parent
 RESULTS = HERE / "RESULTS.md"
 
 
+class Timed(float):
+    """Seconds that a task has measured itself, since not all of it counts."""
+
+
 def interleaved(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each task, measured in turn (A B C, B C A, ...) so that other work on the machine hits all alike.
 
-    A first round is not counted: it traces graphs and fills caches. A task that returns a float has timed itself.
+    A first round is not counted: it traces graphs and fills caches. If a task returns `Timed` seconds, these count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(repeats + 1):
@@ -29,7 +33,7 @@ def interleaved(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[st
             own = tasks[name]()
             passed = time.perf_counter() - start
             if round_number:
-                seconds[name].append(own if isinstance(own, float) else passed)
+                seconds[name].append(own if isinstance(own, Timed) else passed)
         print(f"  round {round_number} of {repeats}", flush=True)
     return seconds
 

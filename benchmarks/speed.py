@@ -4,7 +4,7 @@
     python benchmarks/speed.py --quick                fewer and shorter repeats: minutes on two cores
     python benchmarks/speed.py --only training,decide some of the measurements; the others' figures are kept
 
-In training and decide, rivals are measured in turn with ours (A B C A B C ...) in one process, so a ratio holds on a
+In training and decide, rivals are measured in turn with ours (A B C, B C A, ...) in one process, so a ratio holds on a
 shared machine, where seconds alone do not. The networks of Keras' own layers and of PyTorch are the same as ours:
 whitening, three blocks, average pooling, one dense layer. They train without augmentation and by plain SGD, which is in
 their favour. The hand-written step is of our network and optimizer. Keras' own layers and plain `fit` are timed on both
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, commit, in_fresh_process, interleaved, markdown, read_json, spread, write
+from common import ROOT, Timed, commit, in_fresh_process, interleaved, markdown, read_json, spread, write
 
 WIDTHS, SIZE, CATEGORIES, BATCH = (64, 192, 256), 32, 10, 512
 DATASET = "cifar10"
@@ -121,7 +121,7 @@ def hand_written_epoch(policy: str, images: np.ndarray, labels: np.ndarray) -> C
 
     def epoch():
         order = tf.random.shuffle(tf.range(len(images)))
-        return [step(order[i : i + BATCH]) for i in range(0, len(images), BATCH)][-1].numpy()  # np.float32
+        return [step(order[i : i + BATCH]) for i in range(0, len(images), BATCH)][-1].numpy()
 
     return epoch
 
@@ -157,7 +157,7 @@ def torch_epoch(bfloat16: bool, compiled: bool, images: np.ndarray, labels: np.n
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return np.float32(loss.item())
+        return loss.item()
 
     return epoch
 
@@ -181,7 +181,7 @@ def torch_tasks(images: np.ndarray, labels: np.ndarray, quick: bool) -> dict[str
     return {name: torch_epoch(*mode, images, labels) for name, mode in modes.items()}
 
 
-def timed_fit(network, batches, **arguments) -> Callable[[], float]:
+def timed_fit(network, batches, **arguments) -> Callable[[], Timed]:
     """A task: one epoch of `fit`, timed from the beginning of each step to its end.
 
     What `fit` does at an epoch's end is left out: with tf.data's autotuning, as in plain `fit`, its thread sleeps for
@@ -195,10 +195,10 @@ def timed_fit(network, batches, **arguments) -> Callable[[], float]:
         on_train_batch_end=lambda batch, logs: seconds.append(time.perf_counter() - begun[-1]),
     )
 
-    def epoch() -> float:
+    def epoch() -> Timed:
         seconds.clear()
         network.fit(batches, callbacks=[timer], verbose=0, **arguments)
-        return sum(seconds)
+        return Timed(sum(seconds))
 
     return epoch
 
@@ -368,7 +368,7 @@ def _whole_runs(kind: str) -> list[dict]:
     runs = [run for run in read_json("quality", []) if (run["kind"], run["dataset"]["name"]) == (kind, DATASET)]
     return [
         {"seed": run["seed"], "epochs": run["epochs"], "accuracy": run["stage1"]["accuracy"],
-         "saved_after": run["stage1_saved_after"], "commit": run["commit"]}
+         "saved_after": run["stage1_saved_after"]}
         for run in runs
     ]  # fmt: skip
 
