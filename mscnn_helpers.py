@@ -20,6 +20,7 @@ References
     Platt, "Probabilistic Outputs for Support Vector Machines", 1999 (logistic calibration).
     Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (the shape of the CNNs; airbench).
     Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024 (the steps of their kernels).
+    Tan & Le, "EfficientNetV2: Smaller Models and Faster Training", ICML 2021 (small images first).
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (CAM).
     Selvaraju et al., "Grad-CAM", ICCV 2017.
@@ -776,6 +777,7 @@ def batches(
 STAGE1_WIDTHS = (64, 192, 256)  # 90 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
 RANDOM_FLIP = -1  # in place of an epoch
+SMALL_CROP = 0.75  # of height and width: little more than half of the work
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
@@ -789,13 +791,16 @@ class RandomFlipCrop(keras.layers.Layer):
     Which images are mirrored is random, or alternates: while `epoch` is 0 or more, each image is mirrored in every
     second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
     Source: alternating flip (Jordan 2024, section 3.6).
+
+    While `share` is below 1, training sees a random part of each image, that share of its height and its width.
     """
 
     def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
         super().__init__(**{"dtype": "uint8", **kwargs})
         self.flip, self.shift, self.seed = flip, shift, seed
         self.random = keras.random.SeedGenerator(seed)
-        self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not a weight: no model file needs it
+        self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not weights: no model file needs them
+        self.share = tf.Variable(1.0, trainable=False)
 
     def reseed(self, seed: int) -> None:
         """Starts the random numbers anew, also for a graph that has been traced already."""
@@ -808,8 +813,8 @@ class RandomFlipCrop(keras.layers.Layer):
         rows, columns = self._indices(batch, height), self._indices(batch, width)
         if self.flip:
             columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
-        images = tf.gather(images, rows, axis=1, batch_dims=1)  # (B, H, W, channels)
-        return tf.gather(images, columns, axis=2, batch_dims=1)  # (B, H, W, channels)
+        images = tf.gather(images, rows, axis=1, batch_dims=1)  # (B, share H, W, channels)
+        return tf.gather(images, columns, axis=2, batch_dims=1)  # (B, share H, share W, channels)
 
     def _mirrored(self, images):
         """Which images are mirrored: bool (B,)."""
@@ -818,9 +823,11 @@ class RandomFlipCrop(keras.layers.Layer):
         return tf.where(self.epoch == RANDOM_FLIP, at_random, in_turn)
 
     def _indices(self, batch, size: int):
-        """Which row (or column) each row of the result is taken from, reflected at the border: (B, size)."""
-        start = keras.random.randint((batch, 1), -self.shift, self.shift + 1, dtype="int32", seed=self.random)
-        return (size - 1) - tf.abs((size - 1) - tf.abs(start + tf.range(size)))
+        """Which row (or column) each row of the result is taken from, reflected at the border: (B, share size)."""
+        kept = tf.cast(tf.round(self.share * size), tf.int32)
+        last = self.shift + size - kept
+        start = keras.random.randint((batch, 1), -self.shift, last + 1, dtype="int32", seed=self.random)
+        return (size - 1) - tf.abs((size - 1) - tf.abs(start + tf.range(kept)))
 
     def get_config(self):
         return {**super().get_config(), "flip": self.flip, "shift": self.shift, "seed": self.seed}
@@ -847,9 +854,9 @@ class WhiteningConv(keras.layers.Layer):
 class FusedBatchNormalization(keras.layers.Layer):
     """BatchNormalization in one fused operation, without scale and with a fast offset.
 
-    Keras' own layer is several operations on CPU, and its scale is idle before a ReLU and a convolution. The
-    offset is stored divided by `OFFSET_GAIN`, which multiplies its learning rate by the square of that (Jordan
-    2024, section 3.4). The statistics forget within some ten batches, so that they are true after a short training.
+    Keras' own layer is several operations on CPU. The scale is left out and the offset is stored divided by
+    `OFFSET_GAIN`, which multiplies its learning rate by the square of that (both Jordan 2024, section 3.4). The
+    statistics forget within some ten batches, so that they are true after a short training.
     """
 
     OFFSET_GAIN = 8.0  # learning rate x 64
@@ -933,7 +940,8 @@ def build_cnn(
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
     x = RandomFlipCrop(flip, name="augmentation")(x)
     x = layers.Normalization(mean=list(mean), variance=[float(s) ** 2 for s in std], dtype="float32")(x)
-    x = layers.ReLU(dtype=policy)(WhiteningConv(name="whitening", dtype=policy)(x))  # (B, H-1, W-1, 8 channels)
+    x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
+    x = layers.Activation("silu", dtype=policy)(x)
     for block, width in enumerate(widths, start=1):
         for half in (1, 2):
             x = layers.Conv2D(
@@ -942,7 +950,7 @@ def build_cnn(
             if half == 1:
                 x = layers.MaxPooling2D(2, dtype=policy)(x)
             x = FusedBatchNormalization(dtype=policy)(x)
-            x = layers.ReLU(dtype=policy, name=f"block{block}" if half == 2 else None)(x)
+            x = layers.Activation("silu", dtype=policy, name=f"block{block}" if half == 2 else None)(x)
     x = layers.GlobalAveragePooling2D(dtype="float32", name="pooled")(x)  # (B, widths[-1])
     x = layers.Rescaling(logit_scale, dtype="float32", name="scaled")(x)
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
@@ -1449,9 +1457,10 @@ class Recipe:
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight but the kernels
     label_smoothing: float = 0.2
     warm_up: float = 0.23  # share of the steps in which the learning rate rises
+    small_crops: float = 0.5  # share of the epochs, the first ones, that see a part of each image; see SmallCropsFirst
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
-    stage2_share: float = 0.11  # images drawn for a category in an epoch, as a share of the train split
+    stage2_share: float = 0.09  # images drawn for a category in an epoch, as a share of the train split
 
     @property
     def peak(self) -> float:
@@ -1462,16 +1471,18 @@ class Recipe:
 def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
 
-    With few images an epoch is few steps. So the steps are larger there, and the companion and Stage 2, whose
-    CNNs are cheap, see more of them.
+    With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and the companion
+    and Stage 2, whose CNNs are cheap, see more of them.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 0:
             raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
     if images < 20_000:
         epochs = epochs or 20
-        return Recipe(epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, stage2_share=0.3)
-    epochs = epochs or 10
+        return Recipe(
+            epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, small_crops=0.0, stage2_share=0.3
+        )
+    epochs = epochs or 12
     return Recipe(epochs, batch_size or 512)
 
 
@@ -1580,6 +1591,25 @@ class AlternatingFlip(keras.callbacks.Callback):
         self.model.get_layer("augmentation").epoch.assign(RANDOM_FLIP)
 
 
+class SmallCropsFirst(keras.callbacks.Callback):
+    """Lets the first epochs see a random three quarters of each image's height and width, the others all of it.
+
+    A network that ends in a mean over its area takes images of any size, and what it learns of their parts first,
+    at half of the work, serves it in the whole. Source: progressive learning (Tan & Le 2021, section 4.2), which
+    shrinks the images instead.
+    """
+
+    def __init__(self, epochs: int):
+        super().__init__()
+        self.epochs = epochs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.get_layer("augmentation").share.assign(SMALL_CROP if epoch < self.epochs else 1.0)
+
+    def on_train_end(self, logs=None):
+        self.model.get_layer("augmentation").share.assign(1.0)
+
+
 class KeepBestWeights(keras.callbacks.Callback):
     """Puts back the weights of the epoch with the best accuracy on the calibration split (the later of equals)."""
 
@@ -1606,7 +1636,7 @@ def steps_per_call(epoch: int) -> int:
     """How many training steps `fit` takes in one call of a graph: on a GPU all those of an epoch, on CPU one.
 
     A GPU takes a step in milliseconds, so that Python between two steps would cost as much. On CPU it costs little,
-    and single steps can be interrupted. The trained weights are the same.
+    and single steps can be interrupted. The trained weights are the same but for rounding.
     """
     return epoch if tf.config.list_physical_devices("GPU") else 1
 
@@ -1656,7 +1686,8 @@ def train_classifier(
     one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
     timer = EpochSeconds()
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
-    callbacks = [timer, AlternatingFlip(), *callbacks, KeepBestWeights(), *logs]
+    by_epoch = [AlternatingFlip(), SmallCropsFirst(int(recipe.small_crops * recipe.epochs))]
+    callbacks = [timer, *by_epoch, *callbacks, KeepBestWeights(), *logs]
     train, calibration = (Split(s.images, one_hot(s.labels)) for s in (data.train, data.calibration))
     history = trainer.fit(
         batches(train, recipe.batch_size, shuffle_seed=seed), epochs=recipe.epochs, shuffle=False, verbose=2,

@@ -80,6 +80,21 @@ def test_in_epochs_what_must_not_be_mirrored_is_not():
     assert not any(mirrored for *_, mirrored in variants_seen(layer, noise(100)))
 
 
+def test_a_small_crop_is_a_random_part_of_the_image():
+    """Of 8 x 8 pixels a share of 0.75 is 6 x 6, which start anywhere from -2 to 4."""
+    layer, images = RandomFlipCrop(flip=False), noise(1_000, 8, 8)
+    layer.share.assign(0.75)
+    crops = tf.function(layer)(images, training=True).numpy()
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    starts = []
+    for crop, image in zip(crops, padded, strict=True):
+        found = [(y, x) for y in range(7) for x in range(7) if np.array_equal(image[y : y + 6, x : x + 6], crop)]
+        assert len(found) == 1
+        starts += found
+    counts = np.bincount([7 * y + x for y, x in starts], minlength=49)
+    assert counts.min() > 3, "all places are equally probable: 20 each are expected"
+
+
 def test_augmentation_differs_from_batch_to_batch():
     layer, images = RandomFlipCrop(), noise(100)
     assert variants_seen(layer, images) != variants_seen(layer, images)

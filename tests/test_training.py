@@ -39,8 +39,8 @@ def few_images(tiny_data) -> mscnn.Dataset:
 @pytest.mark.parametrize(
     ("images", "asked", "epochs", "batch_size"),
     [
-        (45_000, (0, 0), 10, 512),
-        (20_000, (0, 0), 10, 512),
+        (45_000, (0, 0), 12, 512),
+        (20_000, (0, 0), 12, 512),
         (19_999, (0, 0), 20, 64),
         (4_500, (5, 0), 5, 64),
         (45_000, (50, 32), 50, 32),
@@ -230,8 +230,9 @@ def test_many_steps_in_one_call_give_the_same_network(few_images, monkeypatch):
         history = mscnn.train_stage1(model, few_images, recipe)
         mscnn.train_companion(model, few_images, recipe)
         mscnn.train_stage2(model, few_images, recipe)
-        trained.append((model.fingerprints(), history["loss"]))
-    assert trained[0][0] == trained[1][0]
+        trained.append((model.get_weights(), history["loss"]))
+    for one, other in zip(trained[0][0], trained[1][0], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)  # a loop around the steps may round differently
     np.testing.assert_allclose(trained[0][1], trained[1][1], rtol=1e-5)
 
 
@@ -241,6 +242,21 @@ def test_training_mirrors_in_turn_and_leaves_it_to_chance_afterwards(untrained_m
     mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=3, batch_size=32), callbacks=[watch])
     assert seen == [0, 1, 2]
     assert int(augmentation.epoch) == mscnn.RANDOM_FLIP
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, [24, 24, 32, 32, 32]), (0.0, [32] * 5)])
+def test_the_first_epochs_see_a_part_of_each_image(untrained_model, few_images, share, expected):
+    augmentation, seen = untrained_model.stage1.get_layer("augmentation"), []
+
+    def look(epoch, logs):
+        seen.append(augmentation(few_images.train.images[:2], training=True).shape[1:3])
+
+    watch = keras.callbacks.LambdaCallback(on_epoch_end=look)
+    recipe = Recipe(epochs=5, batch_size=32, small_crops=share)
+    mscnn.train_stage1(untrained_model, few_images, recipe, callbacks=[watch])
+    assert seen == [(side, side) for side in expected]
+    look(None, None)
+    assert seen[-1] == (32, 32), "whatever is trained next starts with whole images"
 
 
 def test_a_frozen_stage1_refuses_training(trained_model, few_images):
