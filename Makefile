@@ -61,7 +61,7 @@ bench-quality: env ## Measure accuracy, selective metrics, time and memory of fu
 bench-speed: env ## Measure speed and memory against rivals: about an hour; BENCH=--quick for minutes
 	@$(RUN) benchmarks/speed.py $(BENCH)
 
-bench-ingredients: env ## Measure what each ingredient of the recipe is worth: 20 minutes; BENCH=--quick
+bench-ingredients: env ## Measure what each ingredient of the recipe is worth: 45 minutes; BENCH=--quick
 	@$(RUN) benchmarks/ingredients.py $(BENCH)
 
 lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing

@@ -78,8 +78,14 @@ def read_json(name: str, default):
 def write(name: str, figures, section: str) -> None:
     """Writes benchmarks/NAME.json, and its section of RESULTS.md; the other benchmarks' sections stay."""
     (HERE / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_section(name, section)
+
+
+def write_section(name: str, section: str) -> None:
+    """Writes a section of RESULTS.md; the targets come first, the others in the order of the alphabet."""
     old = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
     sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", old, re.S))
     sections[name] = section.strip()
-    parts = [f"<!-- {one} -->\n{sections[one]}\n<!-- /{one} -->" for one in sorted(sections)]
+    order = {name: f"{name != 'targets'} {name}" for name in sections}.get
+    parts = [f"<!-- {one} -->\n{sections[one]}\n<!-- /{one} -->" for one in sorted(sections, key=order)]
     RESULTS.write_text("# Results\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")

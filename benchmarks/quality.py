@@ -17,6 +17,7 @@ import threading
 import time
 
 import psutil
+import targets
 from common import HERE, ROOT, commit, markdown, read_json, spread, write
 
 KINDS = {  # name: (what the table says of it, arguments)
@@ -169,6 +170,7 @@ def main() -> None:
         runs = [run for run in read_json("quality", []) if identity(run) != identity(new)] + [new]
         runs.sort(key=identity)
         write("quality", runs, table(runs))
+        targets.main()
         if (kind, seed, options.dataset) == ("full", 0, "cifar10"):  # the README shows it
             shutil.copyfile(ROOT / "runs/quality/full_0/figures/risk_coverage.png", HERE / "risk_coverage.png")
     print(table(runs))

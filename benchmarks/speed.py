@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import targets
 from common import ROOT, Timed, commit, in_fresh_process, interleaved, markdown, read_json, spread, write
 
 WIDTHS, SIZE, CATEGORIES, BATCH = (64, 192, 256), 32, 10, 512
@@ -580,6 +581,7 @@ def main() -> None:
         if not (options.quick and name in figures and not figures[name]["command"].endswith("--quick")):
             figures = {key: {**figures, name: one}[key] for key in MEASURES if key in {**figures, name: one}}
             write("speed", figures, section(figures))
+            targets.main()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import quality
 import speed
+import targets
 from conftest import ROOT
 
 import mscnn_helpers as mscnn
@@ -74,6 +75,35 @@ def test_results_are_made_from_the_figures():
         figures = common.read_json(name, None)
         assert figures is None or make(figures).strip() in text
     assert "## Quality" in text
+    assert targets.table(common.read_json("speed", {}), common.read_json("quality", [])).strip() in text
+
+
+def full_run(accuracy: float, seconds: float) -> dict:
+    parts = {"stage1": 100.0, "companion": seconds, "stage2": 10.0, "retraining": 0.0}
+    run = {"kind": "full", "dataset": {"name": "cifar10"}, "stage1": {"accuracy": accuracy}, "minutes": 20.0}
+    return {**run, "training_seconds": parts, "peak_memory_gb": 2.4}
+
+
+def test_a_target_is_reached_by_the_median():
+    rates = {"ours": [8.0, 9.0], "stock Keras float32": [2.0, 3.0], "PyTorch float32": [4.0, 4.0],
+             "PyTorch bfloat16": [8.0, 10.0]}  # fmt: skip
+    case = {"ratio_of_times": [1.8, 1.7, 1.9], "ratio_of_multiply_adds": 1.2}
+    speed = {"training": {"found": {"images_per_second": rates}}, "decide": {"found": {"batch 512, 1 view": case}}}
+    text = targets.table(speed, [full_run(0.931, 20.0), full_run(0.929, 80.0), full_run(0.94, 70.0)])
+    assert "| Stage 1 training, times stock Keras' in float32 | at least 3.50 | 3.50 (3.00 to 4.00) | yes |" in text
+    assert "| … PyTorch's in its fastest mode | at least 1.00 | 0.95 (0.90 to 1.00) | no |" in text
+    assert "| … the hand-written step's | at least 0.90 | not measured |  |" in text
+    assert "times Stage 1's seconds | at most 0.75 | 0.80 (0.30 to 0.90) | no |" in text
+    assert "one view: seconds by work, times Stage 1's | at most 1.15 | 1.50 (1.42 to 1.58) | no |" in text
+    assert "| full run, accuracy of Stage 1 | at least 93.00% | 93.10% (92.90% to 94.00%) | yes |" in text
+    assert "| light run, accuracy of Stage 1 | at least 68.0% | not measured |  |" in text
+
+
+def test_every_target_names_a_figure_that_the_benchmarks_have():
+    """Each row but the growth with the number of categories, which is still to be measured, shows a figure."""
+    table = targets.table(common.read_json("speed", {}), common.read_json("quality", []))
+    missing = [line for line in table.splitlines() if "not measured" in line]
+    assert [line for line in missing if "50 categories" not in line] == []
 
 
 def trained(network: keras.Model) -> int:
@@ -147,13 +177,13 @@ def test_training_seconds_are_those_of_every_part():
 
 
 def test_a_variant_is_compared_seed_by_seed():
-    runs = [{"accuracy": a, "aurc": 0.1} for a in (0.80, 0.84, 0.82)]
-    worse = [{"accuracy": a, "aurc": 0.2} for a in (0.79, 0.80, 0.80)]
+    runs = [{"accuracy": a, "aurc": 0.1, "seconds": 4.0} for a in (0.80, 0.84, 0.82)]
+    worse = [{"accuracy": a, "aurc": 0.2, "seconds": 3.0} for a in (0.79, 0.80, 0.80)]
     found = {"variants": {"the recipe": runs, "without salt": worse}}
     found |= {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
     shown = ingredients.table(found)
     assert "| without salt | 80.00% (79.00% to 80.00%) | -2.00 (-4.00 to -1.00) |" in shown
-    assert "+100.0% (+100.0% to +100.0%)" in shown
+    assert "+100.0% (+100.0% to +100.0%) | -25% (-25% to -25%) |" in shown
 
 
 @pytest.fixture(autouse=True)

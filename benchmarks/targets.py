@@ -1,0 +1,138 @@
+"""What the project wants to reach, beside what the other benchmarks have measured: the first section of RESULTS.md.
+
+    python benchmarks/targets.py     writes the section anew; quality.py and speed.py do so, too
+
+Nothing is measured here: every figure is read from quality.json and speed.json.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+from common import markdown, read_json, spread, write_section
+
+
+class Target(NamedTuple):
+    """A figure, and what it should be."""
+
+    what: str
+    bound: float
+    at_least: bool  # else at most
+    form: str  # of the figures
+    values: Callable[[dict, list[dict]], list[float]]  # of speed.json and quality.json; KeyError: not measured
+
+
+def faster(rival: str, ours: str = "ours") -> Callable:
+    """How many times as fast ours trains, pair by pair."""
+
+    def values(speed: dict, quality: list[dict]) -> list[float]:
+        rates = speed["training"]["found"]["images_per_second"]
+        return [a / b for a, b in zip(rates[ours], rates[rival], strict=True)]
+
+    return values
+
+
+def faster_than_pytorch(speed: dict, quality: list[dict]) -> list[float]:
+    """Against PyTorch's fastest mode."""
+    rates = speed["training"]["found"]["images_per_second"]
+    modes = [name for name in rates if name.startswith("PyTorch")]
+    return min((faster(name)(speed, quality) for name in modes), key=statistics.median, default=[])
+
+
+def decide_time(case: str, by_work: bool) -> Callable:
+    """Times Stage 1's time, or that as a multiple of the ratio of their multiply-adds."""
+
+    def values(speed: dict, quality: list[dict]) -> list[float]:
+        one = speed["decide"]["found"][case]
+        return [time / (one["ratio_of_multiply_adds"] if by_work else 1) for time in one["ratio_of_times"]]
+
+    return values
+
+
+def stage2_growth(speed: dict, quality: list[dict]) -> list[float]:
+    """Seconds for one Stage 2 CNN with 50 categories against 10."""
+    seconds = speed["growth"]["found"]["categories"]
+    return [many / few for (many, _), (few, _) in zip(seconds["50"], seconds["10"], strict=True)]
+
+
+def of_runs(kind: str, figure: Callable[[dict], float]) -> Callable:
+    """A figure of each of quality.py's runs of one kind."""
+
+    def values(speed: dict, quality: list[dict]) -> list[float]:
+        return [figure(run) for run in quality if (run["kind"], run["dataset"]["name"]) == (kind, "cifar10")]
+
+    return values
+
+
+def stage2_ratio(run: dict) -> float:
+    parts = run["training_seconds"]
+    return (parts["companion"] + parts["stage2"]) / parts["stage1"]
+
+
+def not_training(run: dict) -> float:
+    return 60 * run["minutes"] - sum(run["training_seconds"].values())
+
+
+def stage1_accuracy(run: dict) -> float:
+    return run["stage1"]["accuracy"]
+
+
+TARGETS = [
+    Target("Stage 1 training, times stock Keras' in float32", 3.5, True, "{:.2f}", faster("stock Keras float32")),
+    Target("… stock Keras' in bfloat16", 1.7, True, "{:.2f}", faster("stock Keras mixed_bfloat16")),
+    Target("… PyTorch's in its fastest mode", 1.0, True, "{:.2f}", faster_than_pytorch),
+    Target("… the hand-written step's", 0.9, True, "{:.2f}", faster("hand-written step")),
+    Target("… of one resident batch", 0.95, True, "{:.2f}", faster("ours, one resident batch")),
+    Target("… ours in float32, times stock Keras' in float32", 1.15, True, "{:.2f}",
+           faster("stock Keras float32", "ours in float32")),
+    Target("companion and ten Stage 2 CNNs, times Stage 1's seconds", 0.75, False, "{:.2f}",
+           of_runs("full", stage2_ratio)),
+    Target("one Stage 2 CNN of 50 categories, times one of 10", 1.1, False, "{:.2f}", stage2_growth),
+    Target("decide() on 512 images, one view: seconds by work, times Stage 1's", 1.15, False, "{:.2f}",
+           decide_time("batch 512, 1 view", by_work=True)),
+    Target("… on two views", 1.15, False, "{:.2f}", decide_time("batch 512, 2 views", by_work=True)),
+    Target("decide() on one image, one view, times Stage 1's seconds", 2.0, False, "{:.2f}",
+           decide_time("batch 1, 1 view", by_work=False)),
+    Target("… on two views", 2.0, False, "{:.2f}", decide_time("batch 1, 2 views", by_work=False)),
+    Target("light run, all that is not training, seconds", 75, False, "{:.0f}", of_runs("light", not_training)),
+    Target("light run, accuracy of Stage 1", 0.68, True, "{:.1%}", of_runs("light", stage1_accuracy)),
+    Target("full run, accuracy of Stage 1", 0.93, True, "{:.2%}", of_runs("full", stage1_accuracy)),
+    Target("full run, minutes", 15, False, "{:.1f}", of_runs("full", lambda run: run["minutes"])),
+    Target("full run, peak memory, GB", 2.5, False, "{:.2f}", of_runs("full", lambda run: run["peak_memory_gb"])),
+]  # fmt: skip
+
+
+def row(target: Target, speed: dict, quality: list[dict]) -> list[str]:
+    """Its row of the table; a target is reached if the median is."""
+    bound = f"at {'least' if target.at_least else 'most'} {target.form.format(target.bound)}"
+    try:
+        values = target.values(speed, quality)
+    except KeyError:
+        values = []
+    if not values:
+        return [target.what, bound, "not measured", ""]
+    median = statistics.median(values)
+    reached = median >= target.bound if target.at_least else median <= target.bound
+    return [target.what, bound, spread(values, target.form), "yes" if reached else "no"]
+
+
+def table(speed: dict, quality: list[dict]) -> str:
+    """The section of RESULTS.md."""
+    rows = [row(one, speed, quality) for one in TARGETS]
+    lines = [
+        "## Targets", "",
+        "Written by `python benchmarks/targets.py` from the figures below. Median, in brackets minimum and maximum.",
+        "The targets of training and time were set for a processor with AMX, whose bfloat16 convolutions are several",
+        "times as fast, so that all else weighs more.", "",
+        *markdown(["figure", "target", "measured", "reached"], rows),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Writes the section."""
+    write_section("targets", table(read_json("speed", {}), read_json("quality", [])))
+
+
+if __name__ == "__main__":
+    main()
