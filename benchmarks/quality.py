@@ -1,6 +1,7 @@
 """Measures the quality, the time and the memory of whole runs, and writes quality.json and RESULTS.md.
 
     python benchmarks/quality.py                    full data, the recipe's own choice, seeds 0, 1 and 2
+    python benchmarks/quality.py --long             full data, 40 epochs, seed 0: over an hour on two cores
     python benchmarks/quality.py --documented       full data, 50 epochs in batches of 32 (the defaults), seed 0
     python benchmarks/quality.py --quick            light mode, 5 epochs, seed 0: some three minutes on two cores
 
@@ -22,6 +23,7 @@ from common import HERE, ROOT, commit, markdown, read_json, spread, write
 
 KINDS = {  # name: (what the table says of it, arguments)
     "full": ("full data, the recipe's own choice", "--epochs 0 --batch_size 0"),
+    "long": ("full data, 40 epochs", "--epochs 40 --batch_size 0"),
     "documented": ("full data, 50 epochs, batches of 32", "--epochs 50 --batch_size 32"),
     "light": ("light mode, 5 epochs, batches of 32", "--epochs 5 --light_mode"),
 }
@@ -159,11 +161,12 @@ def main() -> None:
     """Measures, and replaces the runs of the same kind and seed in quality.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="light mode, seed 0")
+    parser.add_argument("--long", action="store_true", help="40 epochs, seed 0")
     parser.add_argument("--documented", action="store_true", help="the documented defaults, seed 0")
     parser.add_argument("--seeds", default="", help="comma-separated, in place of the form's own")
     parser.add_argument("--dataset", default="cifar10", help="as the command line's (default: cifar10)")
     options = parser.parse_args()
-    kind = "light" if options.quick else "documented" if options.documented else "full"
+    kind = next((one for one in ("long", "documented") if getattr(options, one)), "light" if options.quick else "full")
     seeds = options.seeds or ("0,1,2" if kind == "full" else "0")
     for seed in map(int, seeds.split(",")):
         new = measure(kind, seed, options.dataset)
