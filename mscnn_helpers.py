@@ -1482,7 +1482,7 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
         return Recipe(
             epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, small_crops=0.0, stage2_share=0.3
         )
-    epochs = epochs or 12
+    epochs = epochs or 16
     return Recipe(epochs, batch_size or 512)
 
 
