@@ -380,10 +380,7 @@ DOWNLOAD_PATIENCE = 10  # seconds to wait for a server's first answer
 
 
 class Split(NamedTuple):
-    """Images uint8 (N, H, W, channels) and labels int64 (N,).
-
-    On the way into a training the labels are what its loss wants, and arrays may be tensors.
-    """
+    """Images uint8 (N, H, W, channels) and labels int64 (N,)."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -744,26 +741,27 @@ def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
 
 
 def batches(
-    split: Split, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
+    labels: np.ndarray, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
 ) -> tf.data.Dataset:
-    """Batches of a split for `fit`: images uint8 (B, H, W, channels) and labels (B, ...).
+    """Batches for `fit` of a network on `ResidentImages`: indices int64 (B,) and labels (B, ...).
 
-    One copy of the images is made, and only indices are shuffled. tf.data's autotuning is off: nothing is left for
-    it to tune, and ending its thread was seen to take 16 s at the end of a 24 s epoch (TensorFlow 2.21, on CPU).
+    tf.data's autotuning is off: nothing is left for it to tune, and ending its thread was seen to take 16 s at the end
+    of a 24 s epoch (TensorFlow 2.21, on CPU).
 
     Args:
-        split: its labels may be of any shape and dtype, (N, ...). Arrays are copied; tensors are taken as they are.
-        order: indices in the order wanted, with repetitions if need be; None: each image once.
+        labels: of all images, (N, ...), of any dtype.
+        order: indices int64 in the order wanted, with repetitions if need be; None: each image once.
         shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
     """
-    images, labels = tf.convert_to_tensor(split.images), tf.convert_to_tensor(split.labels)
-    indices = tf.data.Dataset.from_tensor_slices(np.arange(len(split)) if order is None else order)
+    with tf.device("CPU"):  # where tf.data works
+        labels = tf.convert_to_tensor(labels)
+    indices = tf.data.Dataset.from_tensor_slices(np.arange(len(labels)) if order is None else order)
     if shuffle_seed is not None:
         indices = indices.shuffle(len(indices), seed=shuffle_seed)
 
     @tf.autograph.experimental.do_not_convert
     def look_up(index):
-        return tf.gather(images, index), tf.gather(labels, index)
+        return index, tf.gather(labels, index)
 
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -781,12 +779,28 @@ SMALL_CROP = 0.75  # of height and width: little more than half of the work
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
+class ResidentImages(keras.layers.Layer):
+    """Indices int64 (B,) -> images uint8 (B, H, W, channels), all of which lie on the device that computes.
+
+    A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing else. It is no weight: no model file
+    has it.
+    """
+
+    def __init__(self, images: np.ndarray):
+        super().__init__(dtype="uint8")
+        self.images = tf.Variable(images, trainable=False)  # (N, H, W, channels)
+
+    def call(self, index):
+        return tf.gather(self.images, index)
+
+
 @_serializable
 class RandomFlipCrop(keras.layers.Layer):
     """Mirrors half of the images and shifts each by up to `shift` pixels, in training only.
 
-    Works on uint8, before the images become floats. The border is filled by reflection. Two gathers do
-    it, which costs far less than Keras' general affine layers.
+    From uint8 (B, H, W, channels) to float32. The border is filled by reflection. Two gathers do it, which costs far
+    less than Keras' general affine layers. They and the arithmetic of their indices work on floats: on a GPU
+    TensorFlow gathers no uint8 from a tensor, and computes with int32 on the host.
 
     Which images are mirrored is random, or alternates: while `epoch` is 0 or more, each image is mirrored in every
     second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
@@ -796,7 +810,7 @@ class RandomFlipCrop(keras.layers.Layer):
     """
 
     def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
-        super().__init__(**{"dtype": "uint8", **kwargs})
+        super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
         self.flip, self.shift, self.seed = flip, shift, seed
         self.random = keras.random.SeedGenerator(seed)
         self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not weights: no model file needs them
@@ -807,27 +821,29 @@ class RandomFlipCrop(keras.layers.Layer):
         self.random.state.assign([seed, 0])
 
     def call(self, images, training=False):
+        images = tf.cast(images, tf.float32)
         if not training:
             return images
         batch, (height, width) = tf.shape(images)[0], images.shape[1:3]
-        rows, columns = self._indices(batch, height), self._indices(batch, width)
+        rows, columns = self._places(batch, height), self._places(batch, width)
         if self.flip:
             columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
-        images = tf.gather(images, rows, axis=1, batch_dims=1)  # (B, share H, W, channels)
-        return tf.gather(images, columns, axis=2, batch_dims=1)  # (B, share H, share W, channels)
+        images = tf.gather(images, tf.cast(rows, tf.int64), axis=1, batch_dims=1)  # (B, share H, W, channels)
+        return tf.gather(images, tf.cast(columns, tf.int64), axis=2, batch_dims=1)  # (B, share H, share W, channels)
 
     def _mirrored(self, images):
         """Which images are mirrored: bool (B,)."""
         at_random = keras.random.uniform((tf.shape(images)[0],), dtype="float32", seed=self.random) < 0.5
-        in_turn = (tf.reduce_sum(tf.cast(images, tf.int32), axis=(1, 2, 3)) + self.epoch) % 2 == 1
+        total = tf.reduce_sum(images, axis=(1, 2, 3))  # exact: whole numbers below 2^24
+        in_turn = (total + tf.cast(self.epoch, tf.float32)) % 2 == 1
         return tf.where(self.epoch == RANDOM_FLIP, at_random, in_turn)
 
-    def _indices(self, batch, size: int):
+    def _places(self, batch, size: int):
         """Which row (or column) each row of the result is taken from, reflected at the border: (B, share size)."""
-        kept = tf.cast(tf.round(self.share * size), tf.int32)
-        last = self.shift + size - kept
-        start = keras.random.randint((batch, 1), -self.shift, last + 1, dtype="int32", seed=self.random)
-        return (size - 1) - tf.abs((size - 1) - tf.abs(start + tf.range(kept)))
+        kept = tf.round(self.share * size)
+        end = self.shift + size - tf.cast(kept, tf.int32) + 1
+        start = keras.random.randint((batch, 1), -self.shift, end, dtype="int32", seed=self.random)
+        return (size - 1) - tf.abs((size - 1) - tf.abs(tf.cast(start, tf.float32) + tf.range(kept)))
 
     def get_config(self):
         return {**super().get_config(), "flip": self.flip, "shift": self.shift, "seed": self.seed}
@@ -1584,11 +1600,15 @@ class EpochSeconds(keras.callbacks.Callback):
 class AlternatingFlip(keras.callbacks.Callback):
     """Tells the augmentation which epoch it is, so that it mirrors each image in every second one."""
 
+    def __init__(self, augmentation: RandomFlipCrop):
+        super().__init__()
+        self.augmentation = augmentation
+
     def on_epoch_begin(self, epoch, logs=None):
-        self.model.get_layer("augmentation").epoch.assign(epoch)
+        self.augmentation.epoch.assign(epoch)
 
     def on_train_end(self, logs=None):
-        self.model.get_layer("augmentation").epoch.assign(RANDOM_FLIP)
+        self.augmentation.epoch.assign(RANDOM_FLIP)
 
 
 class SmallCropsFirst(keras.callbacks.Callback):
@@ -1599,15 +1619,15 @@ class SmallCropsFirst(keras.callbacks.Callback):
     shrinks the images instead.
     """
 
-    def __init__(self, epochs: int):
+    def __init__(self, augmentation: RandomFlipCrop, epochs: int):
         super().__init__()
-        self.epochs = epochs
+        self.augmentation, self.epochs = augmentation, epochs
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.model.get_layer("augmentation").share.assign(SMALL_CROP if epoch < self.epochs else 1.0)
+        self.augmentation.share.assign(SMALL_CROP if epoch < self.epochs else 1.0)
 
     def on_train_end(self, logs=None):
-        self.model.get_layer("augmentation").share.assign(1.0)
+        self.augmentation.share.assign(1.0)
 
 
 class KeepBestWeights(keras.callbacks.Callback):
@@ -1639,6 +1659,17 @@ def steps_per_call(epoch: int) -> int:
     and single steps can be interrupted. The trained weights are the same but for rounding.
     """
     return epoch if tf.config.list_physical_devices("GPU") else 1
+
+
+def both_splits(data: Dataset) -> Split:
+    """Train and calibration split as one, in this order: all that a training looks at."""
+    return Split(*(np.concatenate(parts) for parts in zip(data.train, data.calibration, strict=True)))
+
+
+def on_resident(network: keras.Model, images: np.ndarray) -> keras.Model:
+    """The network as a function of indices into `images`: int64 (B,) -> its output. Its layers are shared."""
+    index = keras.Input((), dtype="int64")
+    return keras.Model(index, network(ResidentImages(images)(index)))
 
 
 def classifier_trainer(network: keras.Model, recipe: Recipe, steps: int) -> keras.Model:
@@ -1682,16 +1713,18 @@ def train_classifier(
     if not network.trainable:
         raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
     _seed(network, seed)
-    trainer = classifier_trainer(network, recipe, -(-len(data.train) // recipe.batch_size) * recipe.epochs)
-    one_hot = functools.partial(keras.utils.to_categorical, num_classes=len(data.category_names))
-    timer = EpochSeconds()
+    images, labels = both_splits(data)
+    one_hot = keras.utils.to_categorical(labels, len(data.category_names))
+    train, calibration = np.split(np.arange(len(images)), [len(data.train)])
+    steps = -(-len(train) // recipe.batch_size) * recipe.epochs
+    trainer = classifier_trainer(on_resident(network, images), recipe, steps)
+    augmentation, timer = network.get_layer("augmentation"), EpochSeconds()
+    by_epoch = [AlternatingFlip(augmentation), SmallCropsFirst(augmentation, int(recipe.small_crops * recipe.epochs))]
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
-    by_epoch = [AlternatingFlip(), SmallCropsFirst(int(recipe.small_crops * recipe.epochs))]
-    callbacks = [timer, *by_epoch, *callbacks, KeepBestWeights(), *logs]
-    train, calibration = (Split(s.images, one_hot(s.labels)) for s in (data.train, data.calibration))
     history = trainer.fit(
-        batches(train, recipe.batch_size, shuffle_seed=seed), epochs=recipe.epochs, shuffle=False, verbose=2,
-        validation_data=batches(calibration, 500), callbacks=callbacks,
+        batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
+        validation_data=batches(one_hot, 500, calibration),
+        callbacks=[timer, *by_epoch, *callbacks, KeepBestWeights(), *logs],
     )  # fmt: skip
     return {**history.history, "seconds": timer.seconds}
 
@@ -1772,11 +1805,11 @@ class Stage2Trainer:
         images = recipe.stage2_share * recipe.epochs * len(data.train)
         self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
         self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
-        self.train_split = Split(tf.constant(data.train.images), data.train.labels)  # one copy for all categories
         self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
+        images, self.labels = both_splits(data)
         self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
         self.head = LogOdds()
-        self.trainer = keras.Sequential([self.network, self.head])
+        self.trainer = keras.Sequential([on_resident(self.network, images), self.head])
 
         def accuracy(right, log_odds):
             return tf.cast((log_odds > 0) == (right > 0.5), tf.float32)
@@ -1796,31 +1829,25 @@ class Stage2Trainer:
         timer = EpochSeconds()
         _seed(self.network, seed)
         self.network.set_weights(start.get_weights())
-        self.trainer.build((None, *self.model.image_shape))
         self.head.category.assign(category)
         for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
             variable.assign(tf.zeros_like(variable))
-        here = self.predicted == category  # the question is only asked where Stage 1 says `category`
-        judged = _judged(self.data.calibration.take(here), category)
+        right = np.float32(self.labels == category)  # (N,), 1 where it is right to say `category`
+        # In the calibration split the question is only asked where Stage 1 says `category`.
+        asked = len(self.data.train) + np.flatnonzero(self.predicted == category)
         history = self.trainer.fit(
-            self._batches(category, np.random.default_rng(seed)), epochs=self.ROUNDS, steps_per_epoch=self.steps,
-            validation_data=batches(judged, 500) if here.any() else None, shuffle=False, verbose=0,
-            callbacks=[timer],
+            batches(right, self.batch_size, self._order(category, np.random.default_rng(seed))),
+            epochs=self.ROUNDS, steps_per_epoch=self.steps, shuffle=False, verbose=0, callbacks=[timer],
+            validation_data=batches(right, 500, asked) if len(asked) else None,
         ).history  # fmt: skip
         self.model.stage2_of(category).set_weights(self.network.get_weights())
         self.model.void_calibration([category])
         return {**history, "seconds": timer.seconds}
 
-    def _batches(self, category: int, rng: np.random.Generator) -> tf.data.Dataset:
-        """All batches of one training: images uint8 (B, H, W, channels), labels float32 (B,)."""
+    def _order(self, category: int, rng: np.random.Generator) -> np.ndarray:
+        """Indices of the train images of one whole training."""
         count = self.ROUNDS * self.steps * self.batch_size
-        drawn = draw_stage2_images(self.train_split.labels, self.probability[:, category], category, count, rng)
-        return batches(_judged(self.train_split, category), self.batch_size, drawn)
-
-
-def _judged(split: Split, category: int) -> Split:
-    """The labels of a Stage 2 CNN: float32 (N,), 1 where Stage 1 is right to say `category`."""
-    return Split(split.images, np.float32(split.labels == category))
+        return draw_stage2_images(self.data.train.labels, self.probability[:, category], category, count, rng)
 
 
 def train_stage2(
@@ -2155,7 +2182,7 @@ def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3):
     layer, views = RandomFlipCrop(data.flip), [chosen]
     for epoch in range(columns - 1):
         layer.epoch.assign(epoch)
-        views.append(layer(tf.constant(chosen), training=True).numpy())
+        views.append(layer(tf.constant(chosen), training=True).numpy().astype(np.uint8))
     images = np.stack(views, axis=1).reshape(-1, *data.input_shape)
     captions = ["original", *[f"epoch {e + 1}" for e in range(columns - 1)]] * rows
     return plot_images(images, captions, "Every epoch sees a slightly different picture", columns)

@@ -242,6 +242,8 @@ def convolutions(policy: str) -> tuple[Callable[[], object], float]:
 
 def measure_training(quick: bool) -> dict:
     """Training images/s of Stage 1: ours, stock Keras, a hand-written step, PyTorch."""
+    import tensorflow as tf
+
     import mscnn_helpers as mscnn
 
     policy = mscnn.fastest_policy()
@@ -249,21 +251,23 @@ def measure_training(quick: bool) -> dict:
     images, labels = random_images(steps * BATCH)
     one_hot = np.eye(CATEGORIES, dtype=np.float32)[labels]
 
-    def ours(dtype: str, batches) -> Callable[[], object]:
-        trainer = mscnn.classifier_trainer(our_network(dtype), mscnn.Recipe(100, BATCH), 100_000)
+    def ours(network, batches) -> Callable[[], object]:
+        trainer = mscnn.classifier_trainer(network, mscnn.Recipe(100, BATCH), 100_000)
         return timed_fit(trainer, batches, shuffle=False)
 
-    pipeline = mscnn.batches(mscnn.Split(images, one_hot), BATCH, shuffle_seed=0)
-    one_batch = mscnn.batches(mscnn.Split(images[:BATCH], one_hot[:BATCH]), BATCH).cache().repeat(steps)
+    pipeline = mscnn.batches(one_hot, BATCH, shuffle_seed=0)
+    one_batch = tf.data.Dataset.from_tensors((images[:BATCH], one_hot[:BATCH])).cache().repeat(steps)
     one_batch = one_batch.with_options(pipeline.options())
+    resident = tf.constant(images)
     stock = {name: stock_keras(name) for name in ("float32", "mixed_bfloat16")}
     conv, flop = convolutions(policy)
 
-    plain = mscnn.batches(mscnn.Split(images, labels), BATCH, shuffle_seed=0)
+    plain = mscnn.batches(labels, BATCH, shuffle_seed=0).map(lambda index, y: (tf.gather(resident, index), y))
     tasks = {
-        "ours": ours(policy, pipeline), "ours, one resident batch": ours(policy, one_batch),
+        "ours": ours(mscnn.on_resident(our_network(policy), images), pipeline),
+        "ours, one resident batch": ours(our_network(policy), one_batch),
         "hand-written step": hand_written_epoch(policy, images, labels),
-        "ours in float32": ours("float32", pipeline),
+        "ours in float32": ours(mscnn.on_resident(our_network("float32"), images), pipeline),
         **{f"stock Keras {name}": timed_fit(one, images, y=labels, batch_size=BATCH) for name, one in stock.items()},
         **{f"stock layers {name}, our batches": timed_fit(one, plain, shuffle=False) for name, one in stock.items()},
         **torch_tasks(images, labels, quick), "convolutions alone": conv,
@@ -392,9 +396,10 @@ def _cost_of_images(count: int) -> tuple[float, float]:
     import mscnn_helpers as mscnn
 
     images, labels = random_images(count)
-    split = mscnn.Split(images, np.eye(CATEGORIES, dtype=np.float32)[labels])
-    trainer = mscnn.classifier_trainer(our_network(mscnn.fastest_policy()), mscnn.Recipe(2, BATCH), 16)
-    whole = mscnn.batches(split, BATCH, shuffle_seed=0).filter(lambda x, y: tf.shape(x)[0] == BATCH)
+    network = mscnn.on_resident(our_network(mscnn.fastest_policy()), images)
+    trainer = mscnn.classifier_trainer(network, mscnn.Recipe(2, BATCH), 16)
+    one_hot = np.eye(CATEGORIES, dtype=np.float32)[labels]
+    whole = mscnn.batches(one_hot, BATCH, shuffle_seed=0).filter(lambda x, y: tf.shape(x)[0] == BATCH)
     data, timer = whole.repeat(), mscnn.EpochSeconds()
     trainer.fit(data, epochs=2, steps_per_epoch=8, shuffle=False, verbose=0, callbacks=[timer])
     return 8 * BATCH / timer.seconds[1], peak_memory_gb()

@@ -30,7 +30,8 @@ VARIANTS = [(down, right, mirrored) for down in range(-2, 3) for right in range(
 def variants_seen(layer: Callable, images: np.ndarray) -> list[tuple[int, int, bool]]:
     """Which shift and mirroring each image of one training batch got; fails where it is none of the allowed ones."""
     seen = layer(tf.constant(images), training=True).numpy()
-    assert (seen.shape, seen.dtype) == (images.shape, np.uint8)
+    assert (seen.shape, seen.dtype) == (images.shape, np.float32)
+    seen = seen.astype(np.uint8)
     allowed = [{shifted(image, *one).tobytes(): one for one in VARIANTS} for image in images]
     assert all(len(one) == len(VARIANTS) for one in allowed), "the variants of these images can be told apart"
     return [names[image.tobytes()] for names, image in zip(allowed, seen, strict=True)]
@@ -110,6 +111,42 @@ def test_augmentation_in_a_graph_heeds_a_new_seed():
     assert not np.array_equal(*drawn[0]), "every batch is another one"
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ResidentImages
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_resident_images_are_looked_up_and_are_no_weights():
+    images = noise(10)
+    layer = mscnn.ResidentImages(images)
+    found = tf.function(layer)(tf.constant([3, 0, 3], tf.int64))
+    assert found.dtype == tf.uint8
+    assert np.array_equal(found, images[[3, 0, 3]])
+    assert layer.weights == []
+
+
+def test_resident_images_come_from_a_variable():
+    """On a GPU TensorFlow has a kernel for uint8 that gathers from variables, and none that gathers from tensors."""
+    layer = mscnn.ResidentImages(noise(10))
+    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((None,), tf.int64)).graph
+    kinds = {operation.type for operation in graph.get_operations()}
+    assert "ResourceGather" in kinds and "GatherV2" not in kinds
+
+
+def test_augmentation_gathers_floats():
+    graph = tf.function(RandomFlipCrop()).get_concrete_function(tf.TensorSpec((None, 8, 8, 3), tf.uint8), training=True)
+    gathers = [one for one in graph.graph.get_operations() if one.type == "GatherV2"]
+    assert [(one.get_attr("Tparams"), one.get_attr("Tindices")) for one in gathers] == [(tf.float32, tf.int64)] * 2
+
+
+def test_a_network_on_resident_images_is_the_network_itself():
+    images, network = noise(10, 16, 16), cnn((16, 16, 3))
+    resident = mscnn.on_resident(network, images)
+    index = np.array([7, 2, 7])
+    assert np.array_equal(resident(index), network(images[index]))
+    assert [id(one) for one in resident.weights] == [id(one) for one in network.weights]
 
 
 # ------------------------------------------------------------------------------------------------------------
