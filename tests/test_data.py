@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+import tensorflow as tf
 from conftest import TINY_NAMES, tiny_images
 from PIL import Image
 
@@ -848,7 +849,7 @@ def test_a_split_has_the_length_of_its_images():
 
 def counted(count: int) -> np.ndarray:
     """Labels of three values each, from which their index can be told."""
-    return np.arange(count)[:, None] * np.float32([1, 10, 100])
+    return np.arange(count, dtype=np.float32)[:, None] * np.float32([1, 10, 100])
 
 
 def numbers_in(dataset) -> list[int]:
@@ -859,7 +860,7 @@ def test_batches_hold_each_index_once_with_its_label():
     sizes = []
     for index, labels in mscnn.batches(counted(10), 4):
         sizes.append(len(index))
-        assert index.dtype == np.int64 and labels.dtype == np.float32
+        assert index.dtype == tf.int64 and labels.dtype == tf.float32
         np.testing.assert_array_equal(labels, counted(10)[index])
     assert sizes == [4, 4, 2]
     assert numbers_in(mscnn.batches(counted(10), 4)) == list(range(10))

@@ -39,8 +39,8 @@ def few_images(tiny_data) -> mscnn.Dataset:
 @pytest.mark.parametrize(
     ("images", "asked", "epochs", "batch_size"),
     [
-        (45_000, (0, 0), 12, 512),
-        (20_000, (0, 0), 12, 512),
+        (45_000, (0, 0), 16, 512),
+        (20_000, (0, 0), 16, 512),
         (19_999, (0, 0), 20, 64),
         (4_500, (5, 0), 5, 64),
         (45_000, (50, 32), 50, 32),
@@ -319,15 +319,15 @@ def test_the_same_generator_draws_the_same():
     assert (one != other).any()
 
 
-def test_batches_carry_the_right_labels(model, tiny_data, monkeypatch):
-    trainer = mscnn.Stage2Trainer(model, tiny_data, Recipe(epochs=4, batch_size=32))
+def test_batches_carry_the_right_labels(trained_model, tiny_data, monkeypatch):
+    trainer = mscnn.Stage2Trainer(trained_model, tiny_data, Recipe(epochs=4, batch_size=32))
     assert trainer.steps == round(Recipe.stage2_share * 4 * 420 / 32 / 5) == 1
     seen = []
     fit = trainer.trainer.fit
     monkeypatch.setattr(
         trainer.trainer, "fit", lambda batches, **given: (seen.extend(batches), fit(batches, **given))[1]
     )
-    trainer.train(2, model.companion, seed=0)
+    trainer.train(2, trained_model.companion, seed=0)
     assert len(seen) == 5
     for index, right in seen:
         np.testing.assert_array_equal(right, np.arange(32) % 2 == 0)
