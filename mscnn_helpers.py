@@ -1081,6 +1081,102 @@ def accept(category: np.ndarray, confidence: np.ndarray, threshold: float, other
     return np.where(confidence >= threshold, category, other)
 
 
+class Certificate(NamedTuple):
+    """A threshold and what is guaranteed of it: with probability 1 - delta the true error rate is at most `risk`."""
+
+    threshold: float
+    risk: float  # the error rate that was asked for, among the images that are accepted
+    delta: float  # probability that the guarantee fails, over the draw of the split it was computed on
+    bound: float  # upper bound of the error rate at the threshold, at most `risk`
+    errors: int  # wrong among the accepted images of that split
+    accepted: int
+    images: int  # size of the split
+
+
+def error_bound(errors: int, accepted: int, delta: float) -> float:
+    """Exact upper bound of an error rate, by the binomial distribution (Clopper & Pearson 1934).
+
+    With an error rate above it, so few errors have a probability of less than `delta`. 1 where nothing is accepted.
+    """
+    from scipy.stats import beta
+
+    return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
+
+
+def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, delta: float = 0.05) -> Certificate:
+    """The threshold of largest coverage whose true error rate is at most `risk`, guaranteed.
+
+    Source: selection with guaranteed risk (Geifman & El-Yaniv 2017, algorithm 1). A binary search asks for the bound of
+    the error rate at no more than ceil(log2 N) thresholds, which share `delta` (Bonferroni). The guarantee holds for
+    images of the same distribution, if neither the model nor its calibration has seen the ones given here.
+
+    Args:
+        confidence: (N,). right: bool (N,), whether the prediction is right.
+        risk: error rate among the accepted, 0 to 1. delta: probability of failure, 0 to 1.
+
+    Raises:
+        MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
+    """
+    for name, value in (("risk", risk), ("delta", delta)):
+        if not 0 < value < 1:
+            raise MSCNNError(f"{name} is {value:g}: it has to lie between 0 and 1, such as 0.01 for 1 %.")
+    confidence, right = np.asarray(confidence), np.asarray(right, bool)
+    steps = max(1, int(np.ceil(np.log2(max(len(right), 1)))))
+    needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
+    if len(right) < needed:
+        raise MSCNNError(
+            f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, "
+            f"and there are {len(right):,}: ask for a larger risk, or use all data instead of light mode."
+        )
+    descending = np.sort(confidence)[::-1]
+    low, high, best = needed - 1, len(right) - 1, None  # fewer than that cannot reach it
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        accepted = confidence >= descending[middle]  # with all images of the same confidence
+        errors, count = int((accepted & ~right).sum()), int(accepted.sum())
+        bound = error_bound(errors, count, delta / steps)
+        if bound <= risk:
+            low = middle
+            if best is None or count > best.accepted:
+                best = Certificate(float(descending[middle]), risk, delta, bound, errors, count, len(right))
+        else:
+            high = max(middle - 1, low)
+    if best is None:
+        raise MSCNNError(
+            f"No threshold guarantees {risk:.2%} errors at the most with probability {1 - delta:.0%} on these "
+            f"{len(right):,} images: ask for a larger risk."
+        )
+    return best
+
+
+def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
+    """The highest threshold that accepts at least this share of the given images, 0 to 1.
+
+    Raises:
+        MSCNNError: coverage is not a share, or there are no images.
+    """
+    if not 0 < coverage <= 1:
+        raise MSCNNError(f"coverage is {coverage:g}: it is a share of the images, above 0 and up to 1.")
+    if not len(confidence):
+        raise MSCNNError("A threshold for a coverage needs images to count: there are none.")
+    wanted = int(np.ceil(coverage * len(confidence) - 1e-9))  # 0.7 of 10 images are 7, whatever 0.7 is in binary
+    return float(np.sort(confidence)[::-1][wanted - 1])
+
+
+def threshold_for_costs(wrong: float, other: float) -> float:
+    """The threshold of least expected cost, where a wrong answer and an OTHER cost so much and a right answer nothing.
+
+    An answer of confidence p costs `wrong` (1 - p) on the average: so it pays from p = 1 - other / wrong on (Chow 1970,
+    "On optimum recognition error and reject tradeoff"). Holds as far as the confidence is calibrated.
+
+    Raises:
+        MSCNNError: a cost is not positive.
+    """
+    if not (wrong > 0 and other > 0):
+        raise MSCNNError(f"The costs are {wrong:g} (wrong answer) and {other:g} (OTHER): both have to be above 0.")
+    return max(0.0, 1 - other / wrong)
+
+
 def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
     """How badly the confidences fit, by predicted category: mean negative log likelihood in nats, (count,).
 
@@ -1960,6 +2056,42 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray
 def aurc(confidence: np.ndarray, right: np.ndarray) -> float:
     """Area under the risk-coverage curve: the mean selective risk over all coverages (Geifman et al. 2019)."""
     return float(risk_coverage(confidence, right)[1].mean())
+
+
+def e_aurc(confidence: np.ndarray, right: np.ndarray) -> float:
+    """How far the AURC lies above the least that this accuracy allows, every right image before every wrong one.
+
+    Source: excess AURC (Geifman et al. 2019).
+    """
+    return aurc(confidence, right) - aurc(np.asarray(right, np.float64), right)
+
+
+def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Area under the generalized risk-coverage curve: mean share of all images that are accepted and wrong.
+
+    Unlike in the AURC an error counts the same at every coverage. By the trapezoidal rule it is exactly
+    (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 with accuracy a. Source: Traub et al. 2024.
+    """
+    coverage, risk = risk_coverage(confidence, right)
+    undetected = coverage * risk  # (N,)
+    return float((undetected.sum() - undetected[-1] / 2) / len(undetected))
+
+
+def brier_score(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Mean square of what the confidence lacks to 1 where right, and to 0 where wrong (Brier 1950)."""
+    return float(np.mean((np.asarray(confidence) - np.asarray(right, np.float64)) ** 2))
+
+
+def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
+    """Error rate among the most confident images, at least this share of all."""
+    covered, risk = risk_coverage(confidence, right)
+    return float(risk[np.searchsorted(covered, coverage - 1e-9)])
+
+
+def coverage_at_error(confidence: np.ndarray, right: np.ndarray, error: float) -> float:
+    """The largest share of images that can be accepted with at most this error rate among them; 0: none."""
+    covered, risk = risk_coverage(confidence, right)
+    return float(covered[risk <= error].max(initial=0.0))
 
 
 def failure_metrics(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:

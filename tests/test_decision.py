@@ -1,6 +1,8 @@
 """Section 4: log-odds, calibration rows, confidence, threshold."""
 
+import itertools
 from fractions import Fraction
+from math import comb, factorial
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import scipy.optimize
 from scipy.special import expit
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import COMMON_PRIOR, COMMON_STRENGTH, ROW_STRENGTH
+from mscnn_helpers import COMMON_PRIOR, COMMON_STRENGTH, ROW_STRENGTH, MSCNNError
 
 # ------------------------------------------------------------------------------------------------------------
 # Log-odds
@@ -198,3 +200,136 @@ def test_the_true_confidence_has_the_lowest_log_loss():
     right, category = rng.random(len(p)) < p, np.zeros(len(p), int)
     losses = [mscnn.log_loss_by_category(category, expit(k * np.log(p / (1 - p))), right, 1)[0] for k in (0.5, 1, 2)]
     assert losses[1] < min(losses[0], losses[2])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Thresholds
+# ------------------------------------------------------------------------------------------------------------
+
+
+def binomial_tail(errors: int, accepted: int, rate: Fraction) -> Fraction:
+    """Probability of so few errors, by summing the terms."""
+    terms = (comb(accepted, e) * rate**e * (1 - rate) ** (accepted - e) for e in range(errors + 1))
+    return sum(terms, Fraction(0))
+
+
+@pytest.mark.parametrize(("errors", "accepted"), [(0, 1), (0, 30), (3, 30), (29, 30), (7, 1625)])
+def test_the_error_bound_is_where_so_few_errors_become_improbable(errors, accepted):
+    bound = mscnn.error_bound(errors, accepted, 0.05)
+    assert float(binomial_tail(errors, accepted, Fraction(bound))) == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize(("errors", "accepted"), [(0, 0), (5, 5)])
+def test_the_error_bound_is_1_where_nothing_speaks_against_it(errors, accepted):
+    assert mscnn.error_bound(errors, accepted, 0.05) == 1
+
+
+def sorted_images(*runs: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray]:
+    """Images of falling confidence: so many right ones, so many wrong ones, ..."""
+    right = np.repeat([one for _, one in runs], [count for count, _ in runs])
+    return np.linspace(0.99, 0.01, len(right)), right
+
+
+def test_a_certificate_takes_in_what_its_bound_allows():
+    confidence, right = sorted_images((900, True), (600, False))
+    found = mscnn.threshold_for_risk(confidence, right, 0.05)
+    steps = 11  # of a binary search among 1,500
+    accepted = confidence >= found.threshold
+    assert (found.accepted, found.errors) == (accepted.sum(), (accepted & ~right).sum())
+    assert found.bound == mscnn.error_bound(found.errors, found.accepted, 0.05 / steps) <= 0.05
+    assert found.accepted > 900
+    further = [mscnn.error_bound(e, 900 + e, 0.05 / steps) for e in range(found.errors + 1, 600)]
+    assert min(further) > 0.05, "no lower threshold would do"
+
+
+def test_a_certificate_counts_all_images_of_the_same_confidence():
+    confidence = np.repeat([0.9, 0.5], [500, 500])
+    right = np.r_[np.ones(500, bool), np.zeros(500, bool)]
+    found = mscnn.threshold_for_risk(confidence, right, 0.05)
+    assert (found.threshold, found.errors, found.accepted) == (0.9, 0, 500)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs \d+ images .* and there are 250"):
+        mscnn.threshold_for_risk(*sorted_images((250, True)), 0.01)
+
+
+def test_a_bound_that_cannot_be_met_is_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(MSCNNError, match=r"No threshold guarantees 1\.00% errors .* probability 95% on these 2,500"):
+        mscnn.threshold_for_risk(rng.random(2500), rng.random(2500) < 0.9, 0.01)
+
+
+@pytest.mark.parametrize(("risk", "delta", "named"), [(0, 0.05, "risk is 0"), (1, 0.05, "risk"), (0.1, 1, "delta")])
+def test_a_certificate_for_nonsense_is_refused(risk, delta, named):
+    with pytest.raises(MSCNNError, match=f"{named}.*between 0 and 1"):
+        mscnn.threshold_for_risk(*sorted_images((250, True)), risk, delta)
+
+
+def test_a_certificate_fails_no_more_often_than_delta_by_enumeration():
+    """All samples of 9 images of three kinds: confidence and chance of being right are known for each."""
+    kinds = ((0.9, Fraction(9, 10)), (0.6, Fraction(6, 10)), (0.3, Fraction(1, 10)))
+    risk, delta, share = 0.45, 0.3, Fraction(1, 3)
+    failing = total = Fraction(0)
+    for counts in itertools.product(range(10), repeat=6):  # right and wrong images of each kind
+        if sum(counts) != 9:
+            continue
+        chance = Fraction(factorial(9))
+        for (_, p), good, bad in zip(kinds, counts[0::2], counts[1::2], strict=True):
+            chance *= (share * p) ** good * (share * (1 - p)) ** bad / (factorial(good) * factorial(bad))
+        total += chance
+        confidence = np.repeat([c for c, _ in kinds for _ in range(2)], counts)
+        right = np.repeat([True, False] * 3, counts)
+        try:
+            threshold = mscnn.threshold_for_risk(confidence, right, risk, delta).threshold
+        except MSCNNError:
+            continue
+        taken = [p for c, p in kinds if c >= threshold]
+        if 1 - sum(taken) / len(taken) > risk:
+            failing += chance
+    assert total == 1
+    assert 0 < failing <= delta
+
+
+@pytest.mark.parametrize("steepness", [2.0, 6.0])
+def test_a_certificate_fails_no_more_often_than_delta_by_simulation(steepness):
+    """2,000 samples of 400 images whose error rate falls smoothly with the confidence."""
+    rng, risk, delta, failing = np.random.default_rng(0), 0.1, 0.1, 0
+    grid = (np.arange(100_000) + 0.5) / 100_000
+    error_rate = (1 - grid) ** steepness / 2
+    true_risk = np.cumsum(error_rate[::-1]) / np.arange(1, len(grid) + 1)  # of accepting the most confident
+    for _ in range(2_000):
+        confidence = rng.random(400)
+        right = rng.random(400) >= (1 - confidence) ** steepness / 2
+        try:
+            threshold = mscnn.threshold_for_risk(confidence, right, risk, delta).threshold
+        except MSCNNError:
+            continue
+        failing += true_risk[min(int((1 - threshold) * len(grid)), len(grid) - 1)] > risk
+    assert failing <= delta * 2_000
+
+
+@pytest.mark.parametrize(("coverage", "accepted"), [(1.0, 10), (0.7, 7), (0.65, 7), (0.01, 1)])
+def test_a_threshold_for_a_coverage_accepts_that_share(coverage, accepted):
+    confidence = np.random.default_rng(0).permutation(10) / 10
+    assert (confidence >= mscnn.threshold_for_coverage(confidence, coverage)).sum() == accepted
+
+
+@pytest.mark.parametrize("coverage", [0, 1.1, np.nan])
+def test_a_coverage_that_is_no_share_is_refused(coverage):
+    with pytest.raises(MSCNNError, match=r"coverage is .*: it is a share of the images, above 0 and up to 1"):
+        mscnn.threshold_for_coverage(np.ones(3), coverage)
+
+
+@pytest.mark.parametrize(("wrong", "other"), [(10, 1), (2, 1), (1, 1), (1, 5)])
+def test_a_threshold_for_costs_is_where_answering_begins_to_pay(wrong, other):
+    threshold = mscnn.threshold_for_costs(wrong, other)
+    for confidence in np.linspace(0, 1, 101):
+        pays = wrong * (1 - confidence) <= other + 1e-9
+        assert (confidence >= threshold - 1e-9) == pays
+
+
+@pytest.mark.parametrize("costs", [(0, 1), (1, 0), (-1, 1)])
+def test_costs_that_are_none_are_refused(costs):
+    with pytest.raises(MSCNNError, match="both have to be above 0"):
+        mscnn.threshold_for_costs(*costs)

@@ -116,6 +116,54 @@ def test_failure_cannot_be_predicted_where_there_is_but_one_kind(right, aurc):
     assert np.isnan(got["auroc_failure"]) and np.isnan(got["fpr95"])
 
 
+def noisy(levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """200 images with confidences of few or many levels, mostly right where they are high."""
+    rng = np.random.default_rng(levels)
+    confidence = rng.integers(0, levels + 1, 200) / levels
+    return confidence, rng.random(200) < 0.5 + confidence / 2
+
+
+@pytest.mark.parametrize("levels", [1, 4, 10_000])
+def test_augrc_is_its_closed_form_of_auroc_and_accuracy(levels):
+    confidence, right = noisy(levels)
+    a = right.mean()
+    closed = (1 - roc_auc_score(right, confidence)) * a * (1 - a) + (1 - a) ** 2 / 2
+    assert mscnn.augrc(confidence, right) == pytest.approx(closed, rel=1e-12)
+
+
+def test_augrc_by_hand():
+    """Right, wrong, right, wrong by falling confidence: 0, 1, 1, 2 errors of 4 images."""
+    confidence, right = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
+    heights = [0, 0, 1 / 4, 1 / 4, 2 / 4]
+    area = sum((a + b) / 2 / 4 for a, b in itertools.pairwise(heights))
+    assert mscnn.augrc(confidence, right) == pytest.approx(area)
+
+
+def test_e_aurc_is_0_for_a_confidence_that_knows_and_grows_with_what_it_does_not():
+    right = np.array([True, False, True, True, False])
+    assert mscnn.e_aurc(right + 0.0, right) == 0
+    swapped = np.array([1.0, 1.0, 1.0, 0.0, 0.0])  # the fourth, right, behind the second, wrong
+    optimum = (0 + 0 + 0 + 1 / 4 + 2 / 5) / 5
+    assert mscnn.e_aurc(swapped, right) == pytest.approx(mscnn.aurc(swapped, right) - optimum)
+    assert mscnn.e_aurc(swapped, right) > 0.1
+
+
+def test_brier_score_by_hand():
+    assert mscnn.brier_score(np.array([1.0, 0.5, 0.2]), np.array([True, False, False])) == pytest.approx(0.29 / 3)
+
+
+@pytest.mark.parametrize("levels", [4, 10_000])
+def test_errors_and_coverages_against_a_plain_loop(levels):
+    confidence, right = noisy(levels)
+    covered, risk = mscnn.risk_coverage(confidence, right)
+    for wanted in (0.005, 0.3, 0.7, 1.0):
+        first = next(r for c, r in zip(covered, risk, strict=True) if c >= wanted - 1e-12)
+        assert mscnn.error_at_coverage(confidence, right, wanted) == first
+    for allowed in (0.0, 0.1, 0.2, 1.0):
+        fits = [c for c, r in zip(covered, risk, strict=True) if r <= allowed]
+        assert mscnn.coverage_at_error(confidence, right, allowed) == max(fits, default=0)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Selective metrics and metrics.json
 # ------------------------------------------------------------------------------------------------------------
