@@ -1229,6 +1229,7 @@ class MultiStageCNN(keras.Model):
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
         threshold: confidence below which an image is OTHER.
         policy: Keras dtype policy of the convolutions.
+        certificate: the fields of a `Certificate`, if one was given; see `certify`.
 
     The companion is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
     of it. It is kept so that a category can be started again.
@@ -1248,6 +1249,7 @@ class MultiStageCNN(keras.Model):
         stage1_widths: Sequence[int] = STAGE1_WIDTHS,
         stage2_widths: Sequence[int] = STAGE2_WIDTHS,
         logit_scale: float = 0.25,
+        certificate: Sequence[float] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -1261,6 +1263,7 @@ class MultiStageCNN(keras.Model):
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
         self.threshold, self.data_fingerprint = check_threshold(threshold), data_fingerprint
+        self.certificate = Certificate(*certificate) if certificate else None
         count = len(self.category_names)
         build = functools.partial(
             build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy,
@@ -1297,7 +1300,8 @@ class MultiStageCNN(keras.Model):
         return model
 
     def get_config(self):
-        return {**self._settings, "threshold": self.threshold}
+        certificate = None if self.certificate is None else list(self.certificate)
+        return {**self._settings, "threshold": self.threshold, "certificate": certificate}
 
     @classmethod
     def from_config(cls, config):
@@ -1463,6 +1467,7 @@ class MultiStageCNN(keras.Model):
         if frozen:
             names = ", ".join(self.category_names[c] for c in frozen)
             raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
+        self.certificate = None
         category, stage1, stage2, _ = self.opinions(split.images)
         right, rows = category == split.labels, self.rows.numpy()
         if categories is None and len(free) == len(self.category_names):
@@ -1476,11 +1481,41 @@ class MultiStageCNN(keras.Model):
 
     def void_calibration(self, categories: Iterable[int] | None = None) -> None:
         """Marks rows as not calibrated, since what they were fitted to has been trained; None: all of them."""
+        self.certificate = None
         rows = self.rows.numpy()
         rows[slice(None) if categories is None else list(categories)] = np.nan
         self.rows.assign(rows)
         if categories is None:
             self.common_row.assign(np.full(3, np.nan))
+
+    def certify(self, split: Split, risk: float, delta: float = 0.05) -> Certificate:
+        """Sets the lowest threshold with a guaranteed error rate (see `threshold_for_risk`), and keeps the guarantee.
+
+        Any training or calibration voids the guarantee.
+
+        Args:
+            split: the certification split, which nothing else has seen.
+
+        Raises:
+            MSCNNError: too few images, or the risk cannot be guaranteed; threshold and certificate stay as they were.
+        """
+        decisions = self.decide(split.images)
+        right = decisions.stage1_category == split.labels
+        self.certificate = threshold_for_risk(decisions.confidence, right, risk, delta)
+        self.threshold = self.certificate.threshold
+        return self.certificate
+
+    def guarantee(self) -> str:
+        """What is guaranteed of the model's decisions, printable."""
+        if self.certificate is None:
+            return "No error rate is guaranteed: the model was not certified after its last training and calibration."
+        threshold, risk, delta, _, errors, accepted, _ = self.certificate
+        if self.threshold != threshold:
+            return f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for {threshold:g}."
+        return (
+            f"Guaranteed with probability {1 - delta:.0%}: at threshold {threshold:.4f} at most {risk:.2%} of the "
+            f"accepted are wrong. On the certification split {errors} of {accepted:,} were."
+        )
 
     # ---- save, load
 

@@ -482,3 +482,56 @@ def test_a_frozen_calibration_row_does_not_move(trained_model, tiny_data):
 def test_a_threshold_that_is_no_confidence(model, tiny_data, threshold):
     with pytest.raises(MSCNNError, match=r"threshold is .*: it is a confidence, so use 0 to 1"):
         model.decide(tiny_data.test.images[:1], threshold)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Certificate
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certified(trained_model, tiny_data) -> MultiStageCNN:
+    trained_model.certify(tiny_data.certification, risk=0.5, delta=0.2)
+    return trained_model
+
+
+def test_a_certificate_is_of_the_decisions_on_the_split(certified, tiny_data):
+    decisions = certified.decide(tiny_data.certification.images)
+    accepted = decisions.category == decisions.stage1_category
+    wrong = decisions.stage1_category != tiny_data.certification.labels
+    assert certified.threshold == certified.certificate.threshold
+    assert certified.certificate.accepted == accepted.sum() > 0
+    assert certified.certificate.errors == (accepted & wrong).sum()
+    assert certified.certificate.images == len(tiny_data.certification)
+    assert f"at most 50.00% of the accepted are wrong. On the certification split {(accepted & wrong).sum()} of" in (
+        certified.guarantee()
+    )
+
+
+def test_a_certificate_is_saved_with_the_model(certified, tmp_path):
+    certified.save(tmp_path / "model.keras")
+    again = mscnn.load_model(tmp_path / "model.keras")
+    assert again.certificate == certified.certificate
+    assert again.guarantee() == certified.guarantee()
+
+
+def test_a_certificate_holds_at_its_threshold_only(certified):
+    certified.threshold = 0.123
+    assert certified.guarantee().startswith("No error rate is guaranteed at threshold 0.123: the certificate is for ")
+
+
+@pytest.mark.parametrize("void", ["calibrate", "retrain"])
+def test_training_and_calibration_void_a_certificate(certified, tiny_data, void):
+    if void == "calibrate":
+        certified.calibrate(tiny_data.calibration)
+    else:
+        mscnn.retrain_stage2(certified, tiny_data, "ship", mscnn.Recipe(epochs=1, batch_size=64))
+    assert certified.certificate is None
+    assert "not certified after its last training" in certified.guarantee()
+
+
+def test_a_refused_certificate_changes_nothing(certified, tiny_data):
+    before = certified.threshold, certified.certificate
+    with pytest.raises(MSCNNError, match=r"needs .* images without a single error"):
+        certified.certify(tiny_data.certification, risk=0.01)
+    assert (certified.threshold, certified.certificate) == before
