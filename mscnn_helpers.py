@@ -133,10 +133,11 @@ def _category_index(one: str | int, names: Sequence[str]) -> int:
     raise MSCNNError(f"Unknown category '{text}'.{hint} Choose among: {', '.join(names)}.")
 
 
-def check_threshold(threshold: float) -> float:
-    """Returns the threshold, or raises MSCNNError if it is not a confidence from 0 to 1."""
-    if not 0 <= threshold <= 1:  # so that NaN is refused, too
-        raise MSCNNError(f"threshold is {threshold:g}: it is a confidence, so use 0 to 1 (default 0.7).")
+def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
+    """Returns the threshold, or thresholds, or raises MSCNNError if one is not a confidence from 0 to 1."""
+    for one in np.ravel(threshold):
+        if not 0 <= one <= 1:  # so that NaN is refused, too
+            raise MSCNNError(f"threshold is {one:g}: it is a confidence, so use 0 to 1 (default 0.7).")
     return threshold
 
 
@@ -159,6 +160,10 @@ class Settings:
         "", "Stage 2 categories to retrain: ship,truck or 8,9; empty: weakest two; stage2_only: all"
     )
     threshold: float = _parameter(0.7, "confidence below which an image becomes OTHER, 0 to 1")
+    target_risk: float = _parameter(
+        0.0, "guarantee at most this error rate of the accepted, such as 0.01; sets the threshold; 0: off"
+    )
+    target_coverage: float = _parameter(0.0, "accept this share of the images, such as 0.9; sets the threshold; 0: off")
     light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
     load_model: str = _parameter("", "model file to start from")
     save_model: str = _parameter(
@@ -171,8 +176,9 @@ class Settings:
     def __post_init__(self):
         if isinstance(self.stage2_categories, (int, list, tuple)):  # papermill's -p turns 8 into a number
             object.__setattr__(self, "stage2_categories", str(self.stage2_categories))
-        if isinstance(self.threshold, int) and not isinstance(self.threshold, bool):
-            object.__setattr__(self, "threshold", float(self.threshold))
+        for name in ("threshold", "target_risk", "target_coverage"):
+            if type(getattr(self, name)) is int:
+                object.__setattr__(self, name, float(getattr(self, name)))
         kinds = {"int": int, "bool": bool, "str": str, "float": float}
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
@@ -184,6 +190,11 @@ class Settings:
         if self.seed >= 2**31:
             raise MSCNNError(f"seed is {self.seed}: it has to be below {2**31}.")
         check_threshold(self.threshold)
+        for name in ("target_risk", "target_coverage"):
+            if not 0 <= getattr(self, name) < 1:
+                raise MSCNNError(f"{name} is {getattr(self, name):g}: it is a share from 0 to below 1; 0 turns it off.")
+        if self.target_risk and self.target_coverage:
+            raise MSCNNError("target_risk and target_coverage would each set the threshold: give one of them.")
         if not self.save_model.strip():
             raise MSCNNError("save_model is empty: give the model file a name, such as multistage_cnn_model.")
         if self.save_model.removesuffix(".keras") == "stage1":
@@ -1076,9 +1087,13 @@ def combined_confidence(rows: np.ndarray, category: np.ndarray, stage1: np.ndarr
     return sigmoid(intercept + weight1 * stage1 + weight2 * stage2)
 
 
-def accept(category: np.ndarray, confidence: np.ndarray, threshold: float, other: int) -> np.ndarray:
-    """The decision: the category where confidence >= threshold, else `other`; (B,)."""
-    return np.where(confidence >= threshold, category, other)
+def accept(category: np.ndarray, confidence: np.ndarray, threshold: float | np.ndarray, other: int) -> np.ndarray:
+    """The decision: the category where confidence >= threshold, else `other`; (B,).
+
+    Args:
+        threshold: one for all, or one a category, (C,). other: C.
+    """
+    return np.where(confidence >= np.broadcast_to(threshold, other)[category], category, other)
 
 
 class Certificate(NamedTuple):
@@ -1092,6 +1107,14 @@ class Certificate(NamedTuple):
     accepted: int
     images: int  # size of the split
 
+    def text(self) -> str:
+        """What it promises, in one line."""
+        return (
+            f"Guaranteed with probability {1 - self.delta:.0%}: at threshold {self.threshold:.4f} at most "
+            f"{self.risk:.2%} of the accepted are wrong. "
+            f"On the certification split {self.errors} of {self.accepted:,} were."
+        )
+
 
 def error_bound(errors: int, accepted: int, delta: float) -> float:
     """Exact upper bound of an error rate, by the binomial distribution (Clopper & Pearson 1934).
@@ -1101,6 +1124,28 @@ def error_bound(errors: int, accepted: int, delta: float) -> float:
     from scipy.stats import beta
 
     return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
+
+
+def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tuple[int, int]:
+    """Whether so many images could guarantee the risk at all, if the model made no error on them.
+
+    Returns:
+        How many thresholds the search of `threshold_for_risk` may try; the least number of accepted images it needs.
+
+    Raises:
+        MSCNNError: they could not, or a value is outside its range.
+    """
+    for name, value in (("risk", risk), ("delta", delta)):
+        if not 0 < value < 1:
+            raise MSCNNError(f"{name} is {value:g}: it has to lie between 0 and 1, such as 0.01 for 1 %.")
+    steps = max(1, int(np.ceil(np.log2(max(images, 1)))))
+    needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
+    if images < needed:
+        raise MSCNNError(
+            f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, "
+            f"and there are {images:,}: ask for a larger risk, or use all data instead of light mode."
+        )
+    return steps, needed
 
 
 def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, delta: float = 0.05) -> Certificate:
@@ -1117,17 +1162,8 @@ def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, d
     Raises:
         MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
     """
-    for name, value in (("risk", risk), ("delta", delta)):
-        if not 0 < value < 1:
-            raise MSCNNError(f"{name} is {value:g}: it has to lie between 0 and 1, such as 0.01 for 1 %.")
     confidence, right = np.asarray(confidence), np.asarray(right, bool)
-    steps = max(1, int(np.ceil(np.log2(max(len(right), 1)))))
-    needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
-    if len(right) < needed:
-        raise MSCNNError(
-            f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, "
-            f"and there are {len(right):,}: ask for a larger risk, or use all data instead of light mode."
-        )
+    steps, needed = check_enough_to_certify(len(right), risk, delta)
     descending = np.sort(confidence)[::-1]
     low, high, best = needed - 1, len(right) - 1, None  # fewer than that cannot reach it
     for _ in range(steps):
@@ -1161,6 +1197,16 @@ def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
         raise MSCNNError("A threshold for a coverage needs images to count: there are none.")
     wanted = int(np.ceil(coverage * len(confidence) - 1e-9))  # 0.7 of 10 images are 7, whatever 0.7 is in binary
     return float(np.sort(confidence)[::-1][wanted - 1])
+
+
+def thresholds_by_category(category: np.ndarray, confidence: np.ndarray, coverage: float, count: int) -> np.ndarray:
+    """A threshold for each predicted category that accepts this share of the images sent to it: (count,).
+
+    One threshold for all accepts fewer images of a hard category than of an easy one; these accept the same share of
+    each, and so more errors of the hard ones. 0 for a category without images.
+    """
+    groups = [confidence[category == c] for c in range(count)]
+    return np.array([threshold_for_coverage(one, coverage) if len(one) else 0.0 for one in groups])
 
 
 def threshold_for_costs(wrong: float, other: float) -> float:
@@ -1424,11 +1470,13 @@ class MultiStageCNN(keras.Model):
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
         return Opinions(category, log_odds(logits, category), stage2, logits)
 
-    def decide(self, images: np.ndarray, threshold: float | None = None, batch_size: int = 512) -> Decisions:
+    def decide(
+        self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
+    ) -> Decisions:
         """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
 
         Args:
-            threshold: in place of the model's own.
+            threshold: in place of the model's own; one for all, or one a category, (C,).
 
         Raises:
             MSCNNError: images of another shape, or a model that is not calibrated yet.
@@ -1506,16 +1554,15 @@ class MultiStageCNN(keras.Model):
         return self.certificate
 
     def guarantee(self) -> str:
-        """What is guaranteed of the model's decisions, printable."""
+        """What is guaranteed of the model's decisions, printable in one line."""
         if self.certificate is None:
             return "No error rate is guaranteed: the model was not certified after its last training and calibration."
-        threshold, risk, delta, _, errors, accepted, _ = self.certificate
-        if self.threshold != threshold:
-            return f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for {threshold:g}."
-        return (
-            f"Guaranteed with probability {1 - delta:.0%}: at threshold {threshold:.4f} at most {risk:.2%} of the "
-            f"accepted are wrong. On the certification split {errors} of {accepted:,} were."
-        )
+        if self.threshold != self.certificate.threshold:
+            return (
+                f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for "
+                f"{self.certificate.threshold:g}."
+            )
+        return self.certificate.text()
 
     # ---- save, load
 
@@ -2569,10 +2616,13 @@ def checked_data(run: Run) -> Dataset:
     """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
 
     Raises:
-        MSCNNError: an unknown data set or category, or a model to start from that is missing or of other data.
+        MSCNNError: an unknown data set or category, too few images for the target risk, or a model to start from that
+            is missing or of other data.
     """
     data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
     run.settings.mode(data.category_names)
+    if run.settings.target_risk:
+        check_enough_to_certify(len(data.certification), run.settings.target_risk)
     start = run.starting_model()
     if start is not None:
         load_model(start).check_matches(data)
@@ -2616,7 +2666,9 @@ def continue_data(run: Run) -> Dataset:
 
 
 def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStageCNN:
-    """Loads a model that `notebook` has left, sets the run's threshold and checks that it fits the data.
+    """Loads a model that `notebook` has left, and checks that it fits the data.
+
+    Its threshold becomes the run's; with a target it stays the one that was found for it, see `set_threshold`.
 
     Raises:
         MSCNNError: there is none, or it is for other data.
@@ -2625,8 +2677,33 @@ def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStage
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
     model = load_model(path)
     model.check_matches(data)
-    model.threshold = run.settings.threshold
+    if not (run.settings.target_risk or run.settings.target_coverage):
+        model.threshold = run.settings.threshold
     return model
+
+
+def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> str:
+    """Sets the model's threshold as the parameters ask; the last thing that is done to a model before it is saved.
+
+    A `target_risk` is certified on the certification split, a `target_coverage` counted on the calibration split;
+    without either it is the parameter `threshold`.
+
+    Returns:
+        What the threshold is, why, and what is guaranteed of it; printable.
+
+    Raises:
+        MSCNNError: the risk cannot be guaranteed; the model is as it was.
+    """
+    if settings.target_risk:
+        model.certify(data.certification, settings.target_risk)
+        reason = f"for at most {settings.target_risk:.2%} errors"
+    elif settings.target_coverage:
+        confidence = model.decide(data.calibration.images).confidence
+        model.threshold = threshold_for_coverage(confidence, settings.target_coverage)
+        reason = f"accepts {settings.target_coverage:.0%} of the calibration split"
+    else:
+        model.threshold, reason = settings.threshold, "as given"
+    return f"Threshold {model.threshold:.4f}, {reason}. {model.guarantee()}"
 
 
 def in_notebook_of_a_person() -> bool:
@@ -2744,6 +2821,8 @@ def print_result(run: Run) -> None:
     print(f"Stage 1 accuracy {one['accuracy']:.1%}. At threshold {two['threshold']:g}: ", end="")
     accepted = "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} right"
     print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
+    if metrics.get("certificate"):
+        print(Certificate(**metrics["certificate"]).text())
     print(f"Area under the risk-coverage curve: {two['aurc']:.4f}, by Stage 1's softmax alone {one['aurc']:.4f}.")
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
     print("  notebooks/05_evaluation_and_cam.html   the whole evaluation\n  figures/ · metrics.json · history.json")

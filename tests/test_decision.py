@@ -333,3 +333,15 @@ def test_a_threshold_for_costs_is_where_answering_begins_to_pay(wrong, other):
 def test_costs_that_are_none_are_refused(costs):
     with pytest.raises(MSCNNError, match="both have to be above 0"):
         mscnn.threshold_for_costs(*costs)
+
+
+def test_thresholds_by_category_accept_the_same_share_of_each():
+    rng = np.random.default_rng(0)
+    category = rng.integers(0, 3, 3_000)
+    confidence = rng.uniform(size=3_000) ** (1 + category)  # the later categories are harder
+    own = mscnn.thresholds_by_category(category, confidence, 0.75, 4)
+    assert own[0] > own[1] > own[2] and own[3] == 0, "the last category has no image"
+    decided = mscnn.accept(category, confidence, own, 4)
+    for c in range(3):
+        here = category == c
+        assert (decided[here] != 4).sum() == np.ceil(0.75 * here.sum())

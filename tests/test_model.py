@@ -535,3 +535,14 @@ def test_a_refused_certificate_changes_nothing(certified, tiny_data):
     with pytest.raises(MSCNNError, match=r"needs .* images without a single error"):
         certified.certify(tiny_data.certification, risk=0.01)
     assert (certified.threshold, certified.certificate) == before
+
+
+def test_a_threshold_for_each_category(model, tiny_data):
+    images = tiny_data.test.images
+    category = model.decide(images).stage1_category
+    decided = model.decide(images, threshold=np.array([0.0, 1.0, 0.0, 1.0, 0.0])).category
+    confident = model.decide(images).confidence == 1
+    expected = np.where(np.isin(category, [0, 2, 4]) | confident, category, 5)
+    assert np.array_equal(decided, expected)
+    with pytest.raises(MSCNNError, match=r"threshold is 2: it is a confidence"):
+        model.decide(images, threshold=np.array([0.0, 2.0, 0.0, 1.0, 0.0]))

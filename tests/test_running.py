@@ -113,6 +113,37 @@ def test_a_model_is_opened_with_the_threshold_of_the_run(settings, tiny_data, tr
     assert mscnn.open_model(run, tiny_data, trained_model_path, "04").threshold == 0.123
 
 
+@pytest.mark.parametrize("target", ["target_risk", "target_coverage"])
+def test_a_model_keeps_the_threshold_that_was_found_for_a_target(settings, tiny_data, trained_model, tmp_path, target):
+    trained_model.threshold = 0.8125
+    trained_model.save(tmp_path / "model.keras")
+    run = Run("05_evaluation_and_cam", dataclasses.replace(settings, **{target: 0.5}))
+    assert mscnn.open_model(run, tiny_data, tmp_path / "model.keras", "03_stage2_training").threshold == 0.8125
+
+
+def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
+    told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, threshold=0.6))
+    assert trained_model.threshold == 0.6
+    assert told.startswith("Threshold 0.6000, as given. No error rate is guaranteed: ")
+
+    told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_coverage=0.8))
+    accepted = trained_model.decide(tiny_data.calibration.images).category < len(tiny_data.category_names)
+    assert 0.8 <= accepted.mean() < 0.9
+    assert told.startswith(f"Threshold {trained_model.threshold:.4f}, accepts 80% of the calibration split. No error")
+
+    told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_risk=0.5))
+    assert trained_model.certificate.risk == 0.5
+    assert trained_model.certificate.images == len(tiny_data.certification)
+    assert told.startswith(f"Threshold {trained_model.threshold:.4f}, for at most 50.00% errors. Guaranteed with ")
+
+
+def test_too_few_images_for_a_target_risk_are_noticed_before_training(settings, capsys):
+    with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs .* images .*, and there are 90"):
+        mscnn.checked_data(Run("01_data_and_light_mode", dataclasses.replace(settings, target_risk=0.01)))
+    assert mscnn.main(command(settings, target_risk=0.01)) == 1
+    assert "needs" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_names_its_notebook(settings, tiny_data):
     run = Run("05_evaluation_and_cam", settings)
     with pytest.raises(MSCNNError, match=r"no model at .*\.keras yet: run notebook 03_stage2_training first"):

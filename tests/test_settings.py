@@ -102,6 +102,8 @@ def test_documented_defaults():
         "stage2_only": False,
         "stage2_categories": "",
         "threshold": 0.7,
+        "target_risk": 0.0,
+        "target_coverage": 0.0,
         "light_mode": False,
         "load_model": "",
         "save_model": "multistage_cnn_model",
@@ -137,6 +139,11 @@ def test_every_parameter_is_explained():
         ("threshold", -0.1, "threshold is -0.1: it is a confidence, so use 0 to 1 (default 0.7)."),
         ("threshold", 70, "threshold is 70: it is a confidence, so use 0 to 1 (default 0.7)."),
         ("threshold", float("nan"), "threshold is nan"),
+        ("target_risk", -0.01, "target_risk is -0.01: it is a share from 0 to below 1; 0 turns it off."),
+        ("target_risk", 1, "target_risk is 1: it is a share from 0 to below 1; 0 turns it off."),
+        ("target_coverage", 90, "target_coverage is 90: it is a share from 0 to below 1; 0 turns it off."),
+        ("target_coverage", float("nan"), "target_coverage is nan"),
+        ("target_risk", "0.01", "target_risk is '0.01': it has to be of type float."),
         ("save_model", " ", "save_model is empty"),
         ("epochs", 2.5, "epochs is 2.5: it has to be of type int."),
         ("epochs", "5", "epochs is '5': it has to be of type int."),
@@ -151,6 +158,11 @@ def test_every_parameter_is_explained():
 def test_a_wrong_parameter_is_named(name, value, message):
     with pytest.raises(MSCNNError, match=re.escape(message)):
         Settings(**{name: value})
+
+
+def test_two_targets_for_one_threshold():
+    with pytest.raises(MSCNNError, match="target_risk and target_coverage would each set the threshold: give one"):
+        Settings(target_risk=0.01, target_coverage=0.9)
 
 
 def test_the_limits_themselves_are_allowed():
