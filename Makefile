@@ -27,7 +27,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ingredients lint format lock badges clean distclean
+.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ingredients bench-selective lint format lock badges clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,9 @@ bench-speed: env ## Measure speed and memory against rivals: about an hour; BENC
 
 bench-ingredients: env ## Measure what each ingredient of the recipe is worth: 45 minutes; BENCH=--quick
 	@$(RUN) benchmarks/ingredients.py $(BENCH)
+
+bench-selective: env ## Measure our confidence against every rival's: hours the first time; BENCH=--quick
+	@$(RUN) benchmarks/selective.py $(BENCH)
 
 lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing
 	@$(RUN) -m ruff check .

@@ -2255,8 +2255,18 @@ def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tu
     return mean, accuracy, count
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy over the bins (Guo et al. 2017)."""
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10, equal_mass: bool = False) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy over the bins (Guo et al. 2017).
+
+    Args:
+        equal_mass: bins that hold equally many images (Nixon et al. 2019, "Measuring calibration in deep learning"),
+            else equally wide ones, of which most may be empty.
+    """
+    if equal_mass:
+        confidence, right = np.asarray(confidence), np.asarray(right)
+        parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
+        gaps = [abs(confidence[part].mean() - right[part].mean()) * len(part) for part in parts if len(part)]
+        return float(sum(gaps) / len(confidence))
     mean, accuracy, count = reliability(confidence, right, bins)
     return float(np.nansum(np.abs(mean - accuracy) * count) / count.sum())
 

@@ -269,3 +269,12 @@ def test_calibration_error_is_small_for_honest_confidences_and_large_for_boastin
     right = rng.random(len(p)) < p
     assert mscnn.calibration_error(p, right) < 0.01
     assert mscnn.calibration_error(np.ones(len(p)), right) == pytest.approx(0.5, abs=0.01)
+
+
+def test_calibration_error_in_bins_of_equal_mass_by_hand():
+    confidence, right = np.array([0.9, 0.1, 0.2, 0.8]), np.array([True, False, True, True])
+    # lower half: 0.15 on the average, half right; upper half: 0.85, all right
+    assert mscnn.calibration_error(confidence, right, bins=2, equal_mass=True) == pytest.approx((0.35 + 0.15) / 2)
+    assert mscnn.calibration_error(confidence, right, bins=9, equal_mass=True) == pytest.approx(
+        np.abs(confidence - right).mean()
+    )

@@ -1,0 +1,515 @@
+"""Measures how well a confidence tells right answers from wrong ones, ours against every rival.
+
+    python benchmarks/selective.py                 five seeds, a pool of nine Stage 1 networks: hours on two cores
+    python benchmarks/selective.py --quick         two seeds and a pool of three in light mode: some ten minutes
+    python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
+    python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
+
+Trained models are kept in runs/selective and not trained twice. For each seed all methods judge the answers of the
+same frozen Stage 1, on the same test split, which is used for nothing else; what a method has to fit or to choose, it
+fits on the same calibration split. Ensembles and mirror-image averaging also give answers of their own: they are
+judged both ways.
+
+The definitions and sources of the measures stand in the module, section Evaluation. The methods:
+
+    softmax           largest softmax probability, as log-odds in float64 (Hendrycks & Gimpel 2017)
+    margin            largest minus second largest logit
+    entropy           negative entropy of the softmax
+    p-norm            largest centred logit over the logits' p-norm, p by calibration (Cattelan & Silva 2024)
+    temperature       softmax at a temperature fitted on calibration (Guo et al. 2017)
+    mirror            logits averaged over the image and its mirror image
+    dropout           mean softmax of ten passes with dropout before the dense layer (Gal & Ghahramani 2016), by a
+                      Stage 1 of its own, which was trained with it
+    neighbours        distance to the k-th nearest train image in Stage 1's features, k by calibration (Sun et al. 2022)
+    companion         Stage 1's and the companion's log-odds, combined as ours: a second opinion without ten judges
+    one-vs-rest       Stage 2's own sigmoid, the classic rule
+    ensemble of 2, 5  mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017)
+    ours              Stage 1 and the Stage 2 CNN of its answer, combined; on one view and on two
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from common import ROOT, commit, in_fresh_process, markdown, read_json, spread, write
+
+COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+ERRORS = (0.01, 0.005)
+NEIGHBOURS = (1, 10, 50)
+NORMS = (2, 3, 4, 5, 6, 8)
+DROPOUT, PASSES = 0.3, 10
+
+
+class Form(NamedTuple):
+    """The full form or the quick one."""
+
+    seeds: tuple[int, ...]
+    pool: int  # Stage 1 networks, of seeds 0, 1, ...
+    sizes: tuple[int, ...]  # of ensembles
+    arguments: str  # of the command line
+    light: bool
+    epochs: int  # 0: the recipe's own choice
+    name: str  # of its folder in runs/selective
+
+
+FULL = Form((0, 1, 2, 3, 4), 9, (2, 5), "--epochs 0 --batch_size 0", False, 0, "full")
+QUICK = Form((0, 1), 3, (2,), "--epochs 2 --batch_size 0 --light_mode", True, 2, "light")
+
+
+# ---- training: each model once
+
+
+def store(form: Form) -> Path:
+    return ROOT / "runs" / "selective" / form.name
+
+
+def whole_model(form: Form, seed: int) -> Path:
+    """The model file of a whole run; the run is made if it is not there."""
+    run_dir = store(form) / f"seed_{seed}"
+    path = run_dir / "multistage_cnn_model.keras"
+    if not path.is_file():
+        arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {run_dir}"
+        print(f"python mscnn_helpers.py {arguments}", flush=True)
+        subprocess.run([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT, check=True)
+    return path
+
+
+def with_dropout(stage1):
+    """The same network with dropout before its dense layer."""
+    import keras
+
+    dropped = keras.layers.Dropout(DROPOUT, name="dropout")(stage1.get_layer("scaled").output)
+    return keras.Model(stage1.inputs, stage1.get_layer("logits")(dropped), name="stage1_dropout")
+
+
+def _train_stage1(form: Form, seed: int, dropout: bool, path: Path) -> None:
+    import mscnn_helpers as mscnn
+
+    data = mscnn.load_dataset("cifar10", form.light, seed=seed)
+    network = mscnn.MultiStageCNN.for_dataset(data, seed=seed).stage1
+    network = with_dropout(network) if dropout else network
+    mscnn.train_classifier(network, data, mscnn.recipe_for(len(data.train), form.epochs), seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network.save(path)
+
+
+def single_network(form: Form, seed: int, dropout: bool) -> Path:
+    """The file of a Stage 1 of its own; it is trained if it is not there."""
+    path = store(form) / f"stage1_{seed}{'_dropout' * dropout}.keras"
+    if not path.is_file():
+        print(f"Stage 1 of seed {seed}{' with dropout' * dropout}", flush=True)
+        in_fresh_process(_train_stage1, form, seed, dropout, path)
+    return path
+
+
+def train(form: Form, seeds: tuple[int, ...]) -> None:
+    """Trains what is missing for these seeds: whole models for the form's own, Stage 1 alone for others of the pool."""
+    for seed in seeds:
+        if seed in form.seeds:
+            whole_model(form, seed)
+            single_network(form, seed, dropout=True)
+        else:
+            single_network(form, seed, dropout=False)
+
+
+# ---- outputs: all that the methods need of the networks, for one seed
+
+
+def both_views(network, images: np.ndarray) -> np.ndarray:
+    """Outputs of a network for the images and their mirror images, float64 (2, N, ...)."""
+    views = (images, np.ascontiguousarray(images[:, :, ::-1]))
+    parts = [[np.asarray(network(view[i : i + 500])) for i in range(0, len(view), 500)] for view in views]
+    return np.stack([np.concatenate(part) for part in parts]).astype(np.float64)
+
+
+def neighbour_distance(train: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Distance to the k-th nearest train feature, all of length 1, for each k of NEIGHBOURS: (len(NEIGHBOURS), N)."""
+    train, features = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (train, features))
+    nearest = []
+    for part in np.array_split(features, max(1, len(features) // 500)):
+        squared = np.partition(2 - 2 * part @ train.T, np.array(NEIGHBOURS) - 1, axis=1)  # (part, train)
+        nearest.append(squared[:, np.array(NEIGHBOURS) - 1])
+    return np.sqrt(np.maximum(np.concatenate(nearest), 0)).T
+
+
+def dropout_softmax(network, images: np.ndarray, seed: int) -> np.ndarray:
+    """Mean softmax of PASSES random passes, (N, C). What lies before the dropout is computed once."""
+    import keras
+    from scipy.special import softmax
+
+    before = keras.Model(network.inputs, network.get_layer("scaled").output)
+    features, rng = both_views(before, images)[0], np.random.default_rng(seed)  # (N, channels)
+    kernel, bias = network.get_layer("logits").get_weights()
+    total = 0.0
+    for _ in range(PASSES):
+        kept = rng.random(features.shape) >= DROPOUT
+        total = total + softmax((features * kept / (1 - DROPOUT)) @ kernel + bias, axis=1)
+    return total / PASSES
+
+
+def _outputs(form: Form, seed: int, path: Path) -> None:
+    """Writes one seed's outputs on its calibration and test split."""
+    import keras
+    import tensorflow as tf
+
+    import mscnn_helpers as mscnn
+
+    def load(path: Path):
+        return keras.models.load_model(path, compile=False)
+
+    data, model = mscnn.load_dataset("cifar10", form.light, seed=seed), mscnn.load_model(whole_model(form, seed))
+    dropout = load(single_network(form, seed, dropout=True))
+    others = [(seed + i) % form.pool for i in range(1, max(form.sizes))]
+    pool = [
+        mscnn.load_model(whole_model(form, one)).stage1 if one in form.seeds
+        else load(single_network(form, one, dropout=False)) for one in others
+    ]  # fmt: skip
+    pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
+    train_features = both_views(pooled, data.train.images)[0]
+    found = {}
+    for name, split in (("calibration", data.calibration), ("test", data.test)):
+        stage1, companion = (both_views(tf.function(one), split.images) for one in (model.stage1, model.companion))
+        category = stage1[0].argmax(axis=1)
+        stage2 = np.zeros((2, len(split)))
+        for c in np.unique(category):
+            here = np.flatnonzero(category == c)
+            logits = both_views(model.stage2_of(c), split.images[here])
+            stage2[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
+        found |= {
+            f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
+            f"{name}_stage2": stage2, f"{name}_ours": model.decide(split.images).confidence,
+            f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
+            f"{name}_dropout": dropout_softmax(dropout, split.images, seed),
+        }  # fmt: skip
+    # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
+    found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
+    np.savez_compressed(path, **found)
+
+
+def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
+    """One seed's outputs, computed once."""
+    path = store(form) / f"outputs_{seed}.npz"
+    if not path.is_file():
+        in_fresh_process(_outputs, form, seed, path)
+    with np.load(path) as found:
+        return dict(found)
+
+
+# ---- the methods: each gives the answers (N,), and a confidence (N,) in them, for the test split
+
+
+class Answers(NamedTuple):
+    """What a method says of the test split."""
+
+    category: np.ndarray  # int (N,)
+    confidence: np.ndarray  # float64 (N,); a probability where the method claims one
+
+
+class Split(NamedTuple):
+    """One split's outputs, and Stage 1's answers on it."""
+
+    labels: np.ndarray  # (N,)
+    stage1: np.ndarray  # logits (2, N, C): of the image, of its mirror image
+    companion: np.ndarray  # the same
+    stage2: np.ndarray  # log-odds (2, N) by the Stage 2 CNN of Stage 1's answer
+    ours: np.ndarray  # the model's own confidence (N,)
+    distance: np.ndarray  # (len(NEIGHBOURS), N)
+    dropout: np.ndarray  # softmax (N, C)
+
+    @property
+    def category(self) -> np.ndarray:
+        return self.stage1[0].argmax(axis=1)
+
+    @property
+    def right(self) -> np.ndarray:
+        return self.category == self.labels
+
+
+def split_of(found: dict[str, np.ndarray], name: str) -> Split:
+    return Split(*(found[f"{name}_{field}"] for field in Split._fields))
+
+
+def softmax_odds(logits: np.ndarray, category: np.ndarray | None = None) -> np.ndarray:
+    """Log-odds of the answer, or of a given category, (N,): softmax without ties where it rounds to 1."""
+    import mscnn_helpers as mscnn
+
+    return mscnn.log_odds(logits, logits.argmax(axis=1) if category is None else category)
+
+
+def margin(logits: np.ndarray) -> np.ndarray:
+    largest = np.sort(logits, axis=1)
+    return largest[:, -1] - largest[:, -2]
+
+
+def negative_entropy(logits: np.ndarray) -> np.ndarray:
+    from scipy.special import log_softmax
+
+    log_p = log_softmax(logits, axis=1)  # (N, C)
+    return (np.exp(log_p) * log_p).sum(axis=1)
+
+
+def p_norm(logits: np.ndarray, p: float) -> np.ndarray:
+    centred = logits - logits.mean(axis=1, keepdims=True)
+    return centred.max(axis=1) / np.linalg.norm(centred, ord=p, axis=1)
+
+
+def best_on_calibration(candidates: list[Callable[[Split], np.ndarray]], calibration: Split) -> Callable:
+    """The confidence with the least AURC on the calibration split."""
+    import mscnn_helpers as mscnn
+
+    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.right))
+
+
+def temperature(calibration: Split) -> float:
+    """The temperature of least log loss on the calibration split."""
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
+    def loss(log_t: float) -> float:
+        log_p = log_softmax(calibration.stage1[0] / np.exp(log_t), axis=1)
+        return -log_p[np.arange(len(log_p)), calibration.labels].mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def combined(second: Callable[[Split], np.ndarray], calibration: Split, test: Split) -> np.ndarray:
+    """Stage 1's log-odds and a second opinion's, combined as the model does it: a row a category, (N,)."""
+    import mscnn_helpers as mscnn
+
+    one, two, right = softmax_odds(calibration.stage1[0]), second(calibration), calibration.right
+    common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
+    rows = []
+    for c in range(calibration.stage1.shape[-1]):
+        here = calibration.category == c
+        rows.append(mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH))
+    return mscnn.combined_confidence(np.array(rows), test.category, softmax_odds(test.stage1[0]), second(test))
+
+
+def companion_odds(split: Split) -> np.ndarray:
+    """Of Stage 1's answer, by the companion: the mean over both views, (N,)."""
+    return np.mean([softmax_odds(view, split.category) for view in split.companion], axis=0)
+
+
+def ensemble(found: dict[str, np.ndarray], size: int) -> np.ndarray:
+    """Mean softmax of so many Stage 1 networks, the seed's own among them, (N, C)."""
+    from scipy.special import softmax
+
+    return softmax(found["test_pool"][:size], axis=-1).mean(axis=0)
+
+
+def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return softmax_odds(np.log(probability), category)
+
+
+def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
+    """What each method says of one seed's test split."""
+    import mscnn_helpers as mscnn
+
+    calibration, test = (split_of(found, name) for name in ("calibration", "test"))
+    logits, category = test.stage1[0], test.category
+    norm = best_on_calibration([lambda s, p=p: p_norm(s.stage1[0], p) for p in NORMS], calibration)
+    near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
+    mirrored = test.stage1.mean(axis=0)
+    given = {
+        "softmax": mscnn.sigmoid(softmax_odds(logits)),
+        "margin": margin(logits),
+        "entropy": negative_entropy(logits),
+        "p-norm": norm(test),
+        "temperature": mscnn.sigmoid(softmax_odds(logits / temperature(calibration))),
+        "neighbours": near(test),
+        "companion": combined(companion_odds, calibration, test),
+        "one-vs-rest": mscnn.sigmoid(test.stage2.mean(axis=0)),
+        "ours, one view": combined(lambda split: split.stage2[0], calibration, test),
+        "ours": test.ours,
+        "mirror, Stage 1's answers": mscnn.sigmoid(softmax_odds(mirrored, category)),
+    }
+    found_answers = {name: Answers(category, confidence) for name, confidence in given.items()}
+    averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
+    for name, probability in averaged.items():
+        odds = probability_odds(probability, category)
+        found_answers[f"{name}, Stage 1's answers"] = Answers(category, mscnn.sigmoid(odds))
+    for name, probability in {"dropout": test.dropout, **averaged}.items():
+        own = probability.argmax(axis=1)
+        found_answers[name] = Answers(own, mscnn.sigmoid(probability_odds(probability, own)))
+    found_answers["mirror"] = Answers(mirrored.argmax(axis=1), mscnn.sigmoid(softmax_odds(mirrored)))
+    return found_answers
+
+
+# Multiply-adds of each method, in units of Stage 1's and of the companion's.
+WORK = {
+    "dropout": (1, 0), "companion": (1, 2), "one-vs-rest": (1, 2), "ours, one view": (1, 1), "ours": (1, 2),
+    "mirror": (2, 0),
+}  # fmt: skip
+
+
+def work(method: str, stage1: float, companion: float) -> float:
+    """Multiply-adds an image, as a multiple of Stage 1's."""
+    method = method.removesuffix(", Stage 1's answers")
+    size = int(method.rsplit(" ", 1)[1]) if method.startswith("ensemble") else 1
+    one, two = WORK.get(method, (size, 0))
+    return one + two * companion / stage1
+
+
+# ---- the measures
+
+
+def is_probability(confidence: np.ndarray) -> bool:
+    return confidence.min() >= 0 and confidence.max() <= 1
+
+
+def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
+    """All measures of one method on one seed's test split."""
+    import mscnn_helpers as mscnn
+
+    right, confidence = answer.category == labels, answer.confidence
+    found = {
+        "accuracy": right.mean(),
+        **mscnn.failure_metrics(confidence, right),
+        "e_aurc": mscnn.e_aurc(confidence, right),
+        "augrc": mscnn.augrc(confidence, right),
+        **{f"error at {share:.0%}": mscnn.error_at_coverage(confidence, right, share) for share in COVERAGES},
+        **{f"coverage at {error:.1%}": mscnn.coverage_at_error(confidence, right, error) for error in ERRORS},
+        "ece": np.nan, "brier": np.nan,
+    }  # fmt: skip
+    if is_probability(confidence):
+        found["ece"] = mscnn.calibration_error(confidence, right, bins=15, equal_mass=True)
+        found["brier"] = mscnn.brier_score(confidence, right)
+    return {name: float(value) for name, value in found.items()}
+
+
+def resampled_aurc(answer: Answers, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """AURC of each resample, (R,): counts (R, N) says how often each image is in it.
+
+    An image that is drawn several times counts once for each, at the coverage where the last of them is accepted.
+    """
+    order = np.argsort(-answer.confidence, kind="stable")
+    wrong, weight = (answer.category != labels)[order], counts[:, order].astype(np.float64)  # (N,), (R, N)
+    risk = np.cumsum(weight * wrong, axis=1) / np.maximum(np.cumsum(weight, axis=1), 1)  # (R, N)
+    return (risk * weight).sum(axis=1) / weight.sum(axis=1)
+
+
+def differences(all_answers: list[dict[str, Answers]], all_labels: list[np.ndarray], resamples: int) -> dict:
+    """Paired bootstrap of the relative difference of AURC, ours against each method.
+
+    Images are resampled, the same for all methods, and so are the seeds.
+
+    Returns:
+        {method: [lower end of the 95 % interval, median, upper end]}; negative: ours is better.
+    """
+    rng = np.random.default_rng(0)
+    resampled: dict[str, list[np.ndarray]] = {name: [] for name in all_answers[0]}  # of each seed (R,)
+    for answers_, labels in zip(all_answers, all_labels, strict=True):
+        parts = [
+            rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), 50) for _ in range(resamples // 50)
+        ]
+        for name, answer in answers_.items():
+            resampled[name].append(np.concatenate([resampled_aurc(answer, labels, counts) for counts in parts]))
+    seeds = rng.integers(0, len(all_labels), (len(all_labels), len(resampled["ours"][0])))  # (S, R)
+    means = {
+        name: np.take_along_axis(np.stack(values), seeds, axis=0).mean(axis=0) for name, values in resampled.items()
+    }
+    return {
+        name: np.quantile(means["ours"] / values - 1, [0.025, 0.5, 0.975]).tolist()
+        for name, values in means.items()
+        if name != "ours"
+    }
+
+
+def judge(form: Form) -> dict:
+    """Measures and differences of all methods over the form's seeds."""
+    from speed import multiply_adds, our_network
+
+    import mscnn_helpers as mscnn
+
+    found = [outputs(form, seed) for seed in form.seeds]
+    all_answers, labels = [answers(one, form) for one in found], [one["test_labels"] for one in found]
+    stage1, companion = (
+        multiply_adds(our_network("float32", widths)) for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS)
+    )
+    methods = {
+        name: {
+            "work": work(name, stage1, companion),
+            "seeds": [measures(one[name], truth) for one, truth in zip(all_answers, labels, strict=True)],
+        }
+        for name in all_answers[0]
+    }
+    return {"seeds": list(form.seeds), "methods": methods, "differences": differences(all_answers, labels, 1000)}
+
+
+# ---- RESULTS.md
+
+
+def table(figures: dict) -> str:
+    """Its section of RESULTS.md."""
+    methods = figures["found"]["methods"]
+    order = sorted(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
+
+    def column(name: str, measure: str, form: str) -> str:
+        values = [one[measure] for one in methods[name]["seeds"]]
+        return "" if np.isnan(values).any() else spread(values, form)
+
+    def interval(name: str) -> str:
+        found = figures["found"]["differences"].get(name)
+        return "" if found is None else f"{found[1]:+.1%} ({found[0]:+.1%} to {found[2]:+.1%})"
+
+    first = [
+        [name, f"{methods[name]['work']:.2f}", column(name, "accuracy", "{:.2%}"), column(name, "aurc", "{:.5f}"),
+         interval(name), column(name, "augrc", "{:.5f}"), column(name, "auroc_failure", "{:.2%}"),
+         column(name, "fpr95", "{:.1%}")]
+        for name in order
+    ]  # fmt: skip
+    second = [
+        [name, *(column(name, f"error at {share:.0%}", "{:.2%}") for share in COVERAGES),
+         *(column(name, f"coverage at {error:.1%}", "{:.1%}") for error in ERRORS),
+         column(name, "e_aurc", "{:.5f}"), column(name, "ece", "{:.2%}"), column(name, "brier", "{:.4f}")]
+        for name in order
+    ]  # fmt: skip
+    lines = [
+        "## Selective classification", "",
+        "Written by `python benchmarks/selective.py` (see its first lines for the methods). Test split of CIFAR-10,",
+        f"seeds {', '.join(map(str, figures['found']['seeds']))}; median, in brackets minimum and maximum. The least",
+        "mean AURC comes first. Work: multiply-adds an image, Stage 1's are 1. Ours against it: relative difference of",
+        "the AURC, median and 95 % interval of a paired bootstrap over images and seeds; below 0 ours is better.", "",
+        *markdown(["method", "work", "accuracy", "AURC", "ours against it", "AUGRC", "AUROC of failure",
+                   "FPR at 95 % TPR"], first),
+        "Error rate at a coverage, coverage at an error rate, excess AURC, expected calibration error (15 bins of",
+        "equal mass) and Brier score; the last two where the confidence is a probability.", "",
+        *markdown(["method", *(f"error at {share:.0%}" for share in COVERAGES),
+                   *(f"coverage at {error:.1%}" for error in ERRORS), "E-AURC", "ECE", "Brier"], second),
+        f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, "
+        + ", ".join(f"{k} {v}" for k, v in figures["versions"].items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Trains what is missing, judges, and writes selective.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="light mode, two seeds; replaces no full figures")
+    parser.add_argument("--train", default="", help="comma-separated seeds: only train what is missing for them")
+    parser.add_argument("--tables", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import mscnn_helpers as mscnn
+
+    form = QUICK if options.quick else FULL
+    if options.train:
+        return train(form, tuple(map(int, options.train.split(","))))
+    if not options.tables:
+        train(form, tuple(range(form.pool)))
+    command = "python benchmarks/selective.py" + " --quick" * options.quick
+    figures = {"command": command, "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions()}
+    figures["found"] = judge(form)
+    print(table(figures))
+    known = read_json("selective", figures)
+    if not options.quick or known["command"] == command:
+        write("selective", figures, table(figures))
+
+
+if __name__ == "__main__":
+    main()

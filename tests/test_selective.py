@@ -1,0 +1,185 @@
+"""The benchmark of confidences: its rivals by hand-worked cases, the bootstrap, and one quick form end to end."""
+
+import json
+import sys
+
+import common
+import keras
+import numpy as np
+import pytest
+import selective
+from scipy.special import log_softmax, softmax
+
+import mscnn_helpers as mscnn
+
+
+def random_split(count: int, seed: int) -> selective.Split:
+    """Logits that know the label a little, and second opinions that know whether Stage 1 is right."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, count)
+    truth = np.eye(4)[labels]
+    stage1, companion = (rng.normal(size=(2, count, 4)) + 1.5 * truth for _ in range(2))
+    right = stage1[0].argmax(axis=1) == labels
+    stage2 = rng.normal(size=(2, count)) + 3 * (2.0 * right - 1)
+    distance = np.abs(rng.normal(size=(len(selective.NEIGHBOURS), count))) + ~right
+    return selective.Split(
+        labels, stage1, companion, stage2, rng.uniform(size=count), distance, softmax(companion[0], 1)
+    )
+
+
+def found_for(seed: int) -> dict[str, np.ndarray]:
+    parts = {name: random_split(400, 10 * seed + i) for i, name in enumerate(("calibration", "test"))}
+    found = {f"{name}_{field}": value for name, split in parts.items() for field, value in split._asdict().items()}
+    noise = np.random.default_rng(seed).normal(size=(4, 400, 4))
+    return {**found, "test_pool": np.concatenate([found["test_stage1"][:1], found["test_stage1"][:1] + noise])}
+
+
+def test_scores_of_logits_by_hand():
+    logits = np.array([[4.0, 1.0, 1.0], [0.0, 0.0, 3.0]])
+    assert selective.margin(logits).tolist() == [3.0, 3.0]
+    np.testing.assert_allclose(selective.p_norm(logits, 2), [2 / np.sqrt(6), 2 / np.sqrt(6)])
+    np.testing.assert_allclose(selective.p_norm(logits, 3), [2 / 10 ** (1 / 3)] * 2)  # centred: 2, -1, -1
+    p = softmax(logits, axis=1)
+    np.testing.assert_allclose(selective.negative_entropy(logits), (p * np.log(p)).sum(axis=1))
+    np.testing.assert_allclose(mscnn.sigmoid(selective.softmax_odds(logits)), p.max(axis=1))
+
+
+def test_the_temperature_has_the_least_log_loss():
+    split = random_split(2_000, 0)
+    fitted = selective.temperature(split)
+    loss = {
+        t: -log_softmax(split.stage1[0] / t, axis=1)[np.arange(2_000), split.labels].mean()
+        for t in (fitted, 0.98 * fitted, 1.02 * fitted)
+    }
+    assert min(loss, key=loss.get) == fitted
+
+
+def test_distances_to_neighbours_against_a_loop():
+    rng = np.random.default_rng(0)
+    train, features = rng.normal(size=(60, 5)), rng.normal(size=(7, 5))
+    got = selective.neighbour_distance(train, features)
+    for i, one in enumerate(features):
+        unit = one / np.linalg.norm(one)
+        distances = sorted(np.linalg.norm(unit - t / np.linalg.norm(t)) for t in train)
+        np.testing.assert_allclose(got[:, i], [distances[k - 1] for k in selective.NEIGHBOURS])
+
+
+def test_dropout_averages_random_passes():
+    model = mscnn.build_cnn("stage1", (32, 32, 3), 4, (4, 4), [128.0] * 3, [64.0] * 3, True, "float32")
+    network = selective.with_dropout(model)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    probability = selective.dropout_softmax(network, images, seed=0)
+    np.testing.assert_allclose(probability.sum(axis=1), 1)
+    plain = softmax(np.asarray(network(images)), axis=1)  # without dropout
+    assert 1e-6 < np.abs(probability - plain).max() < 0.3
+    assert isinstance(network.get_layer("dropout"), keras.layers.Dropout)
+
+
+def test_both_views_are_of_the_image_and_its_mirror_image():
+    images = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
+    got = selective.both_views(lambda view: view[:, :, 0, 0].astype(np.float32), images)
+    assert np.array_equal(got, [images[:, :, 0, 0], images[:, :, -1, 0]])
+
+
+def test_every_method_answers_and_costs_something():
+    form = selective.FULL
+    answers = selective.answers(found_for(0), form)
+    for name, answer in answers.items():
+        assert answer.category.shape == answer.confidence.shape == (400,)
+        assert np.isfinite(answer.confidence).all(), name
+        assert selective.work(name, 90.0, 17.0) >= 1
+    assert {"softmax", "ours", "companion", "mirror", "dropout", "ensemble of 2", "ensemble of 5"} <= set(answers)
+    assert selective.work("ensemble of 5, Stage 1's answers", 90.0, 17.0) == 5
+    assert selective.work("ours", 90.0, 18.0) == pytest.approx(1.4)
+    stage1 = answers["softmax"].category
+    own = {name for name, one in answers.items() if not np.array_equal(one.category, stage1)}
+    assert own == {"dropout", "mirror", "ensemble of 2", "ensemble of 5"}, "all others judge Stage 1's answers"
+
+
+def test_what_is_fitted_never_sees_the_test_labels():
+    found = found_for(0)
+    before = selective.answers(found, selective.FULL)
+    found["test_labels"] = np.roll(found["test_labels"], 1)
+    after = selective.answers(found, selective.FULL)
+    for name in before:
+        assert np.array_equal(before[name].confidence, after[name].confidence), name
+
+
+def test_a_good_second_opinion_is_found_to_be_better():
+    answers = selective.answers(found_for(0), selective.FULL)
+    labels = found_for(0)["test_labels"]
+    aurc = {name: selective.measures(answer, labels)["aurc"] for name, answer in answers.items()}
+    assert aurc["ours, one view"] < 0.8 * aurc["softmax"]
+
+
+def test_measures_of_a_perfect_order():
+    answer = selective.Answers(np.zeros(10, int), np.linspace(1, 0.1, 10))
+    found = selective.measures(answer, np.array([0] * 8 + [1] * 2))
+    assert found["accuracy"] == 0.8 and found["e_aurc"] == pytest.approx(0) and found["auroc_failure"] == 1
+    assert found["error at 80%"] == 0 and found["error at 100%"] == pytest.approx(0.2)
+    assert found["coverage at 1.0%"] == 0.8
+    logits = selective.measures(answer._replace(confidence=answer.confidence + 5), np.zeros(10, int))
+    assert np.isnan(logits["ece"]) and np.isnan(logits["brier"]), "not a probability"
+
+
+def test_a_resample_of_each_image_once_is_the_split():
+    rng = np.random.default_rng(0)
+    answer, labels = selective.Answers(np.zeros(300, int), rng.uniform(size=300)), rng.integers(0, 2, 300)
+    got = selective.resampled_aurc(answer, labels, np.ones((1, 300), int))
+    assert got[0] == pytest.approx(mscnn.aurc(answer.confidence, labels == 0))
+    twice = np.array([[2, 0, 1]])  # two of the first, none of the second
+    few = selective.Answers(np.zeros(3, int), np.array([0.2, 0.9, 0.5]))
+    assert selective.resampled_aurc(few, np.array([1, 0, 0]), twice)[0] == pytest.approx((0 + 2 / 3 + 2 / 3) / 3)
+
+
+def test_the_bootstrap_tells_better_worse_and_equal():
+    rng = np.random.default_rng(0)
+    all_answers, all_labels = [], []
+    for _ in range(3):
+        labels = rng.integers(0, 2, 1_000) * (rng.uniform(size=1_000) < 0.3)
+        right = labels == 0
+        scores = {
+            name: rng.normal(size=1_000) + sharp * right for name, sharp in (("ours", 2), ("worse", 0.5), ("better", 4))
+        }
+        scores["equal"] = scores["ours"]
+        all_answers.append({name: selective.Answers(np.zeros(1_000, int), score) for name, score in scores.items()})
+        all_labels.append(labels)
+    found = selective.differences(all_answers, all_labels, 200)
+    assert found["worse"][2] < 0 < found["better"][0]
+    assert found["equal"] == [0, 0, 0] and "ours" not in found
+
+
+def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
+    form = selective.FULL
+    labels = [found_for(seed)["test_labels"] for seed in (0, 1)]
+    answers = [selective.answers(found_for(seed), form) for seed in (0, 1)]
+    methods = {
+        name: {
+            "work": 1.0,
+            "seeds": [selective.measures(one[name], truth) for one, truth in zip(answers, labels, strict=True)],
+        }
+        for name in answers[0]
+    }
+    found = {"seeds": [0, 1], "methods": methods, "differences": selective.differences(answers, labels, 100)}
+    figures = {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
+    text = selective.table({**figures, "found": found})
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 * (len(methods) + 2), "two tables with a header and a line below it"
+    best = min(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
+    assert rows[2].startswith(f"| {best} |")
+    assert next(row for row in rows if row.startswith("| margin | 1.00"))
+    assert [row for row in rows if row.startswith("| margin |")][1].endswith("|  |  |")
+
+
+@pytest.mark.slow
+def test_the_quick_form_trains_and_judges_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(selective, "ROOT", tmp_path)
+    monkeypatch.setattr(selective, "QUICK", selective.QUICK)
+    monkeypatch.setattr(sys, "argv", ["selective.py", "--quick"])
+    (tmp_path / "mscnn_helpers.py").symlink_to(mscnn.project_root() / "mscnn_helpers.py")
+    selective.main()
+    methods = json.loads((tmp_path / "selective.json").read_text("utf-8"))["found"]["methods"]
+    assert methods["ours"]["seeds"][0]["aurc"] < 0.5
+    assert len(methods) >= 15
