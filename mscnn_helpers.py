@@ -1021,7 +1021,7 @@ def fastest_policy(repeats: int = 10) -> str:
 # 4 Decision: log-odds, calibrated confidence, threshold (NumPy in, NumPy out)
 # ======================================================================================================
 
-# Coefficients of a calibration row: intercept, weight of Stage 1's log-odds, weight of Stage 2's.
+# Coefficients of a calibration row: intercept, weight of Stage 1's margin, weight of Stage 2's log-odds.
 COMMON_PRIOR = np.array([0.0, 0.5, 0.5])
 COMMON_STRENGTH = np.array([0.1, 1.0, 1.0])  # of the common row towards COMMON_PRIOR: 1 / variance
 ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the common row: 1 / variance
@@ -1046,6 +1046,26 @@ def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
     return chosen - logsumexp(logits, axis=1) if len(logits) else chosen
 
 
+def margin(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
+    """log p(c) - log p(the likeliest other): how far ahead of its nearest rival a category is.
+
+    After label smoothing the softmax ranks right answers above wrong ones less well (Xia et al. 2024,
+    arXiv:2403.14715). The margin, which leaves out all but the nearest rival, is hurt less.
+
+    Args:
+        logits: (B, C).
+        category: the category c of each row, (B,).
+
+    Returns:
+        float64 (B,).
+    """
+    logits = np.array(logits, np.float64)  # a copy: it is written to
+    rows = np.arange(len(logits))
+    chosen = logits[rows, category]
+    logits[rows, category] = -np.inf
+    return chosen - logits.max(axis=1) if len(logits) else chosen
+
+
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) without overflow."""
     from scipy.special import expit
@@ -1056,13 +1076,13 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def fit_calibration_row(
     stage1: np.ndarray, stage2: np.ndarray, right: np.ndarray, towards: np.ndarray, strength: np.ndarray
 ) -> np.ndarray:
-    """Logistic regression of 'Stage 1 is right' on both log-odds, shrunk towards given coefficients.
+    """Logistic regression of 'Stage 1 is right' on what both stages say, shrunk towards given coefficients.
 
-    The weights of the log-odds are kept from falling below 0: more evidence never lowers the confidence.
-    Without images the row is `towards` itself. (Platt 1999, with a Gaussian prior.)
+    The weights are kept from falling below 0: more evidence never lowers the confidence. Without images the row is
+    `towards` itself. (Platt 1999, with a Gaussian prior.)
 
     Args:
-        stage1, stage2: log-odds, (N,). right: bool (N,).
+        stage1: Stage 1's margin, (N,). stage2: Stage 2's log-odds, (N,). right: bool (N,).
         towards, strength: mean and 1 / variance of the prior of (intercept, weight 1, weight 2), (3,).
 
     Returns:
@@ -1082,7 +1102,11 @@ def fit_calibration_row(
 
 
 def combined_confidence(rows: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray) -> np.ndarray:
-    """P(Stage 1 is right) of each image, float64 (B,), from calibration rows (C, 3) and log-odds (B,)."""
+    """P(Stage 1 is right) of each image, float64 (B,), by calibration rows (C, 3).
+
+    Args:
+        stage1: Stage 1's margin, (B,). stage2: Stage 2's log-odds, (B,).
+    """
     intercept, weight1, weight2 = rows[category].T  # (B,) each
     return sigmoid(intercept + weight1 * stage1 + weight2 * stage2)
 
@@ -1239,7 +1263,7 @@ class Opinions(NamedTuple):
     """What both stages say of B images; every field has B rows."""
 
     category: np.ndarray  # int 0..C-1: Stage 1's answer
-    stage1: np.ndarray  # float64, Stage 1's log-odds of it
+    stage1: np.ndarray  # float64, Stage 1's margin
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
     logits: np.ndarray  # float32 (B, C), Stage 1's
 
@@ -1252,8 +1276,9 @@ class Decisions(NamedTuple):
     stage1_confidence: np.ndarray  # softmax probability of stage1_category
     stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is right
     confidence: np.ndarray  # both combined and calibrated: what the threshold is held against
-    stage1_log_odds: np.ndarray  # float64, the same as the confidences before the sigmoid
-    stage2_log_odds: np.ndarray
+    stage1_log_odds: np.ndarray  # float64, the same as stage1_confidence before the sigmoid
+    stage1_margin: np.ndarray  # float64, by how much its logit is ahead of the next: what goes into the confidence
+    stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
     stage1_logits: np.ndarray  # (B, C)
 
 
@@ -1468,7 +1493,7 @@ class MultiStageCNN(keras.Model):
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return Opinions(category, log_odds(logits, category), stage2, logits)
+        return Opinions(category, margin(logits, category), stage2, logits)
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
@@ -1487,7 +1512,9 @@ class MultiStageCNN(keras.Model):
         confidence = combined_confidence(self.rows.numpy(), category, stage1, stage2)
         threshold = check_threshold(self.threshold if threshold is None else threshold)
         final = accept(category, confidence, threshold, len(self.category_names))
-        return Decisions(final, category, sigmoid(stage1), sigmoid(stage2), confidence, stage1, stage2, logits)
+        odds = log_odds(logits, category)
+        own = sigmoid(odds), sigmoid(stage2)
+        return Decisions(final, category, *own, confidence, odds, stage1, stage2, logits)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:

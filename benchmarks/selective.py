@@ -17,11 +17,11 @@ The definitions and sources of the measures stand in the module, section Evaluat
     entropy           negative entropy of the softmax
     p-norm            largest centred logit over the logits' p-norm, p by calibration (Cattelan & Silva 2024)
     temperature       softmax at a temperature fitted on calibration (Guo et al. 2017)
-    mirror            logits averaged over the image and its mirror image
+    mirror            logits averaged over the image and its mirror image; by softmax and by margin
     dropout           mean softmax of ten passes with dropout before the dense layer (Gal & Ghahramani 2016), by a
                       Stage 1 of its own, which was trained with it
     neighbours        distance to the k-th nearest train image in Stage 1's features, k by calibration (Sun et al. 2022)
-    companion         Stage 1's and the companion's log-odds, combined as ours: a second opinion without ten judges
+    companion         Stage 1's margin and the companion's log-odds, combined as ours: an opinion without ten judges
     one-vs-rest       Stage 2's own sigmoid, the classic rule
     ensemble of 2, 5  mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017)
     ours              Stage 1 and the Stage 2 CNN of its answer, combined; on one view and on two
@@ -228,6 +228,12 @@ class Split(NamedTuple):
     def right(self) -> np.ndarray:
         return self.category == self.labels
 
+    @property
+    def margin(self) -> np.ndarray:
+        import mscnn_helpers as mscnn
+
+        return mscnn.margin(self.stage1[0], self.category)
+
 
 def split_of(found: dict[str, np.ndarray], name: str) -> Split:
     return Split(*(found[f"{name}_{field}"] for field in Split._fields))
@@ -238,11 +244,6 @@ def softmax_odds(logits: np.ndarray, category: np.ndarray | None = None) -> np.n
     import mscnn_helpers as mscnn
 
     return mscnn.log_odds(logits, logits.argmax(axis=1) if category is None else category)
-
-
-def margin(logits: np.ndarray) -> np.ndarray:
-    largest = np.sort(logits, axis=1)
-    return largest[:, -1] - largest[:, -2]
 
 
 def negative_entropy(logits: np.ndarray) -> np.ndarray:
@@ -277,16 +278,16 @@ def temperature(calibration: Split) -> float:
 
 
 def combined(second: Callable[[Split], np.ndarray], calibration: Split, test: Split) -> np.ndarray:
-    """Stage 1's log-odds and a second opinion's, combined as the model does it: a row a category, (N,)."""
+    """Stage 1's margin and a second opinion's log-odds, combined as the model does it: a row a category, (N,)."""
     import mscnn_helpers as mscnn
 
-    one, two, right = softmax_odds(calibration.stage1[0]), second(calibration), calibration.right
+    one, two, right = calibration.margin, second(calibration), calibration.right
     common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
     rows = []
     for c in range(calibration.stage1.shape[-1]):
         here = calibration.category == c
         rows.append(mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH))
-    return mscnn.combined_confidence(np.array(rows), test.category, softmax_odds(test.stage1[0]), second(test))
+    return mscnn.combined_confidence(np.array(rows), test.category, test.margin, second(test))
 
 
 def companion_odds(split: Split) -> np.ndarray:
@@ -317,7 +318,7 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     mirrored = test.stage1.mean(axis=0)
     given = {
         "softmax": mscnn.sigmoid(softmax_odds(logits)),
-        "margin": margin(logits),
+        "margin": test.margin,
         "entropy": negative_entropy(logits),
         "p-norm": norm(test),
         "temperature": mscnn.sigmoid(softmax_odds(logits / temperature(calibration))),
@@ -327,6 +328,7 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
         "ours, one view": combined(lambda split: split.stage2[0], calibration, test),
         "ours": test.ours,
         "mirror, Stage 1's answers": mscnn.sigmoid(softmax_odds(mirrored, category)),
+        "mirror's margin, Stage 1's answers": mscnn.margin(mirrored, category),
     }
     found_answers = {name: Answers(category, confidence) for name, confidence in given.items()}
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
@@ -343,7 +345,7 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 # Multiply-adds of each method, in units of Stage 1's and of the companion's.
 WORK = {
     "dropout": (1, 0), "companion": (1, 2), "one-vs-rest": (1, 2), "ours, one view": (1, 1), "ours": (1, 2),
-    "mirror": (2, 0),
+    "mirror": (2, 0), "mirror's margin": (2, 0),
 }  # fmt: skip
 
 

@@ -52,6 +52,22 @@ def test_log_odds_of_no_images():
     assert got.shape == (0,) and got.dtype == np.float64
 
 
+@pytest.mark.parametrize(("category", "expected"), [(0, [-4.0, 2.0]), (1, [-3.0, -2.0]), (2, [3.0, -5.0])])
+def test_margin_is_the_lead_over_the_nearest_rival(category, expected):
+    logits = np.array([[-1, 0, 3], [4, 2, -1]], np.float32)
+    before = logits.copy()
+    got = mscnn.margin(logits, np.array([category, category]))
+    assert got.dtype == np.float64
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_of_two_categories_the_margin_is_the_log_odds():
+    logits, category = np.random.default_rng(0).normal(size=(20, 2)), np.arange(20) % 2
+    np.testing.assert_allclose(mscnn.margin(logits, category), mscnn.log_odds(logits, category), rtol=1e-12)
+    assert mscnn.margin(logits[:0], category[:0]).shape == (0,)
+
+
 @pytest.mark.parametrize("category", [0, 3])
 def test_log_odds_tensor_says_the_same(category):
     logits = np.random.default_rng(1).normal(scale=20, size=(50, 4)).astype(np.float32)

@@ -16,7 +16,7 @@ def decisions_of(category, stage1_category, confidence=None, log_odds=None, cate
     blank = np.full(len(category), np.nan)
     confidence, log_odds = (blank if one is None else np.asarray(one, float) for one in (confidence, log_odds))
     logits = np.zeros((len(category), categories), np.float32)
-    return mscnn.Decisions(category, stage1_category, blank, blank, confidence, log_odds, blank, logits)
+    return mscnn.Decisions(category, stage1_category, blank, blank, confidence, log_odds, blank, blank, logits)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -74,11 +74,13 @@ def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -
     everything = np.mean(views, axis=0)  # (B, C)
     rows = np.arange(len(images))
     stage2, first = everything[rows, category], p[rows, category]
-    stage1 = np.log(first / (1 - first))
+    largest = np.sort(logits, axis=1)
+    margin = largest[:, -1] - largest[:, -2]
     row = model.rows.numpy()[category]
-    confidence = 1 / (1 + np.exp(-(row[:, 0] + row[:, 1] * stage1 + row[:, 2] * stage2)))
+    confidence = 1 / (1 + np.exp(-(row[:, 0] + row[:, 1] * margin + row[:, 2] * stage2)))
     final = np.where(confidence >= threshold, category, len(model.category_names))
-    return Decisions(final, category, first, 1 / (1 + np.exp(-stage2)), confidence, stage1, stage2, logits)
+    odds, second = np.log(first / (1 - first)), 1 / (1 + np.exp(-stage2))
+    return Decisions(final, category, first, second, confidence, odds, margin, stage2, logits)
 
 
 def test_decide_equals_the_plain_computation(model, tiny_data):
