@@ -74,6 +74,7 @@ with _without_native_logs():
     import tensorflow as tf
 
 OTHER = "OTHER"
+PRETRAINED = "notebooks/pretrained/cifar10.keras"  # what load_model="pretrained" stands for
 FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 
 
@@ -165,7 +166,7 @@ class Settings:
     )
     target_coverage: float = _parameter(0.0, "accept this share of the images, such as 0.9; sets the threshold; 0: off")
     light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
-    load_model: str = _parameter("", "model file to start from")
+    load_model: str = _parameter("", "model file to start from; pretrained: the one that comes with the project")
     save_model: str = _parameter(
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
     )
@@ -265,6 +266,7 @@ class Run:
             MSCNNError: the file is not there.
         """
         wanted = self.settings.load_model
+        wanted = PRETRAINED if wanted == "pretrained" else wanted
         if not wanted and not self.settings.stage2_only:
             return None
         if not wanted and not self.model_path.is_file():
@@ -282,6 +284,15 @@ class Run:
                 "Give the path of a .keras file of a finished run."
             )
         return found
+
+    def latest_model(self) -> Path:
+        """The finished model of this run; where there is none yet, the one that `load_model` names.
+
+        Raises:
+            MSCNNError: `load_model` names a file that is not there.
+        """
+        start = None if self.model_path.is_file() else self.settings.load_model and self.starting_model()
+        return start or self.model_path
 
     def read(self, name: str) -> dict:
         """Reads `metrics.json` or `history.json` (by its stem); an absent file reads as {}."""
@@ -2682,9 +2693,13 @@ def start_data(run: Run) -> Dataset:
 def continue_data(run: Run) -> Dataset:
     """Notebooks 02 to 05: the data set that notebook 01 has found, without looking for another.
 
+    A model given by `load_model` needs no earlier notebook: in an empty run folder the run begins here.
+
     Raises:
         MSCNNError: notebook 01 has not run here, or with other parameters.
     """
+    if run.settings.load_model and not run.read("metrics"):
+        return start_data(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
     for name in ("dataset", "light_mode", "seed"):

@@ -78,6 +78,14 @@ def test_the_other_notebooks_go_on_with_the_same_data(settings, tiny_data):
     assert mscnn.continue_data(Run("02_stage1_training", settings)).fingerprint == tiny_data.fingerprint
 
 
+def test_with_a_given_model_a_later_notebook_can_be_the_first(settings, trained_model_path, tiny_data):
+    run = Run("05_evaluation_and_cam", dataclasses.replace(settings, load_model=str(trained_model_path)))
+    assert mscnn.continue_data(run).fingerprint == tiny_data.fingerprint
+    assert run.read("metrics")["dataset"] == tiny_data.describe()
+    model = mscnn.open_model(run, tiny_data, run.latest_model(), "03_stage2_training")
+    assert model.fingerprints() == mscnn.load_model(trained_model_path).fingerprints()
+
+
 def test_the_other_notebooks_need_notebook_01(settings):
     with pytest.raises(MSCNNError, match="holds no 'dataset' yet: run notebook 01_data_and_light_mode first"):
         mscnn.continue_data(Run("02_stage1_training", settings))

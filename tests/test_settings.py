@@ -415,3 +415,24 @@ def test_finish_records_the_seconds_of_each_notebook(run, capsys):
     assert list(seconds) == ["01_data_and_light_mode", "02_stage1_training"]
     assert 12 <= seconds["02_stage1_training"] < 20
     assert str(run.folder) in capsys.readouterr().out
+
+
+def test_pretrained_is_the_model_that_comes_with_the_project(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    again = Run("05", dataclasses.replace(run.settings, load_model="pretrained"))
+    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "checkout")
+    with pytest.raises(MSCNNError, match=r"No model file 'notebooks/pretrained/cifar10\.keras'"):
+        again.starting_model()
+    (tmp_path / "checkout/notebooks/pretrained").mkdir(parents=True)
+    (tmp_path / "checkout/notebooks/pretrained/cifar10.keras").write_bytes(b"model")
+    (tmp_path / "pretrained.keras").write_bytes(b"not this one")
+    assert again.starting_model() == tmp_path / "checkout/notebooks/pretrained/cifar10.keras"
+
+
+def test_the_latest_model_is_the_finished_one_or_else_the_one_to_start_from(run, tmp_path):
+    (tmp_path / "other.keras").write_bytes(b"another")
+    assert run.latest_model() == run.model_path
+    again = Run("05", dataclasses.replace(run.settings, load_model=str(tmp_path / "other.keras")))
+    assert again.latest_model() == tmp_path / "other.keras"
+    again.model_path.write_bytes(b"finished")
+    assert again.latest_model() == again.model_path

@@ -1,0 +1,79 @@
+"""The model that comes with the project, and how it is made."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import h5py
+import numpy as np
+import pretrained
+import pytest
+from conftest import ROOT
+
+import mscnn_helpers as mscnn
+
+FILE = ROOT / mscnn.PRETRAINED
+made = pytest.mark.skipif(not FILE.is_file(), reason="no pretrained model has been made yet")
+
+
+def kernels(path) -> dict[str, np.ndarray]:
+    """All arrays of a model file by their name in it."""
+    arrays = {}
+    with zipfile.ZipFile(path) as file, file.open("model.weights.h5") as weights, h5py.File(weights) as opened:
+        opened.visititems(lambda name, item: arrays.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+    return arrays
+
+
+def test_a_halved_model_is_smaller_and_decides_the_same(trained_model_path, tiny_data, tmp_path):
+    pretrained.halve(trained_model_path, tmp_path / "half.keras")
+    assert (tmp_path / "half.keras").stat().st_size < 0.7 * trained_model_path.stat().st_size
+    before, after = (mscnn.load_model(path) for path in (trained_model_path, tmp_path / "half.keras"))
+    was, now = (model.decide(tiny_data.test.images) for model in (before, after))
+    np.testing.assert_array_equal(was.stage1_category, now.stage1_category)
+    np.testing.assert_allclose(was.confidence, now.confidence, atol=0.02)
+    assert [w.dtype for w in after.stage1.get_weights()] == [w.dtype for w in before.stage1.get_weights()]
+
+
+def test_only_kernels_of_convolutions_are_halved(trained_model_path, tmp_path):
+    pretrained.halve(trained_model_path, tmp_path / "half.keras")
+    was, now = kernels(trained_model_path), kernels(tmp_path / "half.keras")
+    assert was.keys() == now.keys()
+    halved = {name for name in now if now[name].dtype == np.float16}
+    assert halved == {name for name in was if was[name].ndim == 4 and "whitening" not in name} != set()
+    for name in was:
+        if name in halved:
+            np.testing.assert_allclose(now[name].astype(np.float32), was[name], rtol=2**-8, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(now[name], was[name])
+
+
+@made
+def test_the_pretrained_model_is_what_its_card_says():
+    record = json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))
+    assert FILE.stat().st_size <= pretrained.ALLOWED_BYTES
+    code = (
+        "import json, mscnn_helpers as m\n"
+        "model = m.load_model(m.PRETRAINED)\n"
+        "print(json.dumps([model.fingerprints(), model.threshold, model.is_calibrated]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [record["fingerprints"], record["threshold"], True]
+    assert (FILE.parent / "README.md").read_text(encoding="utf-8") == pretrained.card(record)
+
+
+@made
+def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
+    if mscnn._find_cifar10() is None:
+        pytest.skip("CIFAR-10 is not at hand")
+    cifar10 = mscnn.load_dataset("cifar10")
+    model, record = mscnn.load_model(FILE), json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))
+    model.check_matches(cifar10)
+    images, labels = cifar10.test.images[:1000], cifar10.test.labels[:1000]
+    measured = mscnn.evaluate(model.decide(images), labels, model.threshold)
+    for got, said in (
+        (measured["stage1"]["accuracy"], record["figures"]["accuracy of Stage 1"]),
+        (measured["two_stage"]["coverage"], record["figures"]["coverage"]),
+        (measured["two_stage"]["selective_accuracy"], record["figures"]["accuracy of the accepted"]),
+    ):
+        assert got == pytest.approx(said, abs=4 * np.sqrt(said * (1 - said) / 1000))
