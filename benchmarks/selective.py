@@ -5,7 +5,7 @@
     python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
     python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
 
-Trained models are kept in runs/selective and not trained twice. For each seed all methods judge the answers of the
+Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed all methods judge the answers of the
 same frozen Stage 1, on the same test split, which is used for nothing else; what a method has to fit or to choose, it
 fits on the same calibration split. Ensembles and mirror-image averaging also give answers of their own: they are
 judged both ways.
@@ -54,10 +54,13 @@ class Form(NamedTuple):
     light: bool
     epochs: int  # 0: the recipe's own choice
     name: str  # of its folder in runs/selective
+    runs: str  # folder of a seed's whole run
 
 
-FULL = Form((0, 1, 2, 3, 4), 9, (2, 5), "--epochs 0 --batch_size 0", False, 0, "full")
-QUICK = Form((0, 1), 3, (2,), "--epochs 2 --batch_size 0 --light_mode", True, 2, "light")
+FULL = Form((0, 1, 2, 3, 4), 9, (2, 5), "--epochs 0 --batch_size 0", False, 0, "full", "runs/quality/full_{}")
+QUICK = Form(
+    (0, 1), 3, (2,), "--epochs 2 --batch_size 0 --light_mode", True, 2, "light", "runs/selective/light/seed_{}"
+)
 
 
 # ---- training: each model once
@@ -68,9 +71,9 @@ def store(form: Form) -> Path:
 
 
 def whole_model(form: Form, seed: int) -> Path:
-    """The model file of a whole run; the run is made if it is not there."""
-    run_dir = store(form) / f"seed_{seed}"
-    path = run_dir / "multistage_cnn_model.keras"
+    """The model file of a whole run, which quality.py may have made already; else it is made."""
+    run_dir = form.runs.format(seed)
+    path = ROOT / run_dir / "multistage_cnn_model.keras"
     if not path.is_file():
         arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {run_dir}"
         print(f"python mscnn_helpers.py {arguments}", flush=True)

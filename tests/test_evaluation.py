@@ -278,3 +278,51 @@ def test_calibration_error_in_bins_of_equal_mass_by_hand():
     assert mscnn.calibration_error(confidence, right, bins=9, equal_mass=True) == pytest.approx(
         np.abs(confidence - right).mean()
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparing two models
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_paired_difference_by_hand():
+    first = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], bool)
+    second = np.array([1, 1, 0, 1, 1, 1, 0, 0, 0, 0], bool)  # three gained, one lost
+    difference, low, high = mscnn.paired_difference(first, second)
+    assert difference == pytest.approx(0.2)
+    middle, half = 2 / 12, 1.96 * np.sqrt((5 - 4 / 12) / 144)  # 3.5 and 1.5 of 12
+    assert (low, high) == pytest.approx((middle - half, middle + half))
+
+
+def test_a_paired_difference_has_a_sign_and_needs_no_images():
+    first, second = np.random.default_rng(0).random((2, 40)) < 0.5
+    there, back = mscnn.paired_difference(first, second), mscnn.paired_difference(second, first)
+    assert there == pytest.approx((-back[0], -back[2], -back[1]))
+    same = mscnn.paired_difference(first, first)
+    assert same[0] == 0 and same[1] == -same[2] < 0
+    assert mscnn.paired_difference(first[:0], second[:0])[0] == 0
+
+
+def test_the_interval_of_a_paired_difference_covers_the_truth():
+    """Of 2,000 made-up comparisons about 95 % of the intervals hold the true difference, 0.05."""
+    rng, held = np.random.default_rng(1), []
+    for _ in range(2000):
+        kind = rng.choice(4, 200, p=[0.8, 0.08, 0.03, 0.09])  # both, second only, first only, none
+        _, low, high = mscnn.paired_difference((kind == 0) | (kind == 2), (kind == 0) | (kind == 1))
+        held.append(low <= 0.05 <= high)
+    assert 0.93 <= np.mean(held) <= 0.975
+
+
+def test_models_are_compared_by_true_category():
+    labels = np.array([0, 0, 0, 1, 1])
+    first = decisions_of([0, 2, 1, 1, 2], [0, 0, 1, 1, 0], categories=2)
+    second = decisions_of([0, 0, 2, 1, 0], [0, 0, 1, 1, 0], categories=2)
+    cat, dog, everything = mscnn.compare_decisions(first, second, labels, ("cat", "dog"))
+    assert (cat.category, cat.images, cat.changed) == ("cat", 3, 2)
+    assert (cat.coverage[0], cat.errors[0]) == pytest.approx((0, -1 / 3))
+    assert (dog.images, dog.changed) == (2, 1)
+    assert (dog.coverage[0], dog.errors[0]) == pytest.approx((1 / 2, 1 / 2))
+    assert (everything.category, everything.images, everything.changed) == ("all", 5, 3)
+    assert (everything.coverage[0], everything.errors[0]) == pytest.approx((1 / 5, 0))
+    accepted = [one.category < 2 for one in (first, second)]
+    assert everything.coverage == mscnn.paired_difference(*accepted)
