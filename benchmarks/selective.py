@@ -5,10 +5,10 @@
     python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
     python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
 
-Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed all methods judge the answers of the
-same frozen Stage 1, on the same test split, which is used for nothing else; what a method has to fit or to choose, it
-fits on the same calibration split. Ensembles and mirror-image averaging also give answers of their own: they are
-judged both ways.
+Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed
+all methods judge the answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
+method has to fit or to choose, it fits on the same calibration split. Ensembles and mirror-image averaging also give
+answers of their own: they are judged both ways.
 
 The definitions and sources of the measures stand in the module, section Evaluation. The methods:
 
