@@ -765,7 +765,7 @@ def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
 def batches(
     labels: np.ndarray, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
 ) -> tf.data.Dataset:
-    """Batches for `fit` of a network on `ResidentImages`: indices int64 (B,) and labels (B, ...).
+    """Batches for `fit` of a `Trainer`: indices int64 (B,) and labels (B, ...).
 
     tf.data's autotuning is off: nothing is left for it to tune, and ending its thread was seen to take 16 s at the end
     of a 24 s epoch (TensorFlow 2.21, on CPU).
@@ -801,27 +801,12 @@ SMALL_CROP = 0.75  # of height and width: little more than half of the work
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
-class ResidentImages(keras.layers.Layer):
-    """Indices int64 (B,) -> images uint8 (B, H, W, channels), all of which lie on the device that computes.
-
-    A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing else. It is no weight: no model file
-    has it.
-    """
-
-    def __init__(self, images: np.ndarray):
-        super().__init__(dtype="uint8")
-        self.images = tf.Variable(images, trainable=False)  # (N, H, W, channels)
-
-    def call(self, index):
-        return tf.gather(self.images, index)
-
-
 @_serializable
 class RandomFlipCrop(keras.layers.Layer):
     """Mirrors half of the images and shifts each by up to `shift` pixels, in training only.
 
     From uint8 (B, H, W, channels) to float32. The border is filled by reflection. Two gathers do it, which costs far
-    less than Keras' general affine layers. They and the arithmetic of their indices work on floats: on a GPU
+    less than Keras' general affine layers. They and the arithmetic on the places of pixels use floats: on a GPU
     TensorFlow gathers no uint8 from a tensor, and computes with int32 on the host.
 
     Which images are mirrored is random, or alternates: while `epoch` is 0 or more, each image is mirrored in every
@@ -836,7 +821,13 @@ class RandomFlipCrop(keras.layers.Layer):
         self.flip, self.shift, self.seed = flip, shift, seed
         self.random = keras.random.SeedGenerator(seed)
         self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not weights: no model file needs them
-        self.share = tf.Variable(1.0, trainable=False)
+        with tf.device("CPU"):  # the bounds of a draw are needed there
+            self.share = tf.Variable(1.0, trainable=False)
+
+    def reset(self) -> None:
+        """Back to whole images, mirrored at random: as it is outside of a training by epochs."""
+        self.epoch.assign(RANDOM_FLIP)
+        self.share.assign(1.0)
 
     def reseed(self, seed: int) -> None:
         """Starts the random numbers anew, also for a graph that has been traced already."""
@@ -1007,9 +998,16 @@ def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsi
 def fastest_policy(repeats: int = 10) -> str:
     """Probes whether convolutions forward and backward are faster in bfloat16 here; takes under a second.
 
+    Only a CPU is timed. Of a GPU it is known: from compute capability 8.0 on there are bfloat16 units, and a probe this
+    short would time Python.
+
     Returns:
         "mixed_bfloat16" where it is at least 1.2 times as fast, else "float32".
     """
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
+        return "mixed_bfloat16" if capability >= (8, 0) else "float32"
 
     def seconds(dtype) -> float:
         images, kernel = tf.ones((64, 16, 16, 64), dtype), tf.ones((3, 3, 64, 64), dtype)
@@ -1642,13 +1640,14 @@ def log_odds_tensor(logits, category):
 def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int) -> np.ndarray:
     """Runs a graph over images, `batch_size` at a time: (N, ...) -> float32 (N, width).
 
-    The last batch is filled up to a multiple of 8, so that few shapes occur: each new one costs the
-    libraries below TensorFlow some milliseconds of preparation.
+    The last batch is filled up to a multiple of 8 if it is larger than that, so that few shapes occur: each new one
+    costs the libraries below TensorFlow some milliseconds of preparation.
     """
     results = [np.zeros((0, width), np.float32)]
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        filled = np.concatenate([batch, np.zeros((-len(batch) % 8, *batch.shape[1:]), batch.dtype)])
+        missing = -len(batch) % 8 if len(batch) > 8 else 0
+        filled = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
         results.append(graph(tf.constant(filled)).numpy()[: len(batch)])
     return np.concatenate(results)
 
@@ -1823,9 +1822,6 @@ class AlternatingFlip(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.augmentation.epoch.assign(epoch)
 
-    def on_train_end(self, logs=None):
-        self.augmentation.epoch.assign(RANDOM_FLIP)
-
 
 class SmallCropsFirst(keras.callbacks.Callback):
     """Lets the first epochs see a random three quarters of each image's height and width, the others all of it.
@@ -1841,9 +1837,6 @@ class SmallCropsFirst(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.augmentation.share.assign(SMALL_CROP if epoch < self.epochs else 1.0)
-
-    def on_train_end(self, logs=None):
-        self.augmentation.share.assign(1.0)
 
 
 class KeepBestWeights(keras.callbacks.Callback):
@@ -1882,27 +1875,51 @@ def both_splits(data: Dataset) -> Split:
     return Split(*(np.concatenate(parts) for parts in zip(data.train, data.calibration, strict=True)))
 
 
-def on_resident(network: keras.Model, images: np.ndarray) -> keras.Model:
-    """The network as a function of indices into `images`: int64 (B,) -> its output. Its layers are shared."""
-    index = keras.Input((), dtype="int64")
-    return keras.Model(index, network(ResidentImages(images)(index)))
+class Trainer(keras.Model):
+    """A network with the images of its training, which lie on the device that computes: for `fit` on their indices.
+
+    Optimizer and metrics end here, not in the network's model file. A callback's `self.model` is a Trainer: `predict`
+    also takes images, and `save` saves the network.
+
+    Args:
+        network: its layers are trained.
+        images: uint8 (N, H, W, channels). A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing
+            else; it is no weight.
+        head: a layer for what the network says; None: nothing is done with it.
+    """
+
+    def __init__(self, network: keras.Model, images: np.ndarray, head: keras.layers.Layer | None = None):
+        super().__init__()
+        self.network, self.head = network, head or keras.layers.Identity()
+        self.images = tf.Variable(images, trainable=False)
+        self.built = True  # the network is
+
+    def call(self, inputs, training=False):
+        """Indices int64 (B,), or images uint8 (B, H, W, channels) -> what the head makes of the network's output."""
+        images = tf.gather(self.images, inputs) if len(inputs.shape) == 1 else inputs
+        return self.head(self.network(images, training=training))
+
+    def save(self, filepath: str | Path, **kwargs) -> None:
+        self.network.save(filepath, **kwargs)
+
+    def save_weights(self, filepath: str | Path, **kwargs) -> None:
+        self.network.save_weights(filepath, **kwargs)
 
 
-def classifier_trainer(network: keras.Model, recipe: Recipe, steps: int) -> keras.Model:
-    """A compiled Model on the network's own layers: so optimizer and metrics do not end up in the model file.
+def compile_classifier(model: keras.Model, recipe: Recipe, steps: int) -> keras.Model:
+    """Compiles a model for training by the recipe, and returns it.
 
     Args:
         steps: of the whole training, over which the learning rate rises and falls.
     """
-    trainer = keras.Model(network.inputs, network.outputs)
-    trainer.compile(
+    model.compile(
         muon_for(recipe, steps),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         metrics=["accuracy"],
-        jit_compile=False,  # XLA was slower on CPU wherever it was measured
+        jit_compile=False,  # XLA was slower on CPU wherever it was measured; on GPU it has not been tried
         steps_per_execution=steps_per_call(steps // recipe.epochs),
     )
-    return trainer
+    return model
 
 
 def train_classifier(
@@ -1917,7 +1934,7 @@ def train_classifier(
 
     Args:
         log_dir: folder for TensorBoard logs; None: none are written.
-        callbacks: more of Keras' callbacks.
+        callbacks: more of Keras' callbacks; their `model` is a `Trainer`.
 
     Returns:
         The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split) and seconds, one
@@ -1929,19 +1946,23 @@ def train_classifier(
     if not network.trainable:
         raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
     _seed(network, seed)
-    images, labels = both_splits(data)
-    one_hot = keras.utils.to_categorical(labels, len(data.category_names))
-    train, calibration = np.split(np.arange(len(images)), [len(data.train)])
+    both = both_splits(data)
+    one_hot = keras.utils.to_categorical(both.labels, len(data.category_names))
+    train, calibration = np.split(np.arange(len(both)), [len(data.train)])
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
-    trainer = classifier_trainer(on_resident(network, images), recipe, steps)
+    trainer = compile_classifier(Trainer(network, both.images), recipe, steps)
+    del both  # the trainer has its own copy
     augmentation, timer = network.get_layer("augmentation"), EpochSeconds()
     by_epoch = [AlternatingFlip(augmentation), SmallCropsFirst(augmentation, int(recipe.small_crops * recipe.epochs))]
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
-    history = trainer.fit(
-        batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
-        validation_data=batches(one_hot, 500, calibration),
-        callbacks=[timer, *by_epoch, *callbacks, KeepBestWeights(), *logs],
-    )  # fmt: skip
+    try:
+        history = trainer.fit(
+            batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
+            validation_data=batches(one_hot, 500, calibration),
+            callbacks=[timer, *by_epoch, *callbacks, KeepBestWeights(), *logs],
+        )  # fmt: skip
+    finally:  # also of a training that was interrupted
+        augmentation.reset()
     return {**history.history, "seconds": timer.seconds}
 
 
@@ -1974,7 +1995,8 @@ def train_companion(
 class LogOdds(keras.layers.Layer):
     """Logits (B, C) -> log-odds of one category (B,); the category can be changed without a new graph."""
 
-    def build(self, input_shape):
+    def __init__(self):
+        super().__init__()
         self.category = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False)
 
     def call(self, logits):
@@ -2025,7 +2047,7 @@ class Stage2Trainer:
         images, self.labels = both_splits(data)
         self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
         self.head = LogOdds()
-        self.trainer = keras.Sequential([on_resident(self.network, images), self.head])
+        self.trainer = Trainer(self.network, images, self.head)
 
         def accuracy(right, log_odds):
             return tf.cast((log_odds > 0) == (right > 0.5), tf.float32)

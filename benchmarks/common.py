@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import multiprocessing
+import random
 import re
 import statistics
 import subprocess
@@ -20,15 +21,14 @@ class Timed(float):
 
 
 def interleaved(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each task, measured in turn (A B C, B C A, ...) so that other work on the machine hits all alike.
+    """Seconds of each task, each once a round, so that other work on the machine hits all alike.
 
-    A first round is not counted: it traces graphs and fills caches. If a task returns `Timed` seconds, these count.
+    Every round has an order of its own, so that no task always follows the same one. A first round is not counted: it
+    traces graphs and fills caches. If a task returns `Timed` seconds, these count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(repeats + 1):
-        names = list(tasks)
-        begin = round_number % len(names)
-        for name in names[begin:] + names[:begin]:
+        for name in random.Random(round_number).sample(list(tasks), len(tasks)):
             start = time.perf_counter()
             own = tasks[name]()
             passed = time.perf_counter() - start

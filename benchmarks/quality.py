@@ -70,7 +70,7 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
         json.loads((ROOT / run_dir / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "history")
     )
     del metrics["dataset"]["source"]  # a folder of this machine
-    kept = ("dataset", "stage1", "two_stage", "seconds", "versions", "device", "parameters")
+    kept = ("dataset", "stage1", "two_stage", "seconds", "versions", "device", "parameters", "policy")
     return {
         "kind": kind,
         "seed": seed,
@@ -129,7 +129,7 @@ def seconds_by_notebook(run: dict) -> list[str]:
 def provenance(run: dict) -> list[str]:
     """A row of the last table."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-    return [f"`{run['command']}`", run["commit"], run["device"], versions]
+    return [f"`{run['command']}`", run["commit"], run["device"], run["policy"], versions]
 
 
 def table(runs: list[dict]) -> str:
@@ -152,7 +152,7 @@ def table(runs: list[dict]) -> str:
         "Seconds of the same runs by notebook.", "",
         *markdown(["run", "seed", "01", "02", "03", "04", "05", "outside", "total"],
                   [seconds_by_notebook(run) for run in runs]),
-        *markdown(["command", "commit", "device", "versions"], [provenance(run) for run in runs]),
+        *markdown(["command", "commit", "device", "arithmetic", "versions"], [provenance(run) for run in runs]),
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -114,39 +114,51 @@ def test_augmentation_in_a_graph_heeds_a_new_seed():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# ResidentImages
+# Trainer
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_resident_images_are_looked_up_and_are_no_weights():
-    images = noise(10)
-    layer = mscnn.ResidentImages(images)
-    found = tf.function(layer)(tf.constant([3, 0, 3], tf.int64))
-    assert found.dtype == tf.uint8
-    assert np.array_equal(found, images[[3, 0, 3]])
-    assert layer.weights == []
+def test_a_trainer_is_its_network_on_indices_and_on_images():
+    images, network = noise(10, 16, 16), cnn((16, 16, 3))
+    trainer, index = mscnn.Trainer(network, images), np.array([7, 2, 7])
+    expected = network(images[index])
+    assert np.array_equal(trainer(index), expected)
+    assert np.array_equal(trainer(images[index]), expected)
+    np.testing.assert_allclose(trainer.predict(images[index], verbose=0), expected, rtol=1e-5, atol=1e-5)
+    assert [id(one) for one in trainer.weights] == [id(one) for one in network.weights], "the images are no weights"
 
 
-def test_resident_images_come_from_a_variable():
+def test_a_trainer_gathers_from_a_variable():
     """On a GPU TensorFlow has a kernel for uint8 that gathers from variables, and none that gathers from tensors."""
-    layer = mscnn.ResidentImages(noise(10))
-    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((None,), tf.int64)).graph
+    trainer = mscnn.Trainer(keras.Sequential([keras.layers.Identity()]), noise(10))
+    graph = tf.function(trainer).get_concrete_function(tf.TensorSpec((None,), tf.int64)).graph
     kinds = {operation.type for operation in graph.get_operations()}
     assert "ResourceGather" in kinds and "GatherV2" not in kinds
+
+
+def test_a_trainer_saves_its_network(tmp_path):
+    network = cnn((16, 16, 3))
+    trainer = mscnn.Trainer(network, noise(10, 16, 16))
+    trainer.save(tmp_path / "whole.keras")
+    trainer.save_weights(tmp_path / "only.weights.h5")
+    loaded, other = keras.saving.load_model(tmp_path / "whole.keras"), cnn((16, 16, 3))
+    other.load_weights(tmp_path / "only.weights.h5")
+    for values in zip(network.get_weights(), loaded.get_weights(), other.get_weights(), strict=True):
+        assert np.array_equal(values[0], values[1]) and np.array_equal(values[0], values[2])
+
+
+def test_reset_ends_what_a_training_has_set():
+    layer = RandomFlipCrop()
+    layer.epoch.assign(3)
+    layer.share.assign(0.75)
+    layer.reset()
+    assert (int(layer.epoch), float(layer.share)) == (mscnn.RANDOM_FLIP, 1.0)
 
 
 def test_augmentation_gathers_floats():
     graph = tf.function(RandomFlipCrop()).get_concrete_function(tf.TensorSpec((None, 8, 8, 3), tf.uint8), training=True)
     gathers = [one for one in graph.graph.get_operations() if one.type == "GatherV2"]
     assert [(one.get_attr("Tparams"), one.get_attr("Tindices")) for one in gathers] == [(tf.float32, tf.int64)] * 2
-
-
-def test_a_network_on_resident_images_is_the_network_itself():
-    images, network = noise(10, 16, 16), cnn((16, 16, 3))
-    resident = mscnn.on_resident(network, images)
-    index = np.array([7, 2, 7])
-    assert np.array_equal(resident(index), network(images[index]))
-    assert [id(one) for one in resident.weights] == [id(one) for one in network.weights]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,6 +406,14 @@ def test_the_probe_chooses_the_faster_one(monkeypatch, slow, expected):
 def test_no_bfloat16_without_a_clear_gain(monkeypatch):
     monkeypatch.setattr(mscnn.time, "perf_counter", iter(np.arange(100.0)).__next__)  # both take one tick
     assert mscnn.fastest_policy(repeats=2) == "float32"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), "mixed_bfloat16"), ((7, 5), "float32")])
+def test_of_a_gpu_the_capability_decides(monkeypatch, capability, expected):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    details = {"compute_capability": capability}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
+    assert mscnn.fastest_policy() == expected
 
 
 def test_a_device_without_bfloat16_gets_float32(monkeypatch):

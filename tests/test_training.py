@@ -1,7 +1,9 @@
 """Section 6: recipes, Stage 1, companion, Stage 2, selective retraining."""
 
 import dataclasses
+import gc
 import json
+import weakref
 import zipfile
 from types import SimpleNamespace
 
@@ -111,6 +113,22 @@ def test_muon_turns_kernels_at_one_length_and_steps_the_rest_plainly():
         assert (step * mscnn.as_matrix(gradients[0]).numpy()).sum() < 0  # downhill
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-6)
+
+
+def test_muon_takes_the_nearest_orthogonal_matrix_to_the_momentum_ahead():
+    """Against NumPy: heavy-ball momentum, Nesterov's look ahead, the polar factor by a singular value decomposition."""
+    rng = np.random.default_rng(0)
+    kernel = keras.Variable(rng.normal(size=(3, 3, 4, 6)), dtype="float32")
+    muon = mscnn.Muon(0.1, 0.2, Recipe(epochs=1, batch_size=1, momentum=0.8))
+    momentum = np.zeros((36, 6))
+    for _ in range(4):
+        before, gradient = kernel.numpy().reshape(36, 6), rng.normal(size=(36, 6))
+        muon.apply([tf.constant(gradient.reshape(3, 3, 4, 6), tf.float32)], [kernel])
+        momentum = 0.8 * momentum + gradient
+        left, _, right = np.linalg.svd(gradient + 0.8 * momentum, full_matrices=False)
+        step = before * np.sqrt(6) / np.linalg.norm(before) - kernel.numpy().reshape(36, 6)
+        likeness = (step * (left @ right)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ right)
+        assert likeness > 0.97, "singular values are only about 1, so the direction is"
 
 
 def test_the_rates_of_a_recipe_follow_the_batch_size():
@@ -242,6 +260,46 @@ def test_training_mirrors_in_turn_and_leaves_it_to_chance_afterwards(untrained_m
     mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=3, batch_size=32), callbacks=[watch])
     assert seen == [0, 1, 2]
     assert int(augmentation.epoch) == mscnn.RANDOM_FLIP
+
+
+def test_a_training_that_is_interrupted_leaves_whole_images(untrained_model, few_images):
+    augmentation = untrained_model.stage1.get_layer("augmentation")
+
+    def interrupt(batch, logs):
+        raise KeyboardInterrupt
+
+    stop = keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=4, batch_size=32), callbacks=[stop])
+    assert (int(augmentation.epoch), float(augmentation.share)) == (mscnn.RANDOM_FLIP, 1.0)
+
+
+def test_a_training_leaves_no_images_behind(untrained_model, few_images, monkeypatch):
+    made, make = [], mscnn.Trainer.__init__
+
+    def watched(self, *arguments):
+        make(self, *arguments)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(mscnn.Trainer, "__init__", watched)
+    recipe = Recipe(epochs=1, batch_size=32)
+    mscnn.train_stage1(untrained_model, few_images, recipe)
+    mscnn.train_stage2(untrained_model, few_images, recipe)
+    gc.collect()
+    assert [trainer() for trainer in made] == [None, None]
+
+
+def test_callbacks_can_predict_and_save(untrained_model, few_images, tmp_path):
+    seen, path = [], tmp_path / "best.keras"
+
+    def look(epoch, logs):
+        seen.append(watch.model.predict(few_images.test.images[:4], verbose=0))
+
+    watch = keras.callbacks.LambdaCallback(on_epoch_end=look)
+    keep = keras.callbacks.ModelCheckpoint(path)
+    mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=1, batch_size=32), callbacks=[watch, keep])
+    saved = keras.saving.load_model(path).predict(few_images.test.images[:4], verbose=0)
+    np.testing.assert_allclose(saved, seen[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, [24, 24, 32, 32, 32]), (0.0, [32] * 5)])
