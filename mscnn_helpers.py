@@ -1272,7 +1272,7 @@ class Opinions(NamedTuple):
     """What both stages say of B images; every field has B rows."""
 
     category: np.ndarray  # int 0..C-1: Stage 1's answer
-    stage1: np.ndarray  # float64, Stage 1's margin
+    stage1: np.ndarray  # float64, Stage 1's margin for it, over both views
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
     logits: np.ndarray  # float32 (B, C), Stage 1's
 
@@ -1286,7 +1286,7 @@ class Decisions(NamedTuple):
     stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is right
     confidence: np.ndarray  # both combined and calibrated: what the threshold is held against
     stage1_log_odds: np.ndarray  # float64, the same as stage1_confidence before the sigmoid
-    stage1_margin: np.ndarray  # float64, by how much its logit is ahead of the next: what goes into the confidence
+    stage1_margin: np.ndarray  # float64, its lead over the next category, over both views: goes into the confidence
     stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
     stage1_logits: np.ndarray  # (B, C)
 
@@ -1304,8 +1304,8 @@ class MultiStageCNN(keras.Model):
         category_names: (C,).
         image_shape: (H, W, channels) of the uint8 images.
         mean, std: of each channel of the train split, in pixel values 0..255.
-        flip: whether a mirrored image keeps its category. If so, training mirrors images and Stage 2's
-            log-odds are the mean over the image and its mirror image.
+        flip: whether a mirrored image keeps its category. If so, training mirrors images, and a decision looks at
+            the image and its mirror image.
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
         threshold: confidence below which an image is OTHER.
         policy: Keras dtype policy of the convolutions.
@@ -1360,7 +1360,10 @@ class MultiStageCNN(keras.Model):
         images, weights = tf.TensorSpec((None, *image_shape), tf.uint8), self.companion.weights
         weights = [tf.TensorSpec(w.shape, w.dtype) for w in weights]
         # Any number of images, one graph each; no AutoGraph, since there is no Python control flow to translate.
-        self._stage1_graph = tf.function(self._stage1_logits, input_signature=[images], autograph=False)
+        self._stage1_graph, self._stage1_views_graph = (
+            tf.function(one, input_signature=[images], autograph=False)
+            for one in (self._stage1_logits, self._stage1_logits_of_views)
+        )
         self._stage2_graph = tf.function(self._stage2_logits, input_signature=[weights, images], autograph=False)
         self.built = True
 
@@ -1450,30 +1453,36 @@ class MultiStageCNN(keras.Model):
     def call(self, images, training=False):
         """uint8 (B, H, W, channels) -> {"stage1": logits (B, C), "stage2": log-odds of each category (B, C)}.
 
-        One view of each image; `decide` averages Stage 2 over the image and its mirror image.
+        One view of each image; `decide` lets both stages judge the mirror image, too.
         """
         stage2 = [
             log_odds_tensor(self.stage2_of(c)(images, training=training), c) for c in range(len(self.category_names))
         ]
         return {"stage1": self.stage1(images, training=training), "stage2": tf.stack(stage2, axis=1)}
 
+    @property
+    def _views(self) -> int:
+        """How many views of an image are judged: itself, and its mirror image if that keeps the category."""
+        return 2 if self.flip else 1
+
+    def _on_views(self, network, images):
+        """A network's logits for the views of each image, side by side: (B, views C)."""
+        views = tf.concat([images, tf.reverse(images, [2])][: self._views], axis=0)  # (views B, H, W, channels)
+        return tf.concat(tf.split(network(views, training=False), self._views), axis=1)
+
     def _stage1_logits(self, images):
         return self.stage1(images, training=False)
 
-    @property
-    def _views(self) -> int:
-        """How many views of an image Stage 2 sees: itself, and its mirror image if that keeps the category."""
-        return 2 if self.flip else 1
+    def _stage1_logits_of_views(self, images):
+        return self._on_views(self.stage1, images)
 
     def _stage2_logits(self, weights, images):
         """Stage 2's logits (B, views C) for given weights: all Stage 2 CNNs are one graph, traced once."""
-        views = tf.concat([images, tf.reverse(images, [2])][: self._views], axis=0)  # (views B, H, W, channels)
         with keras.StatelessScope(state_mapping=list(zip(self.companion.weights, weights, strict=True))):
-            logits = self.companion(views, training=False)  # (views B, C)
-        return tf.concat(tf.split(logits, self._views), axis=1)
+            return self._on_views(self.companion, images)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
-        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels)."""
+        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), on one view of each."""
         return _in_batches(self._stage1_graph, self._checked(images), batch_size, len(self.category_names))
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
@@ -1494,15 +1503,19 @@ class MultiStageCNN(keras.Model):
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
         """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
 
-        Only the Stage 2 CNN of the predicted category is run: the images are sorted by category first.
+        Stage 1's answer is that to the image. Its margin is that of its mean logits over the image and, if mirroring
+        keeps the category, its mirror image: an answer that changes in the mirror is a doubtful one. Only the Stage 2
+        CNN of the predicted category is run: the images are sorted by category first.
         """
-        logits = self.stage1_logits(images, batch_size)
-        category = logits.argmax(axis=1)  # (B,)
+        width = len(self.category_names)
+        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, self._views * width)
+        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C)
+        logits, category = views[0], views[0].argmax(axis=1)  # (B, C), (B,)
         stage2 = np.zeros(len(images))
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return Opinions(category, margin(logits, category), stage2, logits)
+        return Opinions(category, margin(views.mean(axis=0), category), stage2, logits)
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512

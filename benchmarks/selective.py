@@ -231,11 +231,15 @@ class Split(NamedTuple):
     def right(self) -> np.ndarray:
         return self.category == self.labels
 
-    @property
-    def margin(self) -> np.ndarray:
+    def margin(self, views: int = 1) -> np.ndarray:
+        """Stage 1's, of its mean logits over one or both views."""
         import mscnn_helpers as mscnn
 
-        return mscnn.margin(self.stage1[0], self.category)
+        return mscnn.margin(self.stage1[:views].mean(axis=0), self.category)
+
+    def second(self, views: int) -> np.ndarray:
+        """Stage 2's log-odds, their mean over one or both views."""
+        return self.stage2[:views].mean(axis=0)
 
 
 def split_of(found: dict[str, np.ndarray], name: str) -> Split:
@@ -280,17 +284,21 @@ def temperature(calibration: Split) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def combined(second: Callable[[Split], np.ndarray], calibration: Split, test: Split) -> np.ndarray:
-    """Stage 1's margin and a second opinion's log-odds, combined as the model does it: a row a category, (N,)."""
+def combined(second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2) -> np.ndarray:
+    """Stage 1's margin and a second opinion's log-odds, combined as the model does it: a row a category, (N,).
+
+    Args:
+        views: how many Stage 1 looks at.
+    """
     import mscnn_helpers as mscnn
 
-    one, two, right = calibration.margin, second(calibration), calibration.right
+    one, two, right = calibration.margin(views), second(calibration), calibration.right
     common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
     rows = []
     for c in range(calibration.stage1.shape[-1]):
         here = calibration.category == c
         rows.append(mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH))
-    return mscnn.combined_confidence(np.array(rows), test.category, test.margin, second(test))
+    return mscnn.combined_confidence(np.array(rows), test.category, test.margin(views), second(test))
 
 
 def companion_odds(split: Split) -> np.ndarray:
@@ -321,17 +329,18 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     mirrored = test.stage1.mean(axis=0)
     given = {
         "softmax": mscnn.sigmoid(softmax_odds(logits)),
-        "margin": test.margin,
+        "margin": test.margin(),
         "entropy": negative_entropy(logits),
         "p-norm": norm(test),
         "temperature": mscnn.sigmoid(softmax_odds(logits / temperature(calibration))),
         "neighbours": near(test),
         "companion": combined(companion_odds, calibration, test),
         "one-vs-rest": mscnn.sigmoid(test.stage2.mean(axis=0)),
-        "ours, one view": combined(lambda split: split.stage2[0], calibration, test),
+        "ours, one view": combined(lambda split: split.second(1), calibration, test, views=1),
+        "ours, Stage 1 on one view": combined(lambda split: split.second(2), calibration, test, views=1),
         "ours": test.ours,
         "mirror, Stage 1's answers": mscnn.sigmoid(softmax_odds(mirrored, category)),
-        "mirror's margin, Stage 1's answers": mscnn.margin(mirrored, category),
+        "mirror's margin, Stage 1's answers": test.margin(2),
     }
     found_answers = {name: Answers(category, confidence) for name, confidence in given.items()}
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
@@ -347,8 +356,8 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 
 # Multiply-adds of each method, in units of Stage 1's and of the companion's.
 WORK = {
-    "dropout": (1, 0), "companion": (1, 2), "one-vs-rest": (1, 2), "ours, one view": (1, 1), "ours": (1, 2),
-    "mirror": (2, 0), "mirror's margin": (2, 0),
+    "dropout": (1, 0), "companion": (2, 2), "one-vs-rest": (1, 2), "mirror": (2, 0), "mirror's margin": (2, 0),
+    "ours, one view": (1, 1), "ours, Stage 1 on one view": (1, 2), "ours": (2, 2),
 }  # fmt: skip
 
 

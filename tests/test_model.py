@@ -74,8 +74,8 @@ def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -
     everything = np.mean(views, axis=0)  # (B, C)
     rows = np.arange(len(images))
     stage2, first = everything[rows, category], p[rows, category]
-    largest = np.sort(logits, axis=1)
-    margin = largest[:, -1] - largest[:, -2]
+    both = (logits + model.stage1(images[:, :, ::-1], training=False).numpy()) / 2
+    margin = mscnn.margin(both, category)
     row = model.rows.numpy()[category]
     confidence = 1 / (1 + np.exp(-(row[:, 0] + row[:, 1] * margin + row[:, 2] * stage2)))
     final = np.where(confidence >= threshold, category, len(model.category_names))
@@ -123,11 +123,23 @@ def test_stage2_judges_an_image_and_its_mirror_image(model, tiny_data):
     np.testing.assert_allclose(model.stage2_log_odds(images, 2), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_an_answer_that_changes_in_the_mirror_has_a_small_margin(model, tiny_data):
+    images = tiny_data.test.images[:20]
+    decisions, logits = model.decide(images), model.stage1_logits(images)
+    mirrored = model.stage1_logits(np.ascontiguousarray(images[:, :, ::-1]))
+    np.testing.assert_allclose(decisions.stage1_logits, logits, rtol=1e-4, atol=1e-4)
+    expected = mscnn.margin((logits + mirrored) / 2, logits.argmax(axis=1))
+    np.testing.assert_allclose(decisions.stage1_margin, expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(decisions.stage1_margin - mscnn.margin(logits, logits.argmax(axis=1))).max() > 0.01
+
+
 def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     small = {"policy": "float32", "stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
     model, images = MultiStageCNN.for_dataset(digits, **small), digits.test.images[:5]
     expected = mscnn.log_odds(model.stage2_of(7)(images, training=False), np.full(5, 7))
     np.testing.assert_allclose(model.stage2_log_odds(images, 7), expected, rtol=1e-4, atol=1e-4)
+    opinions = model.opinions(images)
+    np.testing.assert_array_equal(opinions.stage1, mscnn.margin(opinions.logits, opinions.category))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])

@@ -289,7 +289,7 @@ def test_figures_of_the_recipe_and_the_networks(text):
         layers = [layer for layer in network.layers if hasattr(layer, "kernel")]
         work.append(sum(np.prod(one.output.shape[1:-1]) * np.prod(one.kernel.shape) for one in layers) / 1e6)
         weights.append(network.count_params() / 1e6)
-    millions = [round(value) for value in (*work, work[0] + 2 * work[1])]  # the last is a whole decision
+    millions = [round(value) for value in (*work, 2 * sum(work))]  # the last is a whole decision
     everything = round(weights[0] + 11 * weights[1], 1)
     if text == TEXTS["en"]:
         expected = [*(f"{value} million multiply-adds" for value in millions), f"{everything} million weights"]
@@ -336,7 +336,7 @@ def test_a_wrong_result_is_noticed():
     stage = {"accuracy": 0.9134, "aurc": 0.0123, "coverage": 0.95, "selective_accuracy": 0.9421}
     run = {"kind": "light", "seed": 0, "command": "python x", "minutes": 3.21, "peak_memory_gb": 2.5, "commit": "abc"}
     run |= {"dataset": {"name": "cifar10"}, "stage1": stage, "two_stage": {**stage, "aurc": 0.01}}
-    run |= {"versions": {"python": "3"}, "device": "some processor"}
+    run |= {"versions": {"python": "3"}, "device": "some processor", "policy": "float32"}
     run["seconds"] = {"01": 40.0, "02": 50.0, "total": 100.0}
     run["training_seconds"] = {"stage1": 20.0, "companion": 8.0, "stage2": 6.0, "retraining": 1.0}
     table = quality.table([run])

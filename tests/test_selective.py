@@ -89,7 +89,7 @@ def test_every_method_answers_and_costs_something():
         assert selective.work(name, 90.0, 17.0) >= 1
     assert {"softmax", "ours", "companion", "mirror", "dropout", "ensemble of 2", "ensemble of 5"} <= set(answers)
     assert selective.work("ensemble of 5, Stage 1's answers", 90.0, 17.0) == 5
-    assert selective.work("ours", 90.0, 18.0) == pytest.approx(1.4)
+    assert selective.work("ours", 90.0, 18.0) == pytest.approx(2.4)
     stage1 = answers["softmax"].category
     own = {name for name, one in answers.items() if not np.array_equal(one.category, stage1)}
     assert own == {"dropout", "mirror", "ensemble of 2", "ensemble of 5"}, "all others judge Stage 1's answers"
