@@ -16,6 +16,11 @@ ROOT = HERE.parent
 RESULTS = HERE / "RESULTS.md"
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """`0,1,2` as given on a command line."""
+    return tuple(map(int, text.split(",")))
+
+
 class Timed(float):
     """Seconds that a task has measured itself, since not all of it counts."""
 

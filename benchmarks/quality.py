@@ -19,7 +19,7 @@ import time
 
 import psutil
 import targets
-from common import HERE, ROOT, commit, markdown, read_json, spread, write
+from common import HERE, ROOT, commit, markdown, numbers, read_json, spread, write
 
 KINDS = {  # name: (what the table says of it, arguments)
     "full": ("full data, the recipe's own choice", "--epochs 0 --batch_size 0"),
@@ -163,12 +163,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="light mode, seed 0")
     parser.add_argument("--long", action="store_true", help="40 epochs, seed 0")
     parser.add_argument("--documented", action="store_true", help="the documented defaults, seed 0")
-    parser.add_argument("--seeds", default="", help="comma-separated, in place of the form's own")
+    parser.add_argument("--seeds", type=numbers, default=(), help="comma-separated, in place of the form's own")
     parser.add_argument("--dataset", default="cifar10", help="as the command line's (default: cifar10)")
     options = parser.parse_args()
     kind = next((one for one in ("long", "documented") if getattr(options, one)), "light" if options.quick else "full")
-    seeds = options.seeds or ("0,1,2" if kind == "full" else "0")
-    for seed in map(int, seeds.split(",")):
+    for seed in options.seeds or ((0, 1, 2) if kind == "full" else (0,)):
         new = measure(kind, seed, options.dataset)
         runs = [run for run in read_json("quality", []) if identity(run) != identity(new)] + [new]
         runs.sort(key=identity)

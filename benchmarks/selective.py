@@ -3,6 +3,7 @@
     python benchmarks/selective.py                 five seeds, a pool of nine Stage 1 networks: hours on two cores
     python benchmarks/selective.py --quick         two seeds and a pool of three in light mode: some ten minutes
     python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
+    python benchmarks/selective.py --seeds 0,1     these seeds alone: ensembles of their own networks, no dropout
     python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
 
 Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed
@@ -35,21 +36,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import ROOT, commit, in_fresh_process, markdown, read_json, spread, write
+from common import ROOT, commit, in_fresh_process, markdown, numbers, read_json, spread, write
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
 NEIGHBOURS = (1, 10, 50)
 NORMS = (2, 3, 4, 5, 6, 8)
 DROPOUT, PASSES = 0.3, 10
+RISK = 0.01  # that a certificate is asked for
+ENOUGH = 200  # test images of a predicted category, to say how well it is calibrated
 
 
 class Form(NamedTuple):
     """The full form or the quick one."""
 
     seeds: tuple[int, ...]
-    pool: int  # Stage 1 networks, of seeds 0, 1, ...
+    pool: tuple[int, ...]  # seeds of the Stage 1 networks that ensembles are drawn from, the form's own among them
     sizes: tuple[int, ...]  # of ensembles
+    dropout: bool  # whether a Stage 1 with dropout is trained for each seed
     arguments: str  # of the command line
     light: bool
     epochs: int  # 0: the recipe's own choice
@@ -57,10 +61,22 @@ class Form(NamedTuple):
     runs: str  # folder of a seed's whole run
 
 
-FULL = Form((0, 1, 2, 3, 4), 9, (2, 5), "--epochs 0 --batch_size 0", False, 0, "full", "runs/quality/full_{}")
+SIZES = (2, 5)
+FULL = Form(
+    (0, 1, 2, 3, 4), tuple(range(9)), SIZES, True,
+    "--epochs 0 --batch_size 0", False, 0, "full", "runs/quality/full_{}",
+)  # fmt: skip
 QUICK = Form(
-    (0, 1), 3, (2,), "--epochs 2 --batch_size 0 --light_mode", True, 2, "light", "runs/selective/light/seed_{}"
-)
+    (0, 1), (0, 1, 2), (2,), True,
+    "--epochs 2 --batch_size 0 --light_mode", True, 2, "light", "runs/selective/light/seed_{}",
+)  # fmt: skip
+
+
+def some_seeds(seeds: tuple[int, ...]) -> Form:
+    """The full form on these seeds alone, for a result before hours have gone by."""
+    sizes = tuple(size for size in SIZES if size <= len(seeds))
+    name = "_".join(["seeds", *map(str, seeds)])
+    return FULL._replace(seeds=seeds, pool=seeds, sizes=sizes, dropout=False, name=name)
 
 
 # ---- training: each model once
@@ -70,10 +86,27 @@ def store(form: Form) -> Path:
     return ROOT / "runs" / "selective" / form.name
 
 
+def whole_path(form: Form, seed: int) -> Path:
+    return ROOT / form.runs.format(seed) / "multistage_cnn_model.keras"
+
+
+def single_path(form: Form, seed: int, dropout: bool) -> Path:
+    return store(form) / f"stage1_{seed}{'_dropout' * dropout}.keras"
+
+
+def untrained(form: Form) -> list[Path]:
+    """The model files that the form needs and that are not there."""
+    needed = [
+        whole_path(form, seed) if seed in form.seeds else single_path(form, seed, dropout=False) for seed in form.pool
+    ]
+    needed += [single_path(form, seed, dropout=True) for seed in form.seeds if form.dropout]
+    return [path for path in needed if not path.is_file()]
+
+
 def whole_model(form: Form, seed: int) -> Path:
     """The model file of a whole run, which quality.py may have made already; else it is made."""
     run_dir = form.runs.format(seed)
-    path = ROOT / run_dir / "multistage_cnn_model.keras"
+    path = whole_path(form, seed)
     if not path.is_file():
         arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {run_dir}"
         print(f"python mscnn_helpers.py {arguments}", flush=True)
@@ -102,7 +135,7 @@ def _train_stage1(form: Form, seed: int, dropout: bool, path: Path) -> None:
 
 def single_network(form: Form, seed: int, dropout: bool) -> Path:
     """The file of a Stage 1 of its own; it is trained if it is not there."""
-    path = store(form) / f"stage1_{seed}{'_dropout' * dropout}.keras"
+    path = single_path(form, seed, dropout)
     if not path.is_file():
         print(f"Stage 1 of seed {seed}{' with dropout' * dropout}", flush=True)
         in_fresh_process(_train_stage1, form, seed, dropout, path)
@@ -114,7 +147,8 @@ def train(form: Form, seeds: tuple[int, ...]) -> None:
     for seed in seeds:
         if seed in form.seeds:
             whole_model(form, seed)
-            single_network(form, seed, dropout=True)
+            if form.dropout:
+                single_network(form, seed, dropout=True)
         else:
             single_network(form, seed, dropout=False)
 
@@ -165,8 +199,9 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
         return keras.models.load_model(path, compile=False)
 
     data, model = mscnn.load_dataset("cifar10", form.light, seed=seed), mscnn.load_model(whole_model(form, seed))
-    dropout = load(single_network(form, seed, dropout=True))
-    others = [(seed + i) % form.pool for i in range(1, max(form.sizes))]
+    dropout = load(single_network(form, seed, dropout=True)) if form.dropout else None
+    here = form.pool.index(seed)
+    others = [form.pool[(here + i) % len(form.pool)] for i in range(1, max(form.sizes, default=1))]
     pool = [
         mscnn.load_model(whole_model(form, one)).stage1 if one in form.seeds
         else load(single_network(form, one, dropout=False)) for one in others
@@ -186,10 +221,14 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
             f"{name}_stage2": stage2, f"{name}_ours": model.decide(split.images).confidence,
             f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
-            f"{name}_dropout": dropout_softmax(dropout, split.images, seed),
         }  # fmt: skip
+        if dropout is not None:
+            found[f"{name}_dropout"] = dropout_softmax(dropout, split.images, seed)
     # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
     found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
+    certified = model.decide(data.certification.images)
+    found["certification_ours"] = certified.confidence
+    found["certification_right"] = certified.category == data.certification.labels
     np.savez_compressed(path, **found)
 
 
@@ -221,7 +260,7 @@ class Split(NamedTuple):
     stage2: np.ndarray  # log-odds (2, N) by the Stage 2 CNN of Stage 1's answer
     ours: np.ndarray  # the model's own confidence (N,)
     distance: np.ndarray  # (len(NEIGHBOURS), N)
-    dropout: np.ndarray  # softmax (N, C)
+    dropout: np.ndarray | None  # softmax (N, C); None: the form has none
 
     @property
     def category(self) -> np.ndarray:
@@ -243,7 +282,7 @@ class Split(NamedTuple):
 
 
 def split_of(found: dict[str, np.ndarray], name: str) -> Split:
-    return Split(*(found[f"{name}_{field}"] for field in Split._fields))
+    return Split(*(found.get(f"{name}_{field}") for field in Split._fields))
 
 
 def softmax_odds(logits: np.ndarray, category: np.ndarray | None = None) -> np.ndarray:
@@ -347,7 +386,8 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     for name, probability in averaged.items():
         odds = probability_odds(probability, category)
         found_answers[f"{name}, Stage 1's answers"] = Answers(category, mscnn.sigmoid(odds))
-    for name, probability in {"dropout": test.dropout, **averaged}.items():
+    dropout = {} if test.dropout is None else {"dropout": test.dropout}
+    for name, probability in {**dropout, **averaged}.items():
         own = probability.argmax(axis=1)
         found_answers[name] = Answers(own, mscnn.sigmoid(probability_odds(probability, own)))
     found_answers["mirror"] = Answers(mirrored.argmax(axis=1), mscnn.sigmoid(softmax_odds(mirrored)))
@@ -394,6 +434,45 @@ def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
         found["ece"] = mscnn.calibration_error(confidence, right, bins=15, equal_mass=True)
         found["brier"] = mscnn.brier_score(confidence, right)
     return {name: float(value) for name, value in found.items()}
+
+
+def calibration_errors(confidence: np.ndarray, category: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Expected calibration error of all, and the largest of a predicted category with ENOUGH images."""
+    import mscnn_helpers as mscnn
+
+    large = [here for c in np.unique(category) if (here := category == c).sum() >= ENOUGH]
+    errors = [
+        mscnn.calibration_error(confidence[here], right[here], bins=15, equal_mass=True)
+        for here in [np.full(len(category), True), *large]
+    ]
+    return errors[0], max(errors[1:], default=np.nan)
+
+
+def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
+    """What our confidence promises on one seed's test split: its calibration, and a certificate of RISK.
+
+    Beside the calibration errors stands what a perfect confidence would show on as many images: the mean over 100
+    simulations, in which each answer is right with exactly the probability that ours claims.
+    """
+    import mscnn_helpers as mscnn
+
+    category, confidence = ours
+    right, rng = category == found["test_labels"], np.random.default_rng(0)
+    simulated = [
+        calibration_errors(confidence, category, rng.uniform(size=len(confidence)) < confidence) for _ in range(100)
+    ]
+    names = ("calibration", "worst calibration")
+    result = dict(zip(names, calibration_errors(confidence, category, right), strict=True))
+    result |= {f"{name}, simulated": mean for name, mean in zip(names, np.mean(simulated, axis=0), strict=True)}
+    try:
+        certificate = mscnn.threshold_for_risk(found["certification_ours"], found["certification_right"], RISK)
+    except mscnn.MSCNNError:  # none can be given
+        accepted = np.full(len(right), False)
+    else:
+        accepted = confidence >= certificate.threshold
+    result["certified coverage"] = accepted.mean()
+    result["certified error"] = 1 - right[accepted].mean() if accepted.any() else np.nan
+    return {name: float(value) for name, value in result.items()}
 
 
 def resampled_aurc(answer: Answers, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -452,10 +531,20 @@ def judge(form: Form) -> dict:
         }
         for name in all_answers[0]
     }
-    return {"seeds": list(form.seeds), "methods": methods, "differences": differences(all_answers, labels, 1000)}
+    kept = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
+    return {
+        "seeds": list(form.seeds), "methods": methods, "promises": kept,
+        "differences": differences(all_answers, labels, 1000),
+    }  # fmt: skip
 
 
 # ---- RESULTS.md
+
+PROMISES = {  # name: heading
+    "calibration": "ECE", "calibration, simulated": "of a perfect one",
+    "worst calibration": "largest of a category", "worst calibration, simulated": "of perfect ones",
+    "certified coverage": "coverage, certified", "certified error": "errors",
+}  # fmt: skip
 
 
 def table(figures: dict) -> str:
@@ -483,6 +572,10 @@ def table(figures: dict) -> str:
          column(name, "e_aurc", "{:.5f}"), column(name, "ece", "{:.2%}"), column(name, "brier", "{:.4f}")]
         for name in order
     ]  # fmt: skip
+    third = [
+        [str(seed), *("none" if np.isnan(one[name]) else f"{one[name]:.2%}" for name in PROMISES)]
+        for seed, one in zip(figures["found"]["seeds"], figures["found"]["promises"], strict=True)
+    ]
     lines = [
         "## Selective classification", "",
         "Written by `python benchmarks/selective.py` (see its first lines for the methods). Test split of CIFAR-10,",
@@ -495,33 +588,50 @@ def table(figures: dict) -> str:
         "equal mass) and Brier score; the last two where the confidence is a probability.", "",
         *markdown(["method", *(f"error at {share:.0%}" for share in COVERAGES),
                    *(f"coverage at {error:.1%}" for error in ERRORS), "E-AURC", "ECE", "Brier"], second),
+        "What our confidence promises: its expected calibration error, over all images and the largest within a",
+        f"predicted category of at least {ENOUGH} images, each beside what a perfectly calibrated confidence shows on",
+        f"as many images; and at the threshold that is certified for {RISK:.0%} errors, with probability 95 %, by the",
+        "certification split: coverage and errors on the test split.", "",
+        *markdown(["seed", *PROMISES.values()], third),
         f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, "
         + ", ".join(f"{k} {v}" for k, v in figures["versions"].items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
+def replaces(command: str, known: str) -> bool:
+    """Whether the figures of one command may take the place of another's: a lesser form never does."""
+
+    def rank(one: str) -> int:
+        return 0 if "--quick" in one else 1 if "--seeds" in one else 2
+
+    return rank(command) >= rank(known)
+
+
 def main() -> None:
     """Trains what is missing, judges, and writes selective.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="light mode, two seeds; replaces no full figures")
-    parser.add_argument("--train", default="", help="comma-separated seeds: only train what is missing for them")
+    parser.add_argument("--train", type=numbers, default=(), help="seeds: only train what is missing for them")
+    parser.add_argument("--seeds", type=numbers, default=(), help="only these; replaces no full figures")
     parser.add_argument("--tables", action="store_true", help="train nothing")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import mscnn_helpers as mscnn
 
-    form = QUICK if options.quick else FULL
+    form = QUICK if options.quick else some_seeds(options.seeds) if options.seeds else FULL
     if options.train:
-        return train(form, tuple(map(int, options.train.split(","))))
-    if not options.tables:
-        train(form, tuple(range(form.pool)))
-    command = "python benchmarks/selective.py" + " --quick" * options.quick
+        return train(form, options.train)
+    if options.tables and (absent := untrained(form)):
+        parser.error(f"{absent[0].relative_to(ROOT)} is not there: leave out --tables, or name trained --seeds")
+    train(form, form.pool)
+    chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, form.seeds))}" if options.seeds else ""
+    command = f"python benchmarks/selective.py{chosen}"
     figures = {"command": command, "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions()}
     figures["found"] = judge(form)
     print(table(figures))
     known = read_json("selective", figures)
-    if not options.quick or known["command"] == command:
+    if replaces(command, known["command"]):
         write("selective", figures, table(figures))
 
 

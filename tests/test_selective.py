@@ -31,6 +31,9 @@ def found_for(seed: int) -> dict[str, np.ndarray]:
     parts = {name: random_split(400, 10 * seed + i) for i, name in enumerate(("calibration", "test"))}
     found = {f"{name}_{field}": value for name, split in parts.items() for field, value in split._asdict().items()}
     noise = np.random.default_rng(seed).normal(size=(4, 400, 4))
+    rng = np.random.default_rng(seed)
+    found["certification_ours"] = rng.uniform(size=2_000)
+    found["certification_right"] = rng.uniform(size=2_000) < found["certification_ours"]
     return {**found, "test_pool": np.concatenate([found["test_stage1"][:1], found["test_stage1"][:1] + noise])}
 
 
@@ -121,6 +124,28 @@ def test_measures_of_a_perfect_order():
     assert np.isnan(logits["ece"]) and np.isnan(logits["brier"]), "not a probability"
 
 
+def test_promises_of_a_calibrated_and_of_a_boasting_confidence():
+    """Half of the images have a confidence of 0.999, the others below 0.9: the certificate accepts the former."""
+    rng = np.random.default_rng(0)
+    confidence = np.where(np.arange(20_000) % 2, 0.999, rng.uniform(0.5, 0.9, 20_000))
+    category, right = np.arange(20_000) % 4, rng.uniform(size=20_000) < confidence
+    found = {"test_labels": np.where(right, category, 9)}
+    found |= {"certification_ours": confidence, "certification_right": right}
+    got = selective.promises(found, selective.Answers(category, confidence))
+    assert got["calibration"] == pytest.approx(got["calibration, simulated"], abs=0.005)
+    assert got["worst calibration"] == pytest.approx(got["worst calibration, simulated"], abs=0.01)
+    assert 0.5 <= got["certified coverage"] < 0.55 and got["certified error"] < 0.01
+    boasting = selective.Answers(category, confidence**0.2)
+    assert selective.promises(found, boasting)["calibration"] > 0.1
+
+
+def test_a_small_category_is_not_judged():
+    category = np.array([0] * 1_000 + [1] * (selective.ENOUGH - 1))
+    right = category == 0
+    overall, worst = selective.calibration_errors(np.full(len(category), 0.9), category, right)
+    assert worst == pytest.approx(0.1) and overall > 0.1
+
+
 def test_a_resample_of_each_image_once_is_the_split():
     rng = np.random.default_rng(0)
     answer, labels = selective.Answers(np.zeros(300, int), rng.uniform(size=300)), rng.integers(0, 2, 300)
@@ -159,15 +184,50 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
         }
         for name in answers[0]
     }
-    found = {"seeds": [0, 1], "methods": methods, "differences": selective.differences(answers, labels, 100)}
+    promised = [selective.promises(found_for(seed), one["ours"]) for seed, one in enumerate(answers)]
+    found = {"seeds": [0, 1], "methods": methods, "promises": promised}
+    found["differences"] = selective.differences(answers, labels, 100)
     figures = {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
     text = selective.table({**figures, "found": found})
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 * (len(methods) + 2), "two tables with a header and a line below it"
+    assert len(rows) == 2 * (len(methods) + 2) + 4, "three tables, each with a header and a line below it"
+    assert rows[-2].split(" | ")[-2:] == ["0.00%", "none |"], "no certificate"
     best = min(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
     assert rows[2].startswith(f"| {best} |")
     assert next(row for row in rows if row.startswith("| margin | 1.00"))
     assert [row for row in rows if row.startswith("| margin |")][1].endswith("|  |  |")
+
+
+def test_some_seeds_alone_have_no_dropout_and_ensembles_of_their_own_networks():
+    form = selective.some_seeds((1, 2))
+    assert (form.seeds, form.pool, form.sizes, form.dropout) == ((1, 2), (1, 2), (2,), False)
+    assert selective.some_seeds((3,)).sizes == ()
+    assert selective.store(form) != selective.store(selective.FULL), "outputs with other ensembles"
+    found = {name: values for name, values in found_for(0).items() if not name.endswith("_dropout")}
+    answers = selective.answers({**found, "test_pool": found["test_pool"][:2]}, form)
+    assert "dropout" not in answers and "ensemble of 2" in answers and "ensemble of 5" not in answers
+
+
+def test_tables_alone_train_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(selective, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["selective.py", "--tables", "--seeds", "3,4"])
+    monkeypatch.setattr(selective, "train", lambda form, seeds: pytest.fail("trains"))
+    with pytest.raises(SystemExit):
+        selective.main()
+    assert "runs/quality/full_3/multistage_cnn_model.keras is not there" in capsys.readouterr().err
+    for seed in (3, 4):
+        path = tmp_path / f"runs/quality/full_{seed}/multistage_cnn_model.keras"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert selective.untrained(selective.some_seeds((3, 4))) == []
+    assert len(selective.untrained(selective.FULL)) == 3 + 4 + 5
+
+
+def test_a_lesser_form_never_takes_the_place_of_a_fuller_one():
+    command = "python benchmarks/selective.py"
+    forms = [f"{command} --quick", f"{command} --seeds 1,2", command]
+    got = [[selective.replaces(new, known) for known in forms] for new in forms]
+    assert got == [[True, False, False], [True, True, False], [True, True, True]]
 
 
 @pytest.mark.slow
