@@ -229,6 +229,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     certified = model.decide(data.certification.images)
     found["certification_ours"] = certified.confidence
     found["certification_right"] = certified.category == data.certification.labels
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **found)
 
 
