@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import targets
 from common import ROOT, commit, in_fresh_process, markdown, numbers, read_json, spread, write
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
@@ -634,6 +635,7 @@ def main() -> None:
     known = read_json("selective", figures)
     if replaces(command, known["command"]):
         write("selective", figures, table(figures))
+        targets.main()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What the project wants to reach, beside what the other benchmarks have measured: the first section of RESULTS.md.
 
-    python benchmarks/targets.py     writes the section anew; quality.py and speed.py do so, too
+    python benchmarks/targets.py     writes the section anew; the other benchmarks do so, too
 
-Nothing is measured here: every figure is read from quality.json and speed.json.
+Nothing is measured here: every figure is read from quality.json, speed.json and selective.json.
 """
 
 import statistics
@@ -12,6 +12,14 @@ from typing import NamedTuple
 from common import markdown, read_json, spread, write_section
 
 
+class Measured(NamedTuple):
+    """The benchmarks' files."""
+
+    speed: dict
+    quality: list[dict]
+    selective: dict
+
+
 class Target(NamedTuple):
     """A figure, and what it should be."""
 
@@ -19,47 +27,47 @@ class Target(NamedTuple):
     bound: float
     at_least: bool  # else at most
     form: str  # of the figures
-    values: Callable[[dict, list[dict]], list[float]]  # of speed.json and quality.json; KeyError: not measured
+    values: Callable[[Measured], list[float]]  # KeyError: not measured
 
 
 def faster(rival: str, ours: str = "ours") -> Callable:
     """How many times as fast ours trains, pair by pair."""
 
-    def values(speed: dict, quality: list[dict]) -> list[float]:
-        rates = speed["training"]["found"]["images_per_second"]
+    def values(measured: Measured) -> list[float]:
+        rates = measured.speed["training"]["found"]["images_per_second"]
         return [a / b for a, b in zip(rates[ours], rates[rival], strict=True)]
 
     return values
 
 
-def faster_than_pytorch(speed: dict, quality: list[dict]) -> list[float]:
+def faster_than_pytorch(measured: Measured) -> list[float]:
     """Against PyTorch's fastest mode."""
-    rates = speed["training"]["found"]["images_per_second"]
+    rates = measured.speed["training"]["found"]["images_per_second"]
     modes = [name for name in rates if name.startswith("PyTorch")]
-    return min((faster(name)(speed, quality) for name in modes), key=statistics.median, default=[])
+    return min((faster(name)(measured) for name in modes), key=statistics.median, default=[])
 
 
 def decide_time(case: str, by_work: bool) -> Callable:
     """Times Stage 1's time, or that as a multiple of the ratio of their multiply-adds."""
 
-    def values(speed: dict, quality: list[dict]) -> list[float]:
-        one = speed["decide"]["found"][case]
+    def values(measured: Measured) -> list[float]:
+        one = measured.speed["decide"]["found"][case]
         return [time / (one["ratio_of_multiply_adds"] if by_work else 1) for time in one["ratio_of_times"]]
 
     return values
 
 
-def stage2_growth(speed: dict, quality: list[dict]) -> list[float]:
+def stage2_growth(measured: Measured) -> list[float]:
     """Seconds for one Stage 2 CNN with 50 categories against 10."""
-    seconds = speed["growth"]["found"]["categories"]
+    seconds = measured.speed["growth"]["found"]["categories"]
     return [many / few for (many, _), (few, _) in zip(seconds["50"], seconds["10"], strict=True)]
 
 
 def of_runs(kind: str, figure: Callable[[dict], float]) -> Callable:
     """A figure of each of quality.py's runs of one kind."""
 
-    def values(speed: dict, quality: list[dict]) -> list[float]:
-        return [figure(run) for run in quality if (run["kind"], run["dataset"]["name"]) == (kind, "cifar10")]
+    def values(measured: Measured) -> list[float]:
+        return [figure(run) for run in measured.quality if (run["kind"], run["dataset"]["name"]) == (kind, "cifar10")]
 
     return values
 
@@ -75,6 +83,33 @@ def not_training(run: dict) -> float:
 
 def stage1_accuracy(run: dict) -> float:
     return run["stage1"]["accuracy"]
+
+
+def against(rival: str, measure: str = "aurc") -> Callable:
+    """Our confidence's measure as a multiple of a rival's, seed by seed."""
+
+    def values(measured: Measured) -> list[float]:
+        methods = measured.selective["found"]["methods"]
+        pairs = zip(methods["ours"]["seeds"], methods[rival]["seeds"], strict=True)
+        return [mine[measure] / other[measure] for mine, other in pairs]
+
+    return values
+
+
+def of_ours(measure: str) -> Callable:
+    def values(measured: Measured) -> list[float]:
+        return [seed[measure] for seed in measured.selective["found"]["methods"]["ours"]["seeds"]]
+
+    return values
+
+
+def promised(name: str) -> Callable:
+    """A figure of what our confidence promises."""
+
+    def values(measured: Measured) -> list[float]:
+        return [seed[name] for seed in measured.selective["found"]["promises"]]
+
+    return values
 
 
 TARGETS = [
@@ -100,14 +135,24 @@ TARGETS = [
     Target("full run of 40 epochs, accuracy of Stage 1", 0.94, True, "{:.2%}", of_runs("long", stage1_accuracy)),
     Target("full run, minutes", 15, False, "{:.1f}", of_runs("full", lambda run: run["minutes"])),
     Target("full run, peak memory, GB", 2.5, False, "{:.2f}", of_runs("full", lambda run: run["peak_memory_gb"])),
+    Target("AURC, times that of Stage 1's softmax", 0.75, False, "{:.3f}", against("softmax")),
+    Target("AUGRC, times that of Stage 1's softmax", 0.75, False, "{:.3f}", against("softmax", "augrc")),
+    Target("AURC, times that of the companion as second opinion", 1.0, False, "{:.3f}", against("companion")),
+    Target("… of mirror-image averaging of Stage 1", 1.0, False, "{:.3f}", against("mirror")),
+    Target("… of a deep ensemble of 2", 1.0, False, "{:.3f}", against("ensemble of 2")),
+    Target("AUROC of failure prediction", 0.945, True, "{:.1%}", of_ours("auroc_failure")),
+    Target("FPR at 95 % TPR", 0.3, False, "{:.1%}", of_ours("fpr95")),
+    Target("expected calibration error", 0.01, False, "{:.2%}", promised("calibration")),
+    Target("… the largest of a predicted category", 0.03, False, "{:.2%}", promised("worst calibration")),
+    Target("coverage certified for 1 % errors", 0.65, True, "{:.1%}", promised("certified coverage")),
 ]  # fmt: skip
 
 
-def row(target: Target, speed: dict, quality: list[dict]) -> list[str]:
+def row(target: Target, measured: Measured) -> list[str]:
     """Its row of the table; a target is reached if the median is."""
     bound = f"at {'least' if target.at_least else 'most'} {target.form.format(target.bound)}"
     try:
-        values = target.values(speed, quality)
+        values = target.values(measured)
     except KeyError:
         values = []
     if not values:
@@ -117,9 +162,9 @@ def row(target: Target, speed: dict, quality: list[dict]) -> list[str]:
     return [target.what, bound, spread(values, target.form), "yes" if reached else "no"]
 
 
-def table(speed: dict, quality: list[dict]) -> str:
+def table(measured: Measured) -> str:
     """The section of RESULTS.md."""
-    rows = [row(one, speed, quality) for one in TARGETS]
+    rows = [row(one, measured) for one in TARGETS]
     lines = [
         "## Targets", "",
         "Written by `python benchmarks/targets.py` from the figures below. Median, in brackets minimum and maximum.",
@@ -130,9 +175,13 @@ def table(speed: dict, quality: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def read_measured() -> Measured:
+    return Measured(read_json("speed", {}), read_json("quality", []), read_json("selective", {}))
+
+
 def main() -> None:
     """Writes the section."""
-    write_section("targets", table(read_json("speed", {}), read_json("quality", [])))
+    write_section("targets", table(read_measured()))
 
 
 if __name__ == "__main__":
