@@ -81,9 +81,20 @@ def read_json(name: str, default):
 
 
 def write(name: str, figures, section: str) -> None:
-    """Writes benchmarks/NAME.json, and its section of RESULTS.md; the other benchmarks' sections stay."""
-    (HERE / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    """Writes benchmarks/NAME.json, and its section of RESULTS.md; the other benchmarks' sections stay.
+
+    Raises:
+        ValueError: a figure is NaN or infinite, which JSON cannot hold.
+    """
+    replace(HERE / f"{name}.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
     write_section(name, section)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file beside the old one, then moves it there: it is never half-written."""
+    partial = path.with_name(f"partial_{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def write_section(name: str, section: str) -> None:
@@ -93,4 +104,4 @@ def write_section(name: str, section: str) -> None:
     sections[name] = section.strip()
     order = {name: f"{name != 'targets'} {name}" for name in sections}.get
     parts = [f"<!-- {one} -->\n{sections[one]}\n<!-- /{one} -->" for one in sorted(sections, key=order)]
-    RESULTS.write_text("# Results\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
+    replace(RESULTS, "# Results\n\n" + "\n\n".join(parts) + "\n")

@@ -1,7 +1,7 @@
 """Measures how well a confidence tells right answers from wrong ones, ours against every rival.
 
     python benchmarks/selective.py                 five seeds, a pool of nine Stage 1 networks: hours on two cores
-    python benchmarks/selective.py --quick         two seeds and a pool of three in light mode: some ten minutes
+    python benchmarks/selective.py --quick         two seeds and a pool of three in light mode: some five minutes
     python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
     python benchmarks/selective.py --seeds 0,1     these seeds alone: ensembles of their own networks, no dropout
     python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
@@ -29,6 +29,8 @@ The definitions and sources of the measures stand in the module, section Evaluat
 """
 
 import argparse
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,24 +93,29 @@ def whole_path(form: Form, seed: int) -> Path:
     return ROOT / form.runs.format(seed) / "multistage_cnn_model.keras"
 
 
+def is_finished(form: Form, seed: int) -> bool:
+    """Whether a whole run has come to its end: the model file is there before."""
+    metrics = whole_path(form, seed).with_name("metrics.json")
+    return metrics.is_file() and "two_stage" in json.loads(metrics.read_text(encoding="utf-8"))
+
+
 def single_path(form: Form, seed: int, dropout: bool) -> Path:
     return store(form) / f"stage1_{seed}{'_dropout' * dropout}.keras"
 
 
 def untrained(form: Form) -> list[Path]:
     """The model files that the form needs and that are not there."""
-    needed = [
-        whole_path(form, seed) if seed in form.seeds else single_path(form, seed, dropout=False) for seed in form.pool
-    ]
-    needed += [single_path(form, seed, dropout=True) for seed in form.seeds if form.dropout]
-    return [path for path in needed if not path.is_file()]
+    whole = [whole_path(form, seed) for seed in form.seeds if not is_finished(form, seed)]
+    single = [single_path(form, seed, dropout=False) for seed in form.pool if seed not in form.seeds]
+    single += [single_path(form, seed, dropout=True) for seed in form.seeds if form.dropout]
+    return whole + [path for path in single if not path.is_file()]
 
 
 def whole_model(form: Form, seed: int) -> Path:
     """The model file of a whole run, which quality.py may have made already; else it is made."""
     run_dir = form.runs.format(seed)
     path = whole_path(form, seed)
-    if not path.is_file():
+    if not is_finished(form, seed):
         arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {run_dir}"
         print(f"python mscnn_helpers.py {arguments}", flush=True)
         subprocess.run([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT, check=True)
@@ -131,7 +138,8 @@ def _train_stage1(form: Form, seed: int, dropout: bool, path: Path) -> None:
     network = with_dropout(network) if dropout else network
     mscnn.train_classifier(network, data, mscnn.recipe_for(len(data.train), form.epochs), seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    network.save(path)
+    network.save(partial := path.with_name(f"partial_{path.name}"))
+    partial.replace(path)
 
 
 def single_network(form: Form, seed: int, dropout: bool) -> Path:
@@ -189,8 +197,24 @@ def dropout_softmax(network, images: np.ndarray, seed: int) -> np.ndarray:
     return total / PASSES
 
 
+def others(form: Form, seed: int) -> list[int]:
+    """The seeds of the Stage 1 networks that join this seed's in ensembles."""
+    here = form.pool.index(seed)
+    return [form.pool[(here + i) % len(form.pool)] for i in range(1, max(form.sizes, default=1))]
+
+
+def sources(form: Form, seed: int) -> list[str]:
+    """SHA-256 of each model file that one seed's outputs are of."""
+    paths = [whole_path(form, seed)]
+    paths += [single_path(form, seed, dropout=True)] if form.dropout else []
+    paths += [
+        whole_path(form, one) if one in form.seeds else single_path(form, one, False) for one in others(form, seed)
+    ]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
 def _outputs(form: Form, seed: int, path: Path) -> None:
-    """Writes one seed's outputs on its calibration and test split."""
+    """Writes one seed's outputs on its calibration and test split, and the certification split's for ours."""
     import keras
     import tensorflow as tf
 
@@ -199,13 +223,12 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     def load(path: Path):
         return keras.models.load_model(path, compile=False)
 
-    data, model = mscnn.load_dataset("cifar10", form.light, seed=seed), mscnn.load_model(whole_model(form, seed))
-    dropout = load(single_network(form, seed, dropout=True)) if form.dropout else None
-    here = form.pool.index(seed)
-    others = [form.pool[(here + i) % len(form.pool)] for i in range(1, max(form.sizes, default=1))]
+    data, model = mscnn.load_dataset("cifar10", form.light, seed=seed), mscnn.load_model(whole_path(form, seed))
+    model.check_matches(data)
+    dropout = load(single_path(form, seed, dropout=True)) if form.dropout else None
     pool = [
-        mscnn.load_model(whole_model(form, one)).stage1 if one in form.seeds
-        else load(single_network(form, one, dropout=False)) for one in others
+        mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
+        else load(single_path(form, one, dropout=False)) for one in others(form, seed)
     ]  # fmt: skip
     pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
     train_features = both_views(pooled, data.train.images)[0]
@@ -229,16 +252,20 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
     certified = model.decide(data.certification.images)
     found["certification_ours"] = certified.confidence
-    found["certification_right"] = certified.category == data.certification.labels
+    found["certification_right"] = certified.stage1_category == data.certification.labels
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **found)
+    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), sources=sources(form, seed), **found)
+    partial.replace(path)
 
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
-    """One seed's outputs, computed once."""
+    """One seed's outputs, computed once for the same models."""
     path = store(form) / f"outputs_{seed}.npz"
-    if not path.is_file():
-        in_fresh_process(_outputs, form, seed, path)
+    if path.is_file():
+        with np.load(path) as found:
+            if found["sources"].tolist() == sources(form, seed):
+                return dict(found)
+    in_fresh_process(_outputs, form, seed, path)
     with np.load(path) as found:
         return dict(found)
 
@@ -250,7 +277,15 @@ class Answers(NamedTuple):
     """What a method says of the test split."""
 
     category: np.ndarray  # int (N,)
-    confidence: np.ndarray  # float64 (N,); a probability where the method claims one
+    confidence: np.ndarray  # float64 (N,), which ranks the answers
+    probability: np.ndarray | None = None  # (N,), of being right; None: the method claims none
+
+
+def by_odds(category: np.ndarray, odds: np.ndarray) -> Answers:
+    """Ranked by log-odds, since their sigmoid has ties where it rounds to 1."""
+    import mscnn_helpers as mscnn
+
+    return Answers(category, odds, mscnn.sigmoid(odds))
 
 
 class Split(NamedTuple):
@@ -361,39 +396,32 @@ def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarra
 
 def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     """What each method says of one seed's test split."""
-    import mscnn_helpers as mscnn
-
     calibration, test = (split_of(found, name) for name in ("calibration", "test"))
     logits, category = test.stage1[0], test.category
     norm = best_on_calibration([lambda s, p=p: p_norm(s.stage1[0], p) for p in NORMS], calibration)
     near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
     mirrored = test.stage1.mean(axis=0)
-    given = {
-        "softmax": mscnn.sigmoid(softmax_odds(logits)),
-        "margin": test.margin(),
-        "entropy": negative_entropy(logits),
-        "p-norm": norm(test),
-        "temperature": mscnn.sigmoid(softmax_odds(logits / temperature(calibration))),
-        "neighbours": near(test),
+    ranked = {"margin": test.margin(), "entropy": negative_entropy(logits), "p-norm": norm(test),
+              "neighbours": near(test), "mirror's margin, Stage 1's answers": test.margin(2)}  # fmt: skip
+    claimed = {
         "companion": combined(companion_odds, calibration, test),
-        "one-vs-rest": mscnn.sigmoid(test.stage2.mean(axis=0)),
         "ours, one view": combined(lambda split: split.second(1), calibration, test, views=1),
         "ours, Stage 1 on one view": combined(lambda split: split.second(2), calibration, test, views=1),
         "ours": test.ours,
-        "mirror, Stage 1's answers": mscnn.sigmoid(softmax_odds(mirrored, category)),
-        "mirror's margin, Stage 1's answers": test.margin(2),
     }
-    found_answers = {name: Answers(category, confidence) for name, confidence in given.items()}
+    odds = {
+        "softmax": softmax_odds(logits), "temperature": softmax_odds(logits / temperature(calibration)),
+        "one-vs-rest": test.stage2.mean(axis=0), "mirror, Stage 1's answers": softmax_odds(mirrored, category),
+    }  # fmt: skip
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
-    for name, probability in averaged.items():
-        odds = probability_odds(probability, category)
-        found_answers[f"{name}, Stage 1's answers"] = Answers(category, mscnn.sigmoid(odds))
-    dropout = {} if test.dropout is None else {"dropout": test.dropout}
-    for name, probability in {**dropout, **averaged}.items():
-        own = probability.argmax(axis=1)
-        found_answers[name] = Answers(own, mscnn.sigmoid(probability_odds(probability, own)))
-    found_answers["mirror"] = Answers(mirrored.argmax(axis=1), mscnn.sigmoid(softmax_odds(mirrored)))
-    return found_answers
+    odds |= {f"{name}, Stage 1's answers": probability_odds(p, category) for name, p in averaged.items()}
+    result = {name: Answers(category, score) for name, score in ranked.items()}
+    result |= {name: Answers(category, probability, probability) for name, probability in claimed.items()}
+    result |= {name: by_odds(category, value) for name, value in odds.items()}
+    result["mirror"] = by_odds(mirrored.argmax(axis=1), softmax_odds(mirrored))  # from here on answers of their own
+    for name, p in {**averaged, **({} if test.dropout is None else {"dropout": test.dropout})}.items():
+        result[name] = by_odds(own := p.argmax(axis=1), probability_odds(p, own))
+    return result
 
 
 # Multiply-adds of each method, in units of Stage 1's and of the companion's.
@@ -414,10 +442,6 @@ def work(method: str, stage1: float, companion: float) -> float:
 # ---- the measures
 
 
-def is_probability(confidence: np.ndarray) -> bool:
-    return confidence.min() >= 0 and confidence.max() <= 1
-
-
 def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
     """All measures of one method on one seed's test split."""
     import mscnn_helpers as mscnn
@@ -430,11 +454,10 @@ def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
         "augrc": mscnn.augrc(confidence, right),
         **{f"error at {share:.0%}": mscnn.error_at_coverage(confidence, right, share) for share in COVERAGES},
         **{f"coverage at {error:.1%}": mscnn.coverage_at_error(confidence, right, error) for error in ERRORS},
-        "ece": np.nan, "brier": np.nan,
     }  # fmt: skip
-    if is_probability(confidence):
-        found["ece"] = mscnn.calibration_error(confidence, right, bins=15, equal_mass=True)
-        found["brier"] = mscnn.brier_score(confidence, right)
+    if answer.probability is not None:
+        found["ece"] = mscnn.calibration_error(answer.probability, right, bins=15, equal_mass=True)
+        found["brier"] = mscnn.brier_score(answer.probability, right)
     return {name: float(value) for name, value in found.items()}
 
 
@@ -458,7 +481,7 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     """
     import mscnn_helpers as mscnn
 
-    category, confidence = ours
+    category, confidence, _ = ours
     right, rng = category == found["test_labels"], np.random.default_rng(0)
     simulated = [
         calibration_errors(confidence, category, rng.uniform(size=len(confidence)) < confidence) for _ in range(100)
@@ -473,45 +496,80 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     else:
         accepted = confidence >= certificate.threshold
     result["certified coverage"] = accepted.mean()
-    result["certified error"] = 1 - right[accepted].mean() if accepted.any() else np.nan
-    return {name: float(value) for name, value in result.items()}
+    if accepted.any():
+        result["certified error"] = 1 - right[accepted].mean()
+    return {name: float(value) for name, value in result.items() if not np.isnan(value)}
 
 
-def resampled_aurc(answer: Answers, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """AURC of each resample, (R,): counts (R, N) says how often each image is in it.
+class Resampled(NamedTuple):
+    """Measures of resamples, (R,) each."""
 
-    An image that is drawn several times counts once for each, at the coverage where the last of them is accepted.
+    aurc: np.ndarray
+    augrc: np.ndarray
+
+
+def resampled(answer: Answers, labels: np.ndarray, counts: np.ndarray) -> Resampled:
+    """AURC and AUGRC of each resample: counts (R, N) says how often each image is in it.
+
+    Ties are averaged, as in the module; an image that is drawn several times ties with itself. A group of w images,
+    e of them wrong, behind W others with E errors adds sum over k = 1..w of (E + e k / w) / (W + k) to the AURC: a
+    difference of harmonic numbers.
     """
     order = np.argsort(-answer.confidence, kind="stable")
-    wrong, weight = (answer.category != labels)[order], counts[:, order].astype(np.float64)  # (N,), (R, N)
-    risk = np.cumsum(weight * wrong, axis=1) / np.maximum(np.cumsum(weight, axis=1), 1)  # (R, N)
-    return (risk * weight).sum(axis=1) / weight.sum(axis=1)
+    starts = np.flatnonzero(np.diff(answer.confidence[order], prepend=np.inf))  # of the groups, G of them
+    counts = counts[:, order].astype(np.float64)  # (R, N)
+    size = np.add.reduceat(counts, starts, axis=1)  # (R, G)
+    errors = np.add.reduceat(counts * (answer.category != labels)[order], starts, axis=1)
+    before, errors_before = (np.cumsum(one, axis=1) - one for one in (size, errors))
+    total = counts.sum(axis=1)  # (R,)
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, total.max() + 1))])
+    passed = harmonic[(before + size).astype(int)] - harmonic[before.astype(int)]
+    rate = np.divide(errors, size, out=np.zeros_like(size), where=size > 0)
+    aurc = (errors + (errors_before - rate * before) * passed).sum(axis=1) / total
+    undetected = (errors_before * size + errors * (size + 1) / 2).sum(axis=1) / total  # errors accepted, summed over k
+    return Resampled(aurc, (undetected - errors.sum(axis=1) / total / 2) / total)
+
+
+def resamples_of(all_labels: list[np.ndarray], resamples: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
+    """How often each image is drawn, parts of 50 resamples (50, N), for each seed.
+
+    Seeds that have the same images have the same draws: what chance does to them, it does to all at once.
+    """
+
+    def draw(count: int) -> list[np.ndarray]:
+        return [rng.multinomial(count, np.full(count, 1 / count), 50) for _ in range(resamples // 50)]
+
+    first = draw(len(all_labels[0]))
+    return [first if np.array_equal(one, all_labels[0]) else draw(len(one)) for one in all_labels]
 
 
 def differences(all_answers: list[dict[str, Answers]], all_labels: list[np.ndarray], resamples: int) -> dict:
-    """Paired bootstrap of the relative difference of AURC, ours against each method.
+    """Paired bootstrap of the relative difference of AURC and AUGRC, ours against each method.
 
-    Images are resampled, the same for all methods, and so are the seeds.
+    Images are resampled, the same for all methods and for all seeds that share them, and so are the seeds.
 
     Returns:
-        {method: [lower end of the 95 % interval, median, upper end]}; negative: ours is better.
+        {measure: {method: [lower end of the 95 % interval, median, upper end]}}; negative: ours is better.
     """
     rng = np.random.default_rng(0)
-    resampled: dict[str, list[np.ndarray]] = {name: [] for name in all_answers[0]}  # of each seed (R,)
-    for answers_, labels in zip(all_answers, all_labels, strict=True):
+    draws = resamples_of(all_labels, resamples, rng)
+    seeds = rng.integers(0, len(all_labels), (len(all_labels), len(draws[0]) * 50))  # (S, R)
+    means: dict[str, dict[str, np.ndarray]] = {measure: {} for measure in Resampled._fields}
+    for name in all_answers[0]:
         parts = [
-            rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), 50) for _ in range(resamples // 50)
+            [resampled(answers_[name], labels, counts) for counts in draw]
+            for answers_, labels, draw in zip(all_answers, all_labels, draws, strict=True)
         ]
-        for name, answer in answers_.items():
-            resampled[name].append(np.concatenate([resampled_aurc(answer, labels, counts) for counts in parts]))
-    seeds = rng.integers(0, len(all_labels), (len(all_labels), len(resampled["ours"][0])))  # (S, R)
-    means = {
-        name: np.take_along_axis(np.stack(values), seeds, axis=0).mean(axis=0) for name, values in resampled.items()
-    }
+        for measure, of_methods in means.items():
+            values = np.stack([np.concatenate([getattr(part, measure) for part in seed]) for seed in parts])  # (S, R)
+            of_methods[name] = np.take_along_axis(values, seeds, axis=0).mean(axis=0)
     return {
-        name: np.quantile(means["ours"] / values - 1, [0.025, 0.5, 0.975]).tolist()
-        for name, values in means.items()
-        if name != "ours"
+        measure: {
+            name: np.quantile(of_methods["ours"] / values - 1, [0.025, 0.5, 0.975]).tolist()
+            for name, values in of_methods.items()
+            if name != "ours"
+        }
+        for measure, of_methods in means.items()
     }
 
 
@@ -555,17 +613,17 @@ def table(figures: dict) -> str:
     order = sorted(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
 
     def column(name: str, measure: str, form: str) -> str:
-        values = [one[measure] for one in methods[name]["seeds"]]
-        return "" if np.isnan(values).any() else spread(values, form)
+        values = [one[measure] for one in methods[name]["seeds"] if measure in one]
+        return spread(values, form) if values else ""
 
-    def interval(name: str) -> str:
-        found = figures["found"]["differences"].get(name)
+    def interval(name: str, measure: str) -> str:
+        found = figures["found"]["differences"][measure].get(name)
         return "" if found is None else f"{found[1]:+.1%} ({found[0]:+.1%} to {found[2]:+.1%})"
 
     first = [
         [name, f"{methods[name]['work']:.2f}", column(name, "accuracy", "{:.2%}"), column(name, "aurc", "{:.5f}"),
-         interval(name), column(name, "augrc", "{:.5f}"), column(name, "auroc_failure", "{:.2%}"),
-         column(name, "fpr95", "{:.1%}")]
+         interval(name, "aurc"), column(name, "augrc", "{:.5f}"), interval(name, "augrc"),
+         column(name, "auroc_failure", "{:.2%}"), column(name, "fpr95", "{:.1%}")]
         for name in order
     ]  # fmt: skip
     second = [
@@ -575,17 +633,18 @@ def table(figures: dict) -> str:
         for name in order
     ]  # fmt: skip
     third = [
-        [str(seed), *("none" if np.isnan(one[name]) else f"{one[name]:.2%}" for name in PROMISES)]
+        [str(seed), *(f"{one[name]:.2%}" if name in one else "none" for name in PROMISES)]
         for seed, one in zip(figures["found"]["seeds"], figures["found"]["promises"], strict=True)
     ]
     lines = [
         "## Selective classification", "",
         "Written by `python benchmarks/selective.py` (see its first lines for the methods). Test split of CIFAR-10,",
         f"seeds {', '.join(map(str, figures['found']['seeds']))}; median, in brackets minimum and maximum. The least",
-        "mean AURC comes first. Work: multiply-adds an image, Stage 1's are 1. Ours against it: relative difference of",
-        "the AURC, median and 95 % interval of a paired bootstrap over images and seeds; below 0 ours is better.", "",
-        *markdown(["method", "work", "accuracy", "AURC", "ours against it", "AUGRC", "AUROC of failure",
-                   "FPR at 95 % TPR"], first),
+        "mean AURC comes first. Work: multiply-adds an image, Stage 1's are 1. Ours against it: relative difference,",
+        "median and 95 % interval of a paired bootstrap over images and seeds; below 0 ours is better. The whole",
+        "models are those of the runs under Quality, if they were there.", "",
+        *markdown(["method", "work", "accuracy", "AURC", "ours against it", "AUGRC", "ours against it",
+                   "AUROC of failure", "FPR at 95 % TPR"], first),
         "Error rate at a coverage, coverage at an error rate, excess AURC, expected calibration error (15 bins of",
         "equal mass) and Brier score; the last two where the confidence is a probability.", "",
         *markdown(["method", *(f"error at {share:.0%}" for share in COVERAGES),
