@@ -62,6 +62,7 @@ class Form(NamedTuple):
     epochs: int  # 0: the recipe's own choice
     name: str  # of its folder in runs/selective
     runs: str  # folder of a seed's whole run
+    root: Path = ROOT  # of both folders
 
 
 SIZES = (2, 5)
@@ -86,11 +87,11 @@ def some_seeds(seeds: tuple[int, ...]) -> Form:
 
 
 def store(form: Form) -> Path:
-    return ROOT / "runs" / "selective" / form.name
+    return form.root / "runs" / "selective" / form.name
 
 
 def whole_path(form: Form, seed: int) -> Path:
-    return ROOT / form.runs.format(seed) / "multistage_cnn_model.keras"
+    return form.root / form.runs.format(seed) / "multistage_cnn_model.keras"
 
 
 def is_finished(form: Form, seed: int) -> bool:
@@ -113,12 +114,13 @@ def untrained(form: Form) -> list[Path]:
 
 def whole_model(form: Form, seed: int) -> Path:
     """The model file of a whole run, which quality.py may have made already; else it is made."""
-    run_dir = form.runs.format(seed)
     path = whole_path(form, seed)
     if not is_finished(form, seed):
-        arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {run_dir}"
+        arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {form.runs.format(seed)}"
         print(f"python mscnn_helpers.py {arguments}", flush=True)
-        subprocess.run([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT, check=True)
+        command = [sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()]
+        command[-1] = str(form.root / command[-1])
+        subprocess.run(command, cwd=ROOT, check=True)
     return path
 
 
@@ -684,7 +686,7 @@ def main() -> None:
     if options.train:
         return train(form, options.train)
     if options.tables and (absent := untrained(form)):
-        parser.error(f"{absent[0].relative_to(ROOT)} is not there: leave out --tables, or name trained --seeds")
+        parser.error(f"{absent[0].relative_to(form.root)} is not there: leave out --tables, or name trained --seeds")
     train(form, form.pool)
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, form.seeds))}" if options.seeds else ""
     command = f"python benchmarks/selective.py{chosen}"

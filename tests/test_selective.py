@@ -233,7 +233,7 @@ def test_some_seeds_alone_have_no_dropout_and_ensembles_of_their_own_networks():
 
 
 def test_tables_alone_train_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(selective, "ROOT", tmp_path)
+    monkeypatch.setattr(selective, "FULL", selective.FULL._replace(root=tmp_path))
     monkeypatch.setattr(sys, "argv", ["selective.py", "--tables", "--seeds", "3,4"])
     monkeypatch.setattr(selective, "train", lambda form, seeds: pytest.fail("trains"))
     with pytest.raises(SystemExit):
@@ -261,9 +261,8 @@ def test_a_lesser_form_never_takes_the_place_of_a_fuller_one():
 def test_the_quick_form_trains_and_judges_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "HERE", tmp_path)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(selective, "ROOT", tmp_path)
+    monkeypatch.setattr(selective, "QUICK", selective.QUICK._replace(root=tmp_path))
     monkeypatch.setattr(sys, "argv", ["selective.py", "--quick"])
-    (tmp_path / "mscnn_helpers.py").symlink_to(mscnn.project_root() / "mscnn_helpers.py")
     selective.main()
     methods = json.loads((tmp_path / "selective.json").read_text("utf-8"))["found"]["methods"]
     assert methods["ours"]["seeds"][0]["aurc"] < 0.5
