@@ -238,7 +238,7 @@ class Run:
 
     def __init__(self, notebook: str, settings: Settings):
         self.notebook, self.settings, self.started = notebook, settings, time.time()
-        self.folder = project_root() / settings.run_dir
+        self.folder = project_root() / Path(settings.run_dir).expanduser()
         self.figures = self.folder / "figures"
         try:
             self.figures.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ class Run:
     @property
     def model_path(self) -> Path:
         """Where the finished model is saved."""
-        return _with_suffix(self.folder / Path(self.settings.save_model), self.settings.save_model)
+        return _with_suffix(self.folder / Path(self.settings.save_model).expanduser(), self.settings.save_model)
 
     @property
     def stage1_path(self) -> Path:
@@ -276,7 +276,8 @@ class Run:
             )
         if not wanted:
             return self.model_path
-        places = [_with_suffix(base / wanted, wanted) for base in (project_root(), Path.cwd(), self.folder)]
+        path = Path(wanted).expanduser()
+        places = [_with_suffix(base / path, wanted) for base in (project_root(), Path.cwd(), self.folder)]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise MSCNNError(
@@ -541,8 +542,8 @@ def _download(url: str, known_hash: str, name: str) -> Path:
                 f"{name} is not in {folder} and cannot be downloaded now (no answer from {url.split('/')[2]}). "
                 "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
             )
-    try:
         print(f"Fetching {name} from {url}", flush=True)
+    try:
         fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=sys.stderr.isatty())
         return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
@@ -741,7 +742,7 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
         test = Split(raw.x_test, raw.y_test.astype(np.int64))
     if light_mode:
         train, test = (
-            _parted(one, max(len(one) // 10, floor), seed)[1] if len(one) > floor else one
+            _parted(one, max(len(one) // 10, floor), seed)[1] if len(one) >= floor + len(raw.names) else one
             for one, floor in zip((train, test), LIGHT_FLOOR, strict=True)
         )
     held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
@@ -1182,10 +1183,11 @@ def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tu
 
 
 def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, delta: float = 0.05) -> Certificate:
-    """The threshold of largest coverage whose true error rate is at most `risk`, guaranteed.
+    """A threshold of large coverage whose true error rate is at most `risk`, guaranteed.
 
     Source: selection with guaranteed risk (Geifman & El-Yaniv 2017, algorithm 1). A binary search asks for the bound of
-    the error rate at no more than ceil(log2 N) thresholds, which share `delta` (Bonferroni). The guarantee holds for
+    the error rate at no more than ceil(log2 N) thresholds, which share `delta` (Bonferroni); it finds the largest
+    coverage where the bound grows with the coverage. The guarantee holds for
     images of the same distribution, if neither the model nor its calibration has seen the ones given here.
 
     Args:
@@ -1236,10 +1238,10 @@ def thresholds_by_category(category: np.ndarray, confidence: np.ndarray, coverag
     """A threshold for each predicted category that accepts this share of the images sent to it: (count,).
 
     One threshold for all accepts fewer images of a hard category than of an easy one; these accept the same share of
-    each, and so more errors of the hard ones. 0 for a category without images.
+    each, and so more errors of the hard ones. A category without images gets the threshold of all.
     """
     groups = [confidence[category == c] for c in range(count)]
-    return np.array([threshold_for_coverage(one, coverage) if len(one) else 0.0 for one in groups])
+    return np.array([threshold_for_coverage(one if len(one) else confidence, coverage) for one in groups])
 
 
 def threshold_for_costs(wrong: float, other: float) -> float:
@@ -1526,14 +1528,16 @@ class MultiStageCNN(keras.Model):
             threshold: in place of the model's own; one for all, or one a category, (C,).
 
         Raises:
-            MSCNNError: images of another shape, or a model that is not calibrated yet.
+            MSCNNError: images or thresholds of another shape, or a model that is not calibrated yet.
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
         category, stage1, stage2, logits = self.opinions(images, batch_size)
         confidence = combined_confidence(self.rows.numpy(), category, stage1, stage2)
-        threshold = check_threshold(self.threshold if threshold is None else threshold)
-        final = accept(category, confidence, threshold, len(self.category_names))
+        threshold, count = check_threshold(self.threshold if threshold is None else threshold), len(self.category_names)
+        if np.shape(threshold) not in ((), (count,)):
+            raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
+        final = accept(category, confidence, threshold, count)
         odds = log_odds(logits, category)
         own = sigmoid(odds), sigmoid(stage2)
         return Decisions(final, category, *own, confidence, odds, stage1, stage2, logits)
@@ -1586,7 +1590,7 @@ class MultiStageCNN(keras.Model):
             self.common_row.assign(np.full(3, np.nan))
 
     def certify(self, split: Split, risk: float, delta: float = 0.05) -> Certificate:
-        """Sets the lowest threshold with a guaranteed error rate (see `threshold_for_risk`), and keeps the guarantee.
+        """Sets a low threshold with a guaranteed error rate (see `threshold_for_risk`), and keeps the guarantee.
 
         Any training or calibration voids the guarantee.
 
@@ -1602,11 +1606,17 @@ class MultiStageCNN(keras.Model):
         self.threshold = self.certificate.threshold
         return self.certificate
 
+    @property
+    def valid_certificate(self) -> Certificate | None:
+        """The certificate, if it is for the model's threshold."""
+        certified = self.certificate is not None and self.certificate.threshold == self.threshold
+        return self.certificate if certified else None
+
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
         if self.certificate is None:
             return "No error rate is guaranteed: the model was not certified after its last training and calibration."
-        if self.threshold != self.certificate.threshold:
+        if self.valid_certificate is None:
             return (
                 f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for "
                 f"{self.certificate.threshold:g}."
@@ -1653,7 +1663,7 @@ def log_odds_tensor(logits, category):
 def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int) -> np.ndarray:
     """Runs a graph over images, `batch_size` at a time: (N, ...) -> float32 (N, width).
 
-    The last batch is filled up to a multiple of 8 if it is larger than that, so that few shapes occur: each new one
+    A batch of more than 8 is filled up to a multiple of 8, so that few shapes occur: each new one
     costs the libraries below TensorFlow some milliseconds of preparation.
     """
     results = [np.zeros((0, width), np.float32)]

@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import targets
@@ -57,7 +58,7 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
     Raises:
         SystemExit: the run failed.
     """
-    run_dir = f"runs/quality/{kind}_{seed}"
+    run_dir = f"runs/quality/{kind}_{seed}" + f"_{Path(dataset).stem}" * (dataset != "cifar10")
     arguments = f"{KINDS[kind][1]} --seed {seed} --dataset {dataset} --run_dir {run_dir}"
     print(f"python mscnn_helpers.py {arguments}", flush=True)
     started, peak, measured = time.time(), [0], commit()

@@ -4,12 +4,12 @@
     python benchmarks/speed.py --quick                fewer and shorter repeats: minutes on two cores
     python benchmarks/speed.py --only training,decide some of the measurements; the others' figures are kept
 
-In training and decide, rivals are measured in turn with ours (A B C, B C A, ...) in one process, so a ratio holds on a
-shared machine, where seconds alone do not. The networks of Keras' own layers and of PyTorch are the same as ours:
-whitening, three blocks, average pooling, one dense layer. They train without augmentation and by plain SGD, which is in
-their favour. The hand-written step is of our network and optimizer. Keras' own layers and plain `fit` are timed on both
-pipelines, its own and ours. PyTorch is optional: pip install ".[bench]". What whole runs take, by part and by notebook,
-is measured by quality.py.
+In training and decide, rivals are measured in turn with ours, each round in another order, in one process, so a ratio
+holds on a shared machine, where seconds alone do not. The networks of Keras' own layers and of PyTorch are the same
+as ours: whitening, three blocks, average pooling, one dense layer. They train without augmentation and by plain SGD,
+which is in their favour. The hand-written step is of our network and optimizer. Keras' own layers and plain `fit` are
+timed on both pipelines, its own and ours. PyTorch is optional: pip install ".[bench]". What whole runs take, by part
+and by notebook, is measured by quality.py.
 """
 
 import argparse
@@ -368,8 +368,9 @@ def _short_training(seed: int, light: bool, begun: float) -> dict:
 
 
 def _whole_runs(kind: str) -> list[dict]:
-    """The same record of the runs that quality.py has measured."""
-    runs = [run for run in read_json("quality", []) if (run["kind"], run["dataset"]["name"]) == (kind, DATASET)]
+    """The same record of the runs that quality.py has measured, those of 40 epochs among the full ones."""
+    kinds = {"light": ("light",), "full": ("full", "long")}[kind]
+    runs = [run for run in read_json("quality", []) if run["kind"] in kinds and run["dataset"]["name"] == DATASET]
     return [
         {"seed": run["seed"], "epochs": run["epochs"], "accuracy": run["stage1"]["accuracy"],
          "saved_after": run["stage1_saved_after"]}

@@ -721,6 +721,7 @@ def split(monkeypatch):
         ((600, 100), False, (420, 90, 90, 100)),
         ((600, 100), True, (420, 90, 90, 100)),  # too few to take a tenth
         ((4_000, 1_000), True, (1_050, 225, 225, 300)),
+        ((1_502, 303), True, (1_052, 225, 225, 303)),  # what would be left over has not all categories
         ((1_000, None), False, (560, 120, 120, 200)),
     ],
 )

@@ -532,6 +532,9 @@ def test_a_certificate_is_saved_with_the_model(certified, tmp_path):
 def test_a_certificate_holds_at_its_threshold_only(certified):
     certified.threshold = 0.123
     assert certified.guarantee().startswith("No error rate is guaranteed at threshold 0.123: the certificate is for ")
+    assert certified.valid_certificate is None
+    certified.threshold = certified.certificate.threshold
+    assert certified.valid_certificate == certified.certificate
 
 
 @pytest.mark.parametrize("void", ["calibrate", "retrain"])
@@ -549,6 +552,11 @@ def test_a_refused_certificate_changes_nothing(certified, tiny_data):
     with pytest.raises(MSCNNError, match=r"needs .* images without a single error"):
         certified.certify(tiny_data.certification, risk=0.01)
     assert (certified.threshold, certified.certificate) == before
+
+
+def test_thresholds_of_another_number_are_refused(trained_model, tiny_data):
+    with pytest.raises(MSCNNError, match=r"Thresholds are \(7,\): give one for all, or one a category"):
+        trained_model.decide(tiny_data.test.images, np.full(7, 0.5))
 
 
 def test_a_threshold_for_each_category(model, tiny_data):

@@ -369,6 +369,15 @@ def test_load_model_is_looked_for_here_and_in_the_run_folder(run, tmp_path, monk
     assert again.starting_model() == tmp_path / "mine.keras"
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "mine.keras").touch()
+    run = Run("02", Settings(run_dir="~/run", load_model="~/mine.keras", save_model="~/saved"))
+    assert (run.folder, run.model_path) == (tmp_path / "run", tmp_path / "saved.keras")
+    assert run.starting_model() == tmp_path / "mine.keras"
+
+
 def test_a_missing_model_says_where_it_was_looked_for(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = Run("02", dataclasses.replace(run.settings, load_model="missing"))
