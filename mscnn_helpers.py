@@ -2966,7 +2966,7 @@ def print_result(run: Run) -> None:
     print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
     if data["fallback"]:
         print(FALLBACK_NOTICE)
-    print(f"Stage 1 accuracy {one['accuracy']:.1%}. At threshold {two['threshold']:g}: ", end="")
+    print(f"Stage 1 accuracy {one['accuracy']:.1%}. At threshold {two['threshold']:.4g}: ", end="")
     accepted = "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} right"
     print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
     if metrics.get("certificate"):
