@@ -225,6 +225,20 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
+def _make_folder(folder: Path, problem: str, parameter: str) -> None:
+    """Makes a folder, if it is not there, and sees that files can be made in it.
+
+    Raises:
+        MSCNNError: they cannot; it begins with `problem` and names the parameter to change.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MSCNNError(f"{problem}: {error.strerror}. Choose another {parameter}.") from error
+
+
 class Run:
     """One notebook's hold on the run folder, the only thing that carries state between notebooks.
 
@@ -240,14 +254,7 @@ class Run:
         self.notebook, self.settings, self.started = notebook, settings, time.time()
         self.folder = project_root() / Path(settings.run_dir).expanduser()
         self.figures = self.folder / "figures"
-        try:
-            self.figures.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.figures):
-                pass
-        except OSError as error:
-            raise MSCNNError(
-                f"Cannot write into the run folder {self.folder}: {error.strerror}. Choose another run_dir."
-            ) from error
+        _make_folder(self.figures, f"Cannot write into the run folder {self.folder}", "run_dir")
 
     @property
     def model_path(self) -> Path:
@@ -2760,13 +2767,14 @@ def checked_data(run: Run) -> Dataset:
     """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
 
     Raises:
-        MSCNNError: an unknown data set or category, too few images for the target risk, or a model to start from that
-            is missing or of other data.
+        MSCNNError: an unknown data set or category, too few images for the target risk, a model to start from that is
+            missing or of other data, or a model file that cannot be written.
     """
     data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
     run.settings.mode(data.category_names)
     if run.settings.target_risk:
         check_enough_to_certify(len(data.certification), run.settings.target_risk)
+    _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
     start = run.starting_model()
     if start is not None:
         load_model(start).check_matches(data)

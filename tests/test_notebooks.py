@@ -508,6 +508,11 @@ def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
     assert retraining
     assert set(free) & set(TINY_NAMES), "the summary is printed"
     assert "Stage 1" in frozen
+    assert set(retraining["histories"]) <= set(free)
+    before, after = (
+        mscnn.load_model(chain / f"{name}.keras").fingerprints() for name in ("stage1", "multistage_cnn_model")
+    )
+    assert before["stage1"] == after["stage1"], "nothing since notebook 02 has moved it"
 
 
 def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):

@@ -73,6 +73,13 @@ def test_notebook_01_refuses_a_model_of_other_data_and_loses_nothing(settings, u
     assert run.read("metrics") == {"stage1": {"accuracy": 1.0}}
 
 
+def test_notebook_01_refuses_a_model_file_that_cannot_be_written(settings, tmp_path):
+    (tmp_path / "file").touch()
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, save_model=str(tmp_path / "file" / "model")))
+    with pytest.raises(MSCNNError, match=r"Cannot write the model to .*model\.keras: .*Choose another save_model"):
+        mscnn.start_data(run)
+
+
 def test_the_other_notebooks_go_on_with_the_same_data(settings, tiny_data):
     mscnn.start_data(Run("01_data_and_light_mode", settings))
     assert mscnn.continue_data(Run("02_stage1_training", settings)).fingerprint == tiny_data.fingerprint
