@@ -246,15 +246,12 @@ class Run:
         notebook: name of the notebook without `.ipynb`; its seconds are recorded under it.
         settings: the parameters of the run.
 
-    Raises:
-        MSCNNError: the run folder cannot be written.
     """
 
     def __init__(self, notebook: str, settings: Settings):
         self.notebook, self.settings, self.started = notebook, settings, time.time()
         self.folder = project_root() / Path(settings.run_dir).expanduser()
         self.figures = self.folder / "figures"
-        _make_folder(self.figures, f"Cannot write into the run folder {self.folder}", "run_dir")
 
     @property
     def model_path(self) -> Path:
@@ -289,7 +286,7 @@ class Run:
         if found is None:
             raise MSCNNError(
                 f"No model file '{wanted}': looked for {' and '.join(dict.fromkeys(map(str, places)))}. "
-                "Give the path of a .keras file of a finished run."
+                "Give the path of a .keras file of a finished run, or pretrained."
             )
         return found
 
@@ -515,12 +512,21 @@ def _read_dataset(name: str) -> _Raw:
             return builtin[name]()
         except FileNotFoundError as error:
             raise MSCNNError(str(error)) from error
-    path = next((p for p in (project_root() / name, Path.cwd() / name) if name and p.exists()), None)
+    places = list(dict.fromkeys((project_root(), Path.cwd())))
+    path = next((place / name for place in places if name and (place / name).exists()), None)
     if path is not None and path.is_dir():
         return _image_folder(path)
     if path is not None and path.suffix == ".npz":
         return _npz(path)
-    raise MSCNNError(f"Unknown dataset '{name}': use auto, {', '.join(builtin)}, a .npz file or an image folder.")
+    if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
+        raise MSCNNError(
+            f"No image folder or .npz file '{name}': looked in {' and '.join(map(str, places))}. Check the path."
+        )
+    near = difflib.get_close_matches(name, builtin, 1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    raise MSCNNError(
+        f"Unknown dataset '{name}': use auto, {', '.join(builtin)}, a .npz file or an image folder.{meant}"
+    )
 
 
 def _download(url: str, known_hash: str, name: str) -> Path:
@@ -766,7 +772,11 @@ def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     try:
         kept, aside = train_test_split(np.arange(len(split)), test_size=count, stratify=split.labels, random_state=seed)
     except ValueError as error:
-        raise MSCNNError(f"Too few images to split {len(split)} by category, setting {count} aside: {error}") from error
+        found = dict(zip(*np.unique(split.labels, return_counts=True), strict=True))
+        raise MSCNNError(
+            f"Too few images: {count} of {len(split)} are to be set aside, some of each of the {len(found)} "
+            f"categories, and the smallest of these has {min(found.values())}: give more images, or no light_mode."
+        ) from error
     return split.take(np.sort(kept)), split.take(np.sort(aside))
 
 
@@ -934,19 +944,66 @@ class FusedBatchNormalization(keras.layers.Layer):
 
 
 @_serializable
-class PartialIdentity(keras.initializers.Initializer):
-    """Convolution kernels (3, 3, in, out) whose first `in` filters pass their input on unchanged.
+class Conv2D(keras.layers.Conv2D):
+    """Keras' `Conv2D`, faster in training: on CPU, in bfloat16, where rows are short, by `gradient_of_kernel`."""
 
-    The rest is uniform in ± 1 / sqrt(fan in). Source: 'dirac' initialisation in airbench (Jordan 2024, 3.3).
+    def build(self, input_shape):
+        super().build(input_shape)
+        plain = self.kernel_size == (3, 3) and self.strides == self.dilation_rate == (1, 1) and self.padding == "same"
+        on_cpu = self.compute_dtype == "bfloat16" and not tf.config.list_physical_devices("GPU")
+        self.short_rows = plain and on_cpu and images_in_a_row(input_shape[2]) > 2
+
+    def convolution_op(self, inputs, kernel):
+        convolve = short_rows_convolution if self.short_rows else super().convolution_op
+        return convolve(inputs, tf.convert_to_tensor(kernel))  # (B, H, W, filters)
+
+
+@tf.custom_gradient
+def short_rows_convolution(images, kernel):
+    """3 x 3 convolution: (B, H, W, in), (3, 3, in, out) -> (B, H, W, out)."""
+    same = {"strides": [1] * 4, "padding": "SAME"}
+
+    def gradients(result):  # (B, H, W, out)
+        of_images = tf.raw_ops.Conv2DBackpropInput(
+            input_sizes=tf.shape(images), filter=kernel, out_backprop=result, **same
+        )
+        return of_images, gradient_of_kernel(images, result)
+
+    return tf.nn.conv2d(images, kernel, 1, "SAME"), gradients
+
+
+def gradient_of_kernel(images, result):
+    """Gradient of a 3 x 3 convolution's kernel, from images laid side by side.
+
+    oneDNN, TensorFlow's library on CPU, sums along a row of places, in tiles that hold 32 bfloat16: rows of 7 or 3
+    leave them nearly empty. So images are joined to rows about as long as a tile, with a column of zeros between
+    them, which adds nothing to the sum.
+
+    Args:
+        images: input of the convolution, (B, H, W, in).
+        result: gradient of its result, (B, H, W, out).
+
+    Returns:
+        (3, 3, in, out).
     """
+    count = images_in_a_row(tf.shape(images)[2])
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=side_by_side(images, count), filter_sizes=(3, 3, images.shape[-1], result.shape[-1]),
+        out_backprop=side_by_side(result, count), strides=[1] * 4, padding="SAME",
+    )  # fmt: skip
 
-    def __call__(self, shape, dtype=None):
-        random = keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")
-        kernel = keras.ops.convert_to_numpy(random(shape)).copy()
-        count = min(shape[2], shape[3])
-        kernel[:, :, :, :count] = 0
-        kernel[1, 1, range(count), range(count)] = 1
-        return keras.ops.convert_to_tensor(kernel, dtype)
+
+def images_in_a_row(width):
+    """How many images, with a column of zeros after each, fill a row of 32 places."""
+    return 32 // (width + 1)
+
+
+def side_by_side(images, count):
+    """(B, H, W, C) -> (B / count, H, count (W + 1), C): a column of zeros after each image, zeros for those missing."""
+    batch, height, width, channels = (*tf.unstack(tf.shape(images)[:3]), images.shape[-1])
+    padded = tf.pad(images, [[0, -batch % count], [0, 0], [0, 1], [0, 0]])
+    rows = tf.reshape(padded, (-1, count, height, (width + 1) * channels))
+    return tf.reshape(tf.transpose(rows, (0, 2, 1, 3)), (-1, height, count * (width + 1), channels))
 
 
 def build_cnn(
@@ -959,6 +1016,7 @@ def build_cnn(
     flip: bool,
     policy: str,
     logit_scale: float = 0.25,
+    activation: str = "relu",
 ) -> keras.Model:
     """A small CNN from uint8 images (B, H, W, channels) to float32 logits (B, categories).
 
@@ -972,22 +1030,21 @@ def build_cnn(
         policy: Keras dtype policy of the convolutions: "float32" or "mixed_bfloat16".
         logit_scale: factor of the dense layer's inputs. Below 1 its steps are smaller: at a high learning
             rate this layer is the first to diverge.
+        activation: Keras' name of it.
     """
     layers = keras.layers
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
     x = RandomFlipCrop(flip, name="augmentation")(x)
     x = layers.Normalization(mean=list(mean), variance=[float(s) ** 2 for s in std], dtype="float32")(x)
     x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
-    x = layers.Activation("silu", dtype=policy)(x)
+    x = layers.Activation(activation, dtype=policy)(x)
     for block, width in enumerate(widths, start=1):
         for half in (1, 2):
-            x = layers.Conv2D(
-                width, 3, padding="same", use_bias=False, kernel_initializer=PartialIdentity(), dtype=policy
-            )(x)
+            x = Conv2D(width, 3, padding="same", use_bias=False, dtype=policy)(x)
             if half == 1:
                 x = layers.MaxPooling2D(2, dtype=policy)(x)
             x = FusedBatchNormalization(dtype=policy)(x)
-            x = layers.Activation("silu", dtype=policy, name=f"block{block}" if half == 2 else None)(x)
+            x = layers.Activation(activation, dtype=policy, name=f"block{block}" if half == 2 else None)(x)
     x = layers.GlobalAveragePooling2D(dtype="float32", name="pooled")(x)  # (B, widths[-1])
     x = layers.Rescaling(logit_scale, dtype="float32", name="scaled")(x)
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
@@ -1183,8 +1240,8 @@ def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tu
     needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
     if images < needed:
         raise MSCNNError(
-            f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, "
-            f"and there are {images:,}: ask for a larger risk, or use all data instead of light mode."
+            f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, and the "
+            f"certification split has {images:,}: ask for a larger risk, or use more images (no light mode)."
         )
     return steps, needed
 
@@ -1220,9 +1277,13 @@ def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, d
         else:
             high = max(middle - 1, low)
     if best is None:
+        errors = np.cumsum(~right[np.argsort(-confidence, kind="stable")])  # among the most confident 1, 2, 3, ...
+        least = min(
+            error_bound(int(errors[i]), i + 1, delta / steps) for i in np.flatnonzero(np.diff(errors, append=-1))
+        )
         raise MSCNNError(
             f"No threshold guarantees {risk:.2%} errors at the most with probability {1 - delta:.0%} on these "
-            f"{len(right):,} images: ask for a larger risk."
+            f"{len(right):,} images: ask for a larger risk, from about {least:.2%} on."
         )
     return best
 
@@ -1338,6 +1399,7 @@ class MultiStageCNN(keras.Model):
         stage1_widths: Sequence[int] = STAGE1_WIDTHS,
         stage2_widths: Sequence[int] = STAGE2_WIDTHS,
         logit_scale: float = 0.25,
+        activation: str = "relu",
         certificate: Sequence[float] | None = None,
         **kwargs,
     ):
@@ -1347,7 +1409,7 @@ class MultiStageCNN(keras.Model):
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
             "data_fingerprint": data_fingerprint, "policy": policy,
             "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
-            "logit_scale": logit_scale,
+            "logit_scale": logit_scale, "activation": activation,
         }  # fmt: skip
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
@@ -1356,7 +1418,7 @@ class MultiStageCNN(keras.Model):
         count = len(self.category_names)
         build = functools.partial(
             build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy,
-            logit_scale=logit_scale,
+            logit_scale=logit_scale, activation=activation,
         )  # fmt: skip
         self.stage1 = build("stage1", widths=stage1_widths)
         self.new_stage2 = functools.partial(build, name="stage2", widths=stage2_widths)
@@ -1397,7 +1459,7 @@ class MultiStageCNN(keras.Model):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**config)
+        return cls(**{"activation": "silu", **config})  # which files from before ReLU do not name
 
     # ---- parts
 
@@ -1653,7 +1715,8 @@ class MultiStageCNN(keras.Model):
         if self.data_fingerprint not in ("", data.fingerprint):
             raise MSCNNError(
                 f"The model was trained on other splits of {data.name} (seed, light_mode or files differ): its train "
-                "images would be used to judge it. Use the seed and light_mode of its training, or train a new model."
+                "images would be used to judge it. Use the seed and light_mode of its training (the pretrained model: "
+                "seed 0, no light_mode), or train a new model."
             )
 
 
@@ -1683,13 +1746,16 @@ def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int
 
 
 def load_model(path: str | Path) -> MultiStageCNN:
-    """Loads a model file.
+    """Loads a model file; "pretrained" is the one that comes with the project.
 
     Raises:
         MSCNNError: it is missing, damaged or not of this project.
     """
+    path = project_root() / PRETRAINED if str(path) == "pretrained" else path
     if not Path(path).is_file():
-        raise MSCNNError(f"There is no model file at {path}: give the path of a .keras file of a finished run.")
+        raise MSCNNError(
+            f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
+        )
     try:
         model = keras.saving.load_model(path)
     except Exception as error:  # a broken file fails in many ways: zip, JSON, HDF5, Keras
@@ -2768,16 +2834,23 @@ def checked_data(run: Run) -> Dataset:
 
     Raises:
         MSCNNError: an unknown data set or category, too few images for the target risk, a model to start from that is
-            missing or of other data, or a model file that cannot be written.
+            missing or of other data, a model of other data in the run folder, or a folder that cannot be written.
     """
     data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
     run.settings.mode(data.category_names)
     if run.settings.target_risk:
         check_enough_to_certify(len(data.certification), run.settings.target_risk)
-    _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
     start = run.starting_model()
     if start is not None:
         load_model(start).check_matches(data)
+    earlier = run.read("metrics").get("dataset", {}).get("name", data.name)
+    if run.model_path.is_file() and earlier != data.name:
+        raise MSCNNError(
+            f"{run.folder} holds a model of {earlier}, which this run of {data.name} would replace: "
+            "give another run_dir, such as runs/mine, or delete that folder."
+        )
+    _make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
+    _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
     return data
 
 
@@ -2980,6 +3053,8 @@ def print_result(run: Run) -> None:
     if metrics.get("certificate"):
         print(Certificate(**metrics["certificate"]).text())
     print(f"Area under the risk-coverage curve: {two['aurc']:.4f}, by Stage 1's softmax alone {one['aurc']:.4f}.")
+    if data["sizes"]["calibration"] < 20 * len(data["category_names"]):
+        print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
     print("  notebooks/05_evaluation_and_cam.html   the whole evaluation\n  figures/ · metrics.json · history.json")
 
@@ -2995,7 +3070,8 @@ def command_line() -> argparse.ArgumentParser:
         "  then retrain two of it      python mscnn_helpers.py --epochs 5 --light_mode --stage2_only "
         "--stage2_categories ship,truck\n"
         "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
-        "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0",
+        "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0 "
+        "--run_dir runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for one in dataclasses.fields(Settings):

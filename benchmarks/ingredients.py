@@ -44,13 +44,17 @@ def without_whitening(training: Training) -> None:
     kernel.assign(random * np.linalg.norm(kernel) / np.linalg.norm(random))
 
 
-def without_identity(training: Training) -> None:
-    """Keras' own initialisation of the convolutions."""
+def with_identity(training: Training) -> None:
+    """The first filters of a convolution pass their input on unchanged: 'dirac' initialisation (Jordan 2024, 3.3)."""
     import keras
 
     for layer in training.network.layers:
         if isinstance(layer, keras.layers.Conv2D):
-            layer.kernel.assign(keras.initializers.GlorotUniform()(layer.kernel.shape))
+            kernel = layer.kernel.numpy()  # (3, 3, in, out)
+            passed = range(min(kernel.shape[2:]))
+            kernel[:, :, :, passed] = 0
+            kernel[1, 1, passed, passed] = 1
+            layer.kernel.assign(kernel)
 
 
 def normalizations(network) -> list:
@@ -75,13 +79,12 @@ def without_logit_scale(training: Training) -> None:
     training.network.get_layer("scaled").scale = 1.0
 
 
-def with_relu(training: Training) -> None:
-    """ReLU in place of SiLU."""
+def with_silu(training: Training) -> None:
     import keras
 
     for layer in training.network.layers:
         if isinstance(layer, keras.layers.Activation):
-            layer.activation = keras.activations.relu
+            layer.activation = keras.activations.silu
 
 
 def without_small_crops(training: Training) -> None:
@@ -167,11 +170,9 @@ def with_lookahead(training: Training) -> None:
 VARIANTS: dict[str, Callable[[Training], None]] = {
     "the recipe": recipe_as_it_is,
     "without the whitening kernel": without_whitening,
-    "without identity initialisation": without_identity,
     "without fast BatchNormalization statistics": without_fast_statistics,
     "without fast BatchNormalization offsets": without_fast_offsets,
     "without the factor before the dense layer": without_logit_scale,
-    "with ReLU": with_relu,
     "without small crops": without_small_crops,
     "without small crops, 9 epochs": without_small_crops_at_equal_work,
     "without label smoothing": without_label_smoothing,
@@ -181,6 +182,8 @@ VARIANTS: dict[str, Callable[[Training], None]] = {
     "without a rising and falling learning rate": without_schedule,
     "without augmentation": without_augmentation,
     "with shifts of up to 4 pixels": with_stronger_shift,
+    "with identity initialisation": with_identity,
+    "with SiLU": with_silu,
     "with lookahead": with_lookahead,
 }
 

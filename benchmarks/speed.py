@@ -82,13 +82,13 @@ def stock_keras(policy: str):
     x = inputs = keras.Input((SIZE, SIZE, 3))
     x = layers.Rescaling(1 / 60, offset=-2.0, dtype=policy)(x)
     whitening = layers.Conv2D(24, 2, use_bias=False, dtype=policy, trainable=False)
-    x = layers.Activation("silu", dtype=policy)(whitening(x))  # (B, 31, 31, 24)
+    x = layers.Activation("relu", dtype=policy)(whitening(x))  # (B, 31, 31, 24)
     for width in WIDTHS:
         for half in (1, 2):
             x = layers.Conv2D(width, 3, padding="same", use_bias=False, dtype=policy)(x)
             if half == 1:
                 x = layers.MaxPooling2D(2, dtype=policy)(x)
-            x = layers.Activation("silu", dtype=policy)(layers.BatchNormalization(scale=False, dtype=policy)(x))
+            x = layers.Activation("relu", dtype=policy)(layers.BatchNormalization(scale=False, dtype=policy)(x))
     x = layers.GlobalAveragePooling2D(dtype="float32")(x)  # (B, 256)
     network = keras.Model(inputs, layers.Dense(CATEGORIES, dtype="float32")(x))
     network.compile(
@@ -131,13 +131,13 @@ def torch_epoch(bfloat16: bool, compiled: bool, images: np.ndarray, labels: np.n
     import torch
     from torch import nn
 
-    parts, channels = [nn.Conv2d(3, 24, 2, bias=False), nn.SiLU()], 24
+    parts, channels = [nn.Conv2d(3, 24, 2, bias=False), nn.ReLU()], 24
     parts[0].weight.requires_grad_(False)
     for width in WIDTHS:
         for half in (1, 2):
             parts.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
             parts += [nn.MaxPool2d(2)] if half == 1 else []
-            parts += [nn.BatchNorm2d(width), nn.SiLU()]
+            parts += [nn.BatchNorm2d(width), nn.ReLU()]
             parts[-2].weight.requires_grad_(False)  # the others have no scale
             channels = width
     parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CATEGORIES)]

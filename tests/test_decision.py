@@ -266,7 +266,7 @@ def test_a_certificate_counts_all_images_of_the_same_confidence():
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs \d+ images .* and there are 250"):
+    with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs \d+ images .* certification split has 250"):
         mscnn.threshold_for_risk(*sorted_images((250, True)), 0.01)
 
 

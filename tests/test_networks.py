@@ -9,7 +9,7 @@ import tensorflow as tf
 from conftest import tiny_images
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import FusedBatchNormalization, PartialIdentity, RandomFlipCrop, WhiteningConv, build_cnn
+from mscnn_helpers import FusedBatchNormalization, RandomFlipCrop, WhiteningConv, build_cnn
 
 # ------------------------------------------------------------------------------------------------------------
 # RandomFlipCrop
@@ -274,26 +274,77 @@ def test_statistics_stay_float32_where_the_rest_is_bfloat16():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# PartialIdentity
+# Conv2D against Keras' own
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 8), (8, 3)])
-def test_the_first_filters_pass_their_input_on(inputs, outputs):
-    images = np.random.default_rng(0).normal(size=(2, 6, 6, inputs)).astype(np.float32)
-    conv = keras.layers.Conv2D(outputs, 3, padding="same", use_bias=False, kernel_initializer=PartialIdentity())
-    count = min(inputs, outputs)
-    assert np.allclose(conv(images)[..., :count], images[..., :count], atol=1e-6)
+@pytest.mark.parametrize("width", [2, 3, 5, 7, 9])
+@pytest.mark.parametrize("batch", [1, 8, 13])
+def test_the_gradient_of_images_side_by_side_is_the_gradient(batch, width):
+    random = np.random.default_rng(0)
+    images = tf.constant(random.normal(size=(batch, 6, width, 3)), tf.float32)
+    result = tf.constant(random.normal(size=(batch, 6, width, 4)), tf.float32)
+    kernel = tf.zeros((3, 3, 3, 4))
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        out = tf.nn.conv2d(images, kernel, 1, "SAME")
+    expected = tape.gradient(out, kernel, output_gradients=result)
+    assert mscnn.images_in_a_row(width) > 2
+    np.testing.assert_allclose(mscnn.gradient_of_kernel(images, result), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_other_filters_are_random_within_their_limit():
-    keras.utils.set_random_seed(0)
-    kernel = keras.ops.convert_to_numpy(PartialIdentity()((3, 3, 16, 64), "float32"))
-    rest, limit = kernel[..., 16:], 1 / np.sqrt(9 * 16)
-    assert np.abs(rest).max() <= limit
-    assert np.abs(rest).max() > 0.99 * limit
-    assert abs(rest.mean()) < 0.01 * limit + 3 * limit / np.sqrt(rest.size)
-    assert (rest != 0).all()
+def test_images_side_by_side_have_a_column_of_zeros_after_each():
+    images = tf.reshape(tf.range(1.0, 13.0), (3, 2, 2, 1))
+    rows = mscnn.side_by_side(images, 2)[..., 0].numpy()  # (2, 2, 6)
+    assert rows.tolist() == [
+        [[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]],
+        [[9, 10, 0, 0, 0, 0], [11, 12, 0, 0, 0, 0]],
+    ]
+
+
+def convolutions(dtype, width=7, **settings):
+    """Ours and Keras', of the same kernel."""
+    settings = {"filters": 16, "kernel_size": 3, "padding": "same", "use_bias": False, "dtype": dtype, **settings}
+    pair = mscnn.Conv2D(**settings), keras.layers.Conv2D(**settings)
+    for layer in pair:
+        layer.build((None, width, width, 8))
+    pair[1].set_weights(pair[0].get_weights())
+    return pair
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_a_convolution_and_its_gradients_are_those_of_keras(dtype):
+    images = tf.constant(np.random.default_rng(1).normal(size=(10, 7, 7, 8)), tf.float32)
+    found = []
+    for layer in convolutions(dtype):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            out = layer(images)
+            loss = tf.reduce_sum(tf.cast(out, tf.float32) ** 2)
+        found.append((out, *tape.gradient(loss, (images, layer.kernel.value))))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(np.float32(ours) / scale, np.float32(theirs) / scale, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changed", "short"),
+    [
+        ({}, True), ({"dtype": "float32"}, False), ({"width": 15}, False), ({"kernel_size": 5}, False),
+        ({"strides": 2}, False), ({"padding": "valid"}, False), ({"dilation_rate": 2}, False),
+    ],
+)  # fmt: skip
+def test_only_short_rows_in_bfloat16_are_laid_side_by_side(changed, short):
+    ours, theirs = convolutions(**{"dtype": "mixed_bfloat16", **changed})
+    assert ours.short_rows is short
+    images = tf.ones((4, *(2 * [changed.get("width", 7)]), 8))
+    assert ours(images).shape == theirs(images).shape
+
+
+def test_on_a_gpu_they_are_not(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    assert not convolutions("mixed_bfloat16")[0].short_rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,7 +414,7 @@ def test_a_plain_keras_model_of_these_layers_is_saved_and_loaded(tmp_path):
     x = RandomFlipCrop(flip=False, shift=1)(inputs)
     x = keras.layers.Rescaling(1 / 255, dtype="float32")(x)
     x = WhiteningConv(name="whitening")(x)
-    x = keras.layers.Conv2D(4, 3, kernel_initializer=PartialIdentity())(x)
+    x = mscnn.Conv2D(4, 3)(x)
     x = FusedBatchNormalization(momentum=0.5, epsilon=0.1)(x)
     model = keras.Model(inputs, x)
     images = noise(8)

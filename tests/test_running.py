@@ -153,7 +153,7 @@ def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
 
 
 def test_too_few_images_for_a_target_risk_are_noticed_before_training(settings, capsys):
-    with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs .* images .*, and there are 90"):
+    with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs .* images .*certification split has 90"):
         mscnn.checked_data(Run("01_data_and_light_mode", dataclasses.replace(settings, target_risk=0.01)))
     assert mscnn.main(command(settings, target_risk=0.01)) == 1
     assert "needs" in capsys.readouterr().err
@@ -397,7 +397,13 @@ def finished(settings):
     run = Run("total", settings)
     run.write(
         "metrics",
-        dataset={"name": "tiny", "light_mode": True, "fallback": False, "sizes": {"test": 100}},
+        dataset={
+            "name": "tiny",
+            "light_mode": True,
+            "fallback": False,
+            "category_names": ["a", "b"],
+            "sizes": {"calibration": 39, "test": 100},
+        },
         stage1={"accuracy": 0.612, "aurc": 0.1234},
         two_stage={"threshold": 0.7, "coverage": 0.5, "selective_accuracy": 0.875, "aurc": 0.0987},
         report="the report of the categories",
@@ -414,6 +420,14 @@ def test_the_end_says_what_came_out_and_where_to_look(finished, capsys):
     for part in ("0.0987", "83 s", str(finished.folder), "05_evaluation_and_cam.html", "metrics.json"):
         assert part in printed
     assert mscnn.FALLBACK_NOTICE not in printed
+    assert "Confidences are rough: only 39 images" in printed
+
+
+def test_confidences_calibrated_on_enough_images_are_not_rough(finished, capsys):
+    dataset = finished.read("metrics")["dataset"]
+    finished.write("metrics", dataset={**dataset, "sizes": {"calibration": 40, "test": 100}})
+    mscnn.print_result(finished)
+    assert "rough" not in capsys.readouterr().out
 
 
 def test_the_end_on_the_fallback_data_with_nothing_accepted(finished, capsys):
@@ -436,6 +450,24 @@ def command(settings: Settings, **changes) -> list[str]:
     given = dataclasses.asdict(dataclasses.replace(settings, **changes))
     options = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items() if value]
     return [part for option in options for part in option]
+
+
+def test_a_refused_run_leaves_no_folder(settings, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MSCNN_HEADLESS", "")
+    assert mscnn.main(command(settings, dataset="fashon_mnist", run_dir=str(tmp_path / "new" / "run"))) == 1
+    assert "Did you mean fashion_mnist?" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_of_other_data_is_not_replaced(settings, trained_model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MSCNN_HEADLESS", "")
+    run = Run("total", settings)
+    run.write("metrics", dataset={"name": "my pictures"})
+    run.model_path.write_bytes(trained_model_path.read_bytes())
+    assert mscnn.main(command(settings)) == 1
+    assert "holds a model of my pictures" in (error := capsys.readouterr().err)
+    assert "give another run_dir" in error
+    assert run.model_path.read_bytes() == trained_model_path.read_bytes()
 
 
 def test_a_misspelt_category_reads_the_same_through_the_command_line(settings, monkeypatch, capsys, tiny_data):

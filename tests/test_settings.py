@@ -253,6 +253,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
+    (tmp_path / "run" / "figures").mkdir(parents=True)
     return Run("02_stage1_training", Settings(run_dir=str(tmp_path / "run")))
 
 
@@ -317,7 +318,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, inside):
     (tmp_path / "file").write_text("not a folder")
     where = tmp_path / "file" / inside
     with pytest.raises(MSCNNError, match=r"Cannot write into the run folder .*file.*: .*Choose another run_dir"):
-        Run("01", Settings(run_dir=str(where)))
+        mscnn.checked_data(Run("01", Settings(dataset="digits", run_dir=str(where))))
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
