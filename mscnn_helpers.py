@@ -41,6 +41,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import sys
 import tarfile
 import tempfile
@@ -812,7 +813,7 @@ def batches(
 # 3 Networks: layers, and the one builder of Stage 1 and Stage 2 CNNs
 # ======================================================================================================
 
-STAGE1_WIDTHS = (64, 192, 256)  # 90 million multiply-adds an image of 32 x 32 x 3
+STAGE1_WIDTHS = (64, 256, 256)  # 118 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
 RANDOM_FLIP = -1  # in place of an epoch
 SMALL_CROP = 0.75  # of height and width: little more than half of the work
@@ -2722,7 +2723,8 @@ def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, n
     """Images with what was decided, how confidently, and what is true."""
     full = [*names, OTHER]
     captions = [
-        (f"{full[d]} {p:.0%}" if d == c else f"{full[d]}\n{full[c]}? {p:.1%}") + f"\ntrue: {full[t]}"
+        (f"{full[d]} {p:.0%}" if d == c else f"{full[d]}\n{full[c]}? {np.floor(1000 * p) / 1000:.1%}")
+        + f"\ntrue: {full[t]}"
         for d, c, p, t in zip(decisions.category, decisions.stage1_category, decisions.confidence, labels, strict=True)
     ]
     return plot_images(images, captions, title)
@@ -2733,8 +2735,8 @@ def select(decisions: Decisions, indices: np.ndarray) -> Decisions:
     return Decisions(*(values[indices] for values in decisions))
 
 
-def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float], marked: float):
-    """What a threshold buys: coverage and selective accuracy at each, with one threshold marked."""
+def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float], marked: float, split: str):
+    """What a threshold buys on the images of a split: coverage and selective accuracy, with one threshold marked."""
     figure, (axis,) = _axes(1, 1, 6, 3.6)
     grid = np.asarray(thresholds)
     accepted = np.asarray(confidence)[None, :] >= grid[:, None]  # (thresholds, N)
@@ -2743,7 +2745,8 @@ def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Seque
     axis.plot(grid, accepted.mean(axis=1), label="coverage")
     axis.plot(grid, accuracy, label="accuracy of what is accepted")
     axis.axvline(marked, color="grey", linestyle=":")
-    axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02), title=f"threshold {marked:.2f}")
+    axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title(f"{split} split, dotted: threshold {marked:.2f}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="lower left")
     return figure
@@ -3019,6 +3022,7 @@ def _write_html(notebook: Path) -> None:
         from nbconvert import HTMLExporter
 
         html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
+        html = re.sub(rf'href="({"|".join(NOTEBOOKS)})\.ipynb', r'href="\1.html', html)  # from page to page
         _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
     except Exception as error:  # nbconvert, Jinja and the file system each have their own
         print(f"No page could be made of {notebook}: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ import numpy as np
 import targets
 from common import ROOT, Timed, commit, in_fresh_process, interleaved, markdown, read_json, spread, write
 
-WIDTHS, SIZE, CATEGORIES, BATCH = (64, 192, 256), 32, 10, 512
+WIDTHS, SIZE, CATEGORIES, BATCH = (64, 256, 256), 32, 10, 512
 DATASET = "cifar10"
 LEVELS = (0.90, 0.92, 0.93, 0.94)  # test accuracies to be reached
 SHORT = 4  # epochs of a training that reaches the lowest level sooner

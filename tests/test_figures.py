@@ -57,7 +57,7 @@ FIGURES = {
     "risk_coverage": lambda n: mscnn.plot_risk_coverage({"both": scores(n), "Stage 1": scores(n)}, {"both": 0.5}),
     "reliability": lambda n: mscnn.plot_reliability({"both": scores(n)}),
     "gallery": lambda n: mscnn.plot_gallery(pictures(n), decisions_of(n), np.arange(n) % 10, NAMES, "title"),
-    "thresholds": lambda n: mscnn.plot_thresholds(*scores(n), np.linspace(0, 1, 21), 0.7),
+    "thresholds": lambda n: mscnn.plot_thresholds(*scores(n), np.linspace(0, 1, 21), 0.7, "calibration"),
     "retraining": lambda n: mscnn.plot_retraining(RETRAINED[:n]),
     "decision_traces": lambda n: mscnn.plot_decision_traces([trace() for _ in range(min(n, 3))]),
 }
@@ -169,7 +169,7 @@ def test_reliability_names_the_calibration_error():
 
 def test_thresholds_draw_coverage_and_accuracy():
     confidence, right = np.array([0.2, 0.4, 0.6, 0.8]), np.array([False, True, False, True])
-    figure = mscnn.plot_thresholds(confidence, right, [0, 0.5, 0.7, 0.9], marked=0.5)
+    figure = mscnn.plot_thresholds(confidence, right, [0, 0.5, 0.7, 0.9], marked=0.5, split="calibration")
     coverage, accuracy, mark = figure.axes[0].lines
     np.testing.assert_allclose(coverage.get_ydata(), [1, 0.5, 0.25, 0])
     np.testing.assert_allclose(accuracy.get_ydata(), [0.5, 0.5, 1, np.nan])
