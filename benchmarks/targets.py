@@ -172,9 +172,9 @@ def table(measured: Measured) -> str:
     lines = [
         "## Targets", "",
         "Written by `python benchmarks/targets.py` from the figures below. Median, in brackets minimum and maximum.",
-        "Three targets were set for a processor with AMX, whose bfloat16 convolutions are several times as fast: those",
-        "against stock Keras in float32, against stock Keras in bfloat16, and the minutes of a full run. Behind ratios",
-        "of AURC or AUGRC stands the 95 % interval, which has to lie below 1, too.", "",
+        "Three targets were set for a processor with AMX, as measured here: those against stock Keras in float32,",
+        "against stock Keras in bfloat16, and the minutes of a full run. Behind ratios of AURC or AUGRC stands the",
+        "95 % interval, which has to lie below 1, too.", "",
         *markdown(["figure", "target", "measured", "reached"], rows),
     ]  # fmt: skip
     return "\n".join(lines)
