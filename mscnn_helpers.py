@@ -130,9 +130,14 @@ def _category_index(one: str | int, names: Sequence[str]) -> int:
     folded = {name.lower(): name for name in names}
     if text.lower() in folded:
         return list(names).index(folded[text.lower()])
+    raise MSCNNError(f"Unknown category '{text}'.{_did_you_mean(text, names)} Choose among: {', '.join(names)}.")
+
+
+def _did_you_mean(text: str, names: Iterable[str]) -> str:
+    """The question that ends an error message, after a space; empty where no name is near."""
+    folded = {name.lower(): name for name in names}
     close = difflib.get_close_matches(text.lower(), folded, n=1)
-    hint = f" Did you mean {folded[close[0]]}?" if close else ""
-    raise MSCNNError(f"Unknown category '{text}'.{hint} Choose among: {', '.join(names)}.")
+    return f" Did you mean {folded[close[0]]}?" if close else ""
 
 
 def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
@@ -246,7 +251,6 @@ class Run:
     Args:
         notebook: name of the notebook without `.ipynb`; its seconds are recorded under it.
         settings: the parameters of the run.
-
     """
 
     def __init__(self, notebook: str, settings: Settings):
@@ -523,11 +527,8 @@ def _read_dataset(name: str) -> _Raw:
         raise MSCNNError(
             f"No image folder or .npz file '{name}': looked in {' and '.join(map(str, places))}. Check the path."
         )
-    near = difflib.get_close_matches(name, builtin, 1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    raise MSCNNError(
-        f"Unknown dataset '{name}': use auto, {', '.join(builtin)}, a .npz file or an image folder.{meant}"
-    )
+    known = f"auto, {', '.join(builtin)}, a .npz file or an image folder"
+    raise MSCNNError(f"Unknown dataset '{name}': use {known}.{_did_you_mean(name, builtin)}")
 
 
 def _download(url: str, known_hash: str, name: str) -> Path:
@@ -962,12 +963,9 @@ class Conv2D(keras.layers.Conv2D):
 @tf.custom_gradient
 def short_rows_convolution(images, kernel):
     """3 x 3 convolution: (B, H, W, in), (3, 3, in, out) -> (B, H, W, out)."""
-    same = {"strides": [1] * 4, "padding": "SAME"}
 
     def gradients(result):  # (B, H, W, out)
-        of_images = tf.raw_ops.Conv2DBackpropInput(
-            input_sizes=tf.shape(images), filter=kernel, out_backprop=result, **same
-        )
+        of_images = tf.nn.conv2d_transpose(result, kernel, tf.shape(images), 1, "SAME")
         return of_images, gradient_of_kernel(images, result)
 
     return tf.nn.conv2d(images, kernel, 1, "SAME"), gradients
@@ -2400,6 +2398,11 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     middle = (gained - lost) / count
     half = 1.96 * np.sqrt((gained + lost) / count - middle**2) / np.sqrt(count)
     return (gained - lost) / max(1, len(first)), max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def with_interval(difference: tuple[float, float, float]) -> str:
+    """A difference of rates and its interval, see `paired_difference`: for a table."""
+    return "{:+.1%} ({:+.1%} to {:+.1%})".format(*difference)
 
 
 class Comparison(NamedTuple):

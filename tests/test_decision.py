@@ -276,6 +276,16 @@ def test_a_bound_that_cannot_be_met_is_refused():
         mscnn.threshold_for_risk(rng.random(2500), rng.random(2500) < 0.9, 0.01)
 
 
+def test_where_a_bound_cannot_be_met_the_smallest_one_that_can_is_named():
+    rng = np.random.default_rng(1)
+    confidence, right = rng.random(600), rng.random(600) < 0.9
+    steps, _ = mscnn.check_enough_to_certify(600, 0.02)
+    order = np.argsort(-confidence)
+    bounds = [mscnn.error_bound(int((~right[order[:n]]).sum()), n, 0.05 / steps) for n in range(1, 601)]
+    with pytest.raises(MSCNNError, match=f"ask for a larger risk, from about {min(bounds):.2%} on"):
+        mscnn.threshold_for_risk(confidence, right, 0.02)
+
+
 @pytest.mark.parametrize(("risk", "delta", "named"), [(0, 0.05, "risk is 0"), (1, 0.05, "risk"), (0.1, 1, "delta")])
 def test_a_certificate_for_nonsense_is_refused(risk, delta, named):
     with pytest.raises(MSCNNError, match=f"{named}.*between 0 and 1"):

@@ -339,12 +339,21 @@ def test_a_fingerprint_notices_one_statistic(trained_model):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_file_that_names_no_activation_is_from_before_relu(model):
+    config = {name: value for name, value in model.get_config().items() if name != "activation"}
+    older = mscnn.MultiStageCNN.from_config(config)
+    for network in (older.stage1, older.companion):
+        activations = [layer.activation for layer in network.layers if isinstance(layer, keras.layers.Activation)]
+        assert activations == [keras.activations.silu] * 7
+
+
 def test_a_loaded_model_is_the_saved_one(model, tmp_path, tiny_data):
     path = tmp_path / "again.keras"
     model.save(path)
     again = mscnn.load_model(path)
     assert again.fingerprints() == model.fingerprints()
     assert again.get_config() == model.get_config()
+    assert again.stage1.get_layer("block1").activation is keras.activations.relu
     assert_same(again.decide(tiny_data.test.images), model.decide(tiny_data.test.images))
 
 

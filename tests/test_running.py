@@ -376,6 +376,16 @@ def test_a_kernel_that_dies_is_an_error_in_plain_sight(project):
     assert "so far" in outputs(folder / "notebooks" / "dies.ipynb")
 
 
+def test_links_between_the_notebooks_become_links_between_their_pages(tmp_path):
+    text = "[next](03_stage2_training.ipynb), [another](other.ipynb)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    nbformat.write(notebook, tmp_path / "page.ipynb")
+    mscnn._write_html(tmp_path / "page.ipynb")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert 'href="03_stage2_training.html"' in page
+    assert 'href="other.ipynb"' in page
+
+
 def test_an_older_result_does_not_pass_for_a_new_one(project):
     folder = project("bad", "print('fine')")
     mscnn.run_all(Settings(), ("bad",))
