@@ -75,6 +75,7 @@ with _without_native_logs():
     import tensorflow as tf
 
 OTHER = "OTHER"
+UNSURE, STRANGE = "unsure", "like nothing I know"  # the two reasons for it
 PRETRAINED = "notebooks/pretrained/cifar10.keras"  # what load_model="pretrained" stands for
 FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 
@@ -1051,6 +1052,15 @@ def build_cnn(
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
+def with_features(stage1: keras.Model) -> Callable:
+    """Stage 1's logits, last features and the mean of each channel of its first block, side by side (B, C + F + T)."""
+    layers = keras.layers
+    texture = layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer("block1").output)  # (B, T)
+    outputs = [stage1.outputs[0], stage1.get_layer("pooled").output, texture]
+    network = keras.Model(stage1.inputs[0], outputs)
+    return lambda images, training: tf.concat(network(images, training=training), axis=1)
+
+
 def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
     """The kernel of `WhiteningConv`, float32 (2, 2, channels, 8 channels), from uint8 images (N, H, W, channels)."""
     x = (images.astype(np.float32) - mean) / std
@@ -1100,6 +1110,7 @@ def fastest_policy(repeats: int = 10) -> str:
 COMMON_PRIOR = np.array([0.0, 0.5, 0.5])
 COMMON_STRENGTH = np.array([0.1, 1.0, 1.0])  # of the common row towards COMMON_PRIOR: 1 / variance
 ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the common row: 1 / variance
+NOVEL = 0.01  # share of the calibration images that are called like nothing known
 
 
 def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -1327,6 +1338,71 @@ def threshold_for_costs(wrong: float, other: float) -> float:
     return max(0.0, 1 - other / wrong)
 
 
+class Views(NamedTuple):
+    """What Stage 1 makes of B images: its logits on each view, and the means over the views of two of its layers."""
+
+    logits: np.ndarray  # float32 (views, B, C)
+    features: np.ndarray  # float32 (B, F), what its dense layer sees
+    texture: np.ndarray  # float32 (B, T), the mean of each channel of its first block
+
+
+class Known(NamedTuple):
+    """What the train images look like to Stage 1, to notice what looks like none of them."""
+
+    centres: np.ndarray  # float32 (C, F): the mean features of each category
+    texture_mean: np.ndarray  # float32 (T,)
+    texture_precision: np.ndarray  # float32 (T, T), the inverse of the texture's covariance
+    scale: np.ndarray  # float64 (2, 3): mean and standard deviation of each evidence on the calibration split
+    limit: float  # the sum of the three above which an image is like nothing known
+
+
+def novelty_evidence(views: Views, known: Known) -> np.ndarray:
+    """Three signs that an image belongs to no category at all, float64 (B, 3); each grows with its strangeness.
+
+    That no category speaks up: the energy of the mean logits (Liu et al. 2020, "Energy-based out-of-distribution
+    detection"). That Stage 1's last features lie far from every category: log distance to the nearest centre. That its
+    first block, which sees edges and colours, sees others than usual: log Mahalanobis distance to the mean of all
+    train images (both after Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples").
+    """
+    from scipy.special import logsumexp
+
+    energy = -logsumexp(views.logits.mean(axis=0).astype(np.float64), axis=1)  # (B,)
+    squares = (views.features**2).sum(axis=1)[:, None] + (known.centres**2).sum(axis=1)  # (B, C)
+    nearest = (squares - 2 * views.features @ known.centres.T).min(axis=1)  # (B,)
+    shifted = views.texture - known.texture_mean  # (B, T)
+    unusual = ((shifted @ known.texture_precision) * shifted).sum(axis=1)  # (B,)
+    return np.stack([energy, *(np.log(np.maximum(one, 1e-12)) for one in (nearest, unusual))], axis=1)
+
+
+def known_from(train: Views, labels: np.ndarray, calibration: Views, novel: float = NOVEL) -> Known:
+    """What is known, from what Stage 1 makes of train images and, for the scale and the limit, calibration images.
+
+    Args:
+        labels: of the train images, (N,); each category occurs.
+        novel: share of the calibration images beyond the limit.
+    """
+    from sklearn.covariance import LedoitWolf
+
+    centres = np.stack([train.features[labels == c].mean(axis=0) for c in range(train.logits.shape[-1])])
+    covariance = LedoitWolf(store_precision=False).fit(train.texture).covariance_  # shrunk, for few images
+    some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
+    precision = np.linalg.inv(covariance + some).astype(np.float32)
+    known = Known(centres, train.texture.mean(axis=0), precision, np.array([[0.0] * 3, [1.0] * 3]), np.inf)
+    evidence = novelty_evidence(calibration, known)
+    scale = np.stack([evidence.mean(axis=0), np.maximum(evidence.std(axis=0), 1e-6)])
+    total = ((evidence - scale[0]) / scale[1]).sum(axis=1)
+    return known._replace(scale=scale, limit=float(np.quantile(total, 1 - novel)))
+
+
+def novelty(views: Views, known: Known) -> np.ndarray:
+    """How strange images are, float64 (B,): the sum of the standardised evidences less the limit, above 0 too strange.
+
+    NaN where nothing is known.
+    """
+    mean, deviation = known.scale
+    return ((novelty_evidence(views, known) - mean) / deviation).sum(axis=1) - known.limit
+
+
 def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
     """How badly the confidences fit, by predicted category: mean negative log likelihood in nats, (count,).
 
@@ -1346,6 +1422,7 @@ class Opinions(NamedTuple):
     stage1: np.ndarray  # float64, Stage 1's margin for it, over both views
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
     logits: np.ndarray  # float32 (B, C), Stage 1's
+    novelty: np.ndarray  # float64, above 0: like nothing known
 
 
 class Decisions(NamedTuple):
@@ -1360,6 +1437,12 @@ class Decisions(NamedTuple):
     stage1_margin: np.ndarray  # float64, its lead over the next category, over both views: goes into the confidence
     stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
     stage1_logits: np.ndarray  # (B, C)
+    novelty: np.ndarray  # float64, above 0: OTHER whatever the confidence is; NaN in a model that never learnt it
+
+    def reasons(self) -> np.ndarray:
+        """Why each image was decided as it was: "accepted", "unsure", or "like nothing I know"; str (B,)."""
+        accepted = self.category < self.stage1_logits.shape[1]
+        return np.where(accepted, "accepted", np.where(self.novelty > 0, STRANGE, UNSURE))
 
 
 # ======================================================================================================
@@ -1429,12 +1512,18 @@ class MultiStageCNN(keras.Model):
         not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
         self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
         self.rows = self.add_weight(shape=(count, 3), name="rows", autocast=False, **not_yet)
+        first, last = stage1_widths[0], stage1_widths[-1]
+        shapes = Known((count, last), (first,), (first, first), (2, 3), ())
+        self._known = [
+            self.add_weight(shape=shape, name=name, autocast=False, **not_yet)
+            for name, shape in shapes._asdict().items()
+        ]
         images, weights = tf.TensorSpec((None, *image_shape), tf.uint8), self.companion.weights
         weights = [tf.TensorSpec(w.shape, w.dtype) for w in weights]
         # Any number of images, one graph each; no AutoGraph, since there is no Python control flow to translate.
         self._stage1_graph, self._stage1_views_graph = (
             tf.function(one, input_signature=[images], autograph=False)
-            for one in (self._stage1_logits, self._stage1_logits_of_views)
+            for one in (self._stage1_logits, functools.partial(self._on_views, with_features(self.stage1)))
         )
         self._stage2_graph = tf.function(self._stage2_logits, input_signature=[weights, images], autograph=False)
         self.built = True
@@ -1458,6 +1547,12 @@ class MultiStageCNN(keras.Model):
         certificate = None if self.certificate is None else list(self.certificate)
         return {**self._settings, "threshold": self.threshold, "certificate": certificate}
 
+    def load_own_variables(self, store):
+        """As Keras does it, but files from before the model knew what is novel lack the last variables."""
+        for i, variable in enumerate(self._trainable_variables + self._non_trainable_variables):
+            if str(i) in store:
+                variable.assign(store[str(i)])
+
     @classmethod
     def from_config(cls, config):
         return cls(**{"activation": "silu", **config})  # which files from before ReLU do not name
@@ -1477,6 +1572,7 @@ class MultiStageCNN(keras.Model):
         parts = {"stage1": self.stage1.get_weights(), "companion": self.companion.get_weights()}
         parts |= {f"stage2/{n}": self.stage2_of(c).get_weights() for c, n in enumerate(self.category_names)}
         parts["calibration/common"] = [self.common_row.numpy()]
+        parts["known"] = [one.numpy() for one in self._known]
         rows = self.rows.numpy()
         return parts | {f"calibration/{n}": [rows[c]] for c, n in enumerate(self.category_names)}
 
@@ -1538,15 +1634,12 @@ class MultiStageCNN(keras.Model):
         return 2 if self.flip else 1
 
     def _on_views(self, network, images):
-        """A network's logits for the views of each image, side by side: (B, views C)."""
+        """What a network says of the views of each image, side by side: (B, views C)."""
         views = tf.concat([images, tf.reverse(images, [2])][: self._views], axis=0)  # (views B, H, W, channels)
         return tf.concat(tf.split(network(views, training=False), self._views), axis=1)
 
     def _stage1_logits(self, images):
         return self.stage1(images, training=False)
-
-    def _stage1_logits_of_views(self, images):
-        return self._on_views(self.stage1, images)
 
     def _stage2_logits(self, weights, images):
         """Stage 2's logits (B, views C) for given weights: all Stage 2 CNNs are one graph, traced once."""
@@ -1572,6 +1665,15 @@ class MultiStageCNN(keras.Model):
         where = np.full(len(images), category)
         return np.mean([log_odds(one, where) for one in np.split(logits, self._views, axis=1)], axis=0)
 
+    def stage1_views(self, images: np.ndarray, batch_size: int = 512) -> Views:
+        """What Stage 1 makes of uint8 images (B, H, W, channels) and, if mirroring keeps the category, of their mirror
+        images."""
+        centres, texture = (self._known[i].shape for i in (0, 1))
+        parts = np.cumsum([*centres, *texture])  # C, C + F, C + F + T
+        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, self._views * parts[-1])
+        logits, features, texture, _ = np.split(np.stack(np.split(both, self._views, axis=1)), parts, axis=2)
+        return Views(logits, features.mean(axis=0), texture.mean(axis=0))
+
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
         """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
 
@@ -1579,20 +1681,22 @@ class MultiStageCNN(keras.Model):
         keeps the category, its mirror image: an answer that changes in the mirror is a doubtful one. Only the Stage 2
         CNN of the predicted category is run: the images are sorted by category first.
         """
-        width = len(self.category_names)
-        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, self._views * width)
-        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C)
-        logits, category = views[0], views[0].argmax(axis=1)  # (B, C), (B,)
+        views = self.stage1_views(images, batch_size)
+        logits, category = views.logits[0], views.logits[0].argmax(axis=1)  # (B, C), (B,)
         stage2 = np.zeros(len(images))
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return Opinions(category, margin(views.mean(axis=0), category), stage2, logits)
+        lead = margin(views.logits.mean(axis=0), category)
+        return Opinions(category, lead, stage2, logits, novelty(views, self.known))
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
     ) -> Decisions:
         """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
+
+        OTHER is what the confidence does not reach the threshold for, and what is like nothing known: there a
+        confidence, which was learnt on images of the categories, means little.
 
         Args:
             threshold: in place of the model's own; one for all, or one a category, (C,).
@@ -1602,15 +1706,15 @@ class MultiStageCNN(keras.Model):
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
-        category, stage1, stage2, logits = self.opinions(images, batch_size)
+        category, stage1, stage2, logits, strange = self.opinions(images, batch_size)
         confidence = combined_confidence(self.rows.numpy(), category, stage1, stage2)
         threshold, count = check_threshold(self.threshold if threshold is None else threshold), len(self.category_names)
         if np.shape(threshold) not in ((), (count,)):
             raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
-        final = accept(category, confidence, threshold, count)
+        final = np.where(strange > 0, count, accept(category, confidence, threshold, count))
         odds = log_odds(logits, category)
         own = sigmoid(odds), sigmoid(stage2)
-        return Decisions(final, category, *own, confidence, odds, stage1, stage2, logits)
+        return Decisions(final, category, *own, confidence, odds, stage1, stage2, logits, strange)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
@@ -1621,6 +1725,25 @@ class MultiStageCNN(keras.Model):
         return images
 
     # ---- calibration
+
+    @property
+    def known(self) -> Known:
+        """What the train images look like to Stage 1; NaN until `learn_known`."""
+        *arrays, limit = (one.numpy() for one in self._known)
+        return Known(*arrays, float(limit))
+
+    def learn_known(self, data: Dataset, images: int = 5000) -> None:
+        """Learns from Stage 1, as it is, what the images of its categories look like to it; see `novelty`.
+
+        Args:
+            images: how many of the train split are looked at. The calibration split is looked at whole.
+        """
+        count = len(self.category_names)
+        some = [np.flatnonzero(data.train.labels == c)[: max(1, images // count)] for c in range(count)]
+        train = data.train.take(np.concatenate(some))
+        known = known_from(self.stage1_views(train.images), train.labels, self.stage1_views(data.calibration.images))
+        for variable, value in zip(self._known, known, strict=True):
+            variable.assign(value)
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
         """Fits calibration rows on the calibration split.
@@ -1639,7 +1762,7 @@ class MultiStageCNN(keras.Model):
             names = ", ".join(self.category_names[c] for c in frozen)
             raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
         self.certificate = None
-        category, stage1, stage2, _ = self.opinions(split.images)
+        category, stage1, stage2, *_ = self.opinions(split.images)
         right, rows = category == split.labels, self.rows.numpy()
         if categories is None and len(free) == len(self.category_names):
             self.common_row.assign(fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH))
@@ -1662,7 +1785,8 @@ class MultiStageCNN(keras.Model):
     def certify(self, split: Split, risk: float, delta: float = 0.05) -> Certificate:
         """Sets a low threshold with a guaranteed error rate (see `threshold_for_risk`), and keeps the guarantee.
 
-        Any training or calibration voids the guarantee.
+        It is one for the images that are not like nothing known; the others are OTHER anyway. Any training or
+        calibration voids the guarantee.
 
         Args:
             split: the certification split, which nothing else has seen.
@@ -1671,8 +1795,9 @@ class MultiStageCNN(keras.Model):
             MSCNNError: too few images, or the risk cannot be guaranteed; threshold and certificate stay as they were.
         """
         decisions = self.decide(split.images)
-        right = decisions.stage1_category == split.labels
-        self.certificate = threshold_for_risk(decisions.confidence, right, risk, delta)
+        right, known = decisions.stage1_category == split.labels, ~(decisions.novelty > 0)
+        found = threshold_for_risk(decisions.confidence[known], right[known], risk, delta)
+        self.certificate = found._replace(images=len(split))
         self.threshold = self.certificate.threshold
         return self.certificate
 
@@ -1788,7 +1913,7 @@ class Recipe:
     small_crops: float = 0.5  # share of the epochs, the first ones, that see a part of each image; see SmallCropsFirst
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
-    stage2_share: float = 0.09  # images drawn for a category in an epoch, as a share of the train split
+    stage2_share: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
 
     @property
     def peak(self) -> float:
@@ -1810,8 +1935,8 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
         return Recipe(
             epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, small_crops=0.0, stage2_share=0.3
         )
-    epochs = epochs or 16
-    return Recipe(epochs, batch_size or 512)
+    epochs = epochs or 20
+    return Recipe(epochs, batch_size or 512, companion_epochs=max(1, round(0.8 * epochs)))
 
 
 class Triangle(keras.optimizers.schedules.LearningRateSchedule):
@@ -2071,9 +2196,13 @@ def train_stage1(
     log_dir: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
-    """Trains Stage 1 where it stands, see `train_classifier`; what was calibrated to it is void."""
+    """Trains Stage 1 where it stands, see `train_classifier`, and learns what is known to it.
+
+    What was calibrated to it is void.
+    """
     history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
     model.void_calibration()
+    model.learn_known(data)
     return history
 
 
@@ -2105,8 +2234,9 @@ def draw_stage2_images(
 ) -> np.ndarray:
     """Chooses what a Stage 2 CNN is trained on: in turn an image of its category and a hard one of another.
 
-    Images of other categories are drawn in proportion to `probability` + 0.001: what Stage 1 would mistake
-    for the category is what its judge has to know.
+    Images of other categories are drawn in proportion to the square of `probability`, plus 0.00001: what Stage 1 would
+    mistake for the category is what its judge has to know. On its own train images Stage 1 is rarely mistaken. Without
+    the square, the many images to which it gives a few hundredths would be nearly all of the draw.
 
     Args:
         labels: (N,). probability: Stage 1's probability of `category` for each image, (N,).
@@ -2116,7 +2246,7 @@ def draw_stage2_images(
         int64 (count,).
     """
     own = np.flatnonzero(labels == category)
-    weight = np.where(labels == category, 0.0, probability + 0.001)
+    weight = np.where(labels == category, 0.0, probability**2 + 0.00001)
     indices = np.empty(count, np.int64)
     indices[0::2] = rng.choice(own, len(indices[0::2]))
     indices[1::2] = rng.choice(len(labels), len(indices[1::2]), p=weight / weight.sum())
@@ -2379,6 +2509,7 @@ def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict
         "two_stage": {
             "threshold": threshold,
             **selective_metrics(decisions, labels),
+            "like_nothing_known": (decisions.novelty > 0).mean(),
             **failure_metrics(decisions.confidence, right),
         },
     }
@@ -2438,6 +2569,27 @@ def compare_decisions(
         )
         for name, here in groups
     ]
+
+
+def made_up_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Images that belong to no category, as many of each kind as are given: uint8 (B, H, W, channels).
+
+    Args:
+        images: some of the data set; what is scrambled are 16 patches of each.
+    """
+    rng, (height, width) = np.random.default_rng(seed), images.shape[1:3]
+    cut = images[:, : height // 4 * 4, : width // 4 * 4]
+    patches = cut.reshape(len(cut), 4, height // 4, 4, width // 4, -1).swapaxes(2, 3)  # (B, 4, 4, H/4, W/4, channels)
+    flat = patches.reshape(len(cut), 16, *patches.shape[3:])
+    colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[-1]), dtype=np.uint8)
+    mixed = rng.permuted(np.broadcast_to(np.arange(16), (len(cut), 16)), axis=1)  # (B, 16)
+    shuffled = np.take_along_axis(flat, mixed[:, :, None, None, None], axis=1).reshape(patches.shape)
+    return {
+        "uniform noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
+        "Gaussian noise": rng.normal(128, 64, images.shape).clip(0, 255).astype(np.uint8),
+        "one colour": np.broadcast_to(colours, images.shape).copy(),
+        "scrambled": shuffled.swapaxes(2, 3).reshape(cut.shape),
+    }
 
 
 def stage_truth(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
@@ -2538,6 +2690,7 @@ class DecisionTrace(NamedTuple):
     stage2_confidence: float
     confidence: float
     verdict: str
+    reason: str  # see `Decisions.reasons`
 
 
 def trace_decisions(
@@ -2545,7 +2698,7 @@ def trace_decisions(
 ) -> list[DecisionTrace]:
     """Explains the decisions on uint8 images (B, H, W, channels), one trace an image."""
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
-    probability = np.asarray(tf.nn.softmax(decisions.stage1_logits))  # (B, C)
+    probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
     traces = []
     for i, c in enumerate(decisions.stage1_category):
         one = images[i : i + 1]
@@ -2559,6 +2712,7 @@ def trace_decisions(
                 stage2_confidence=float(decisions.stage2_confidence[i]),
                 confidence=float(decisions.confidence[i]),
                 verdict=names[decisions.category[i]],
+                reason=str(reasons[i]),
             )
         )
     return traces
@@ -2788,10 +2942,17 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
         colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
-        asked = f"{trace.top3[0][0]}? " if trace.verdict == OTHER else ""
-        verdict = f"{trace.verdict}{' ✗' if wrong else ''}\n{asked}{trace.confidence:.0%}"
-        text.text(0, 0.02, verdict, fontsize=11, weight="bold", color=colour)
+        text.text(0, 0.02, _verdict(trace, bool(wrong)), fontsize=11, weight="bold", color=colour)
     return figure
+
+
+def _verdict(trace: DecisionTrace, wrong: bool) -> str:
+    """In two lines; a confidence means nothing for what is like nothing known."""
+    if trace.reason == STRANGE:
+        return f"{trace.verdict}\n{STRANGE}"
+    if trace.verdict == OTHER:
+        return f"{trace.verdict}, {trace.reason}\n{trace.top3[0][0]}? {trace.confidence:.0%}"
+    return f"{trace.verdict}{' ✗' if wrong else ''}\n{trace.confidence:.0%}"
 
 
 def _show_map(axis, image: np.ndarray, heat: np.ndarray, title: str) -> None:

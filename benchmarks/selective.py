@@ -237,7 +237,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     found = {}
     for name, split in (("calibration", data.calibration), ("test", data.test)):
         stage1, companion = (both_views(tf.function(one), split.images) for one in (model.stage1, model.companion))
-        category = stage1[0].argmax(axis=1)
+        category, decisions = stage1[0].argmax(axis=1), model.decide(split.images)
         stage2 = np.zeros((2, len(split)))
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
@@ -245,7 +245,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
             stage2[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
         found |= {
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
-            f"{name}_stage2": stage2, f"{name}_ours": model.decide(split.images).confidence,
+            f"{name}_stage2": stage2, f"{name}_ours": decisions.confidence, f"{name}_novelty": decisions.novelty,
             f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
         }  # fmt: skip
         if dropout is not None:
@@ -253,8 +253,9 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
     found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
     certified = model.decide(data.certification.images)
-    found["certification_ours"] = certified.confidence
-    found["certification_right"] = certified.stage1_category == data.certification.labels
+    known = ~(certified.novelty > 0)  # the others are OTHER at any threshold
+    found["certification_ours"] = certified.confidence[known]
+    found["certification_right"] = (certified.stage1_category == data.certification.labels)[known]
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), sources=sources(form, seed), **found)
     partial.replace(path)
@@ -496,7 +497,7 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     except mscnn.MSCNNError:  # none can be given
         accepted = np.full(len(right), False)
     else:
-        accepted = confidence >= certificate.threshold
+        accepted = (confidence >= certificate.threshold) & ~(found["test_novelty"] > 0)
     result["certified coverage"] = accepted.mean()
     if accepted.any():
         result["certified error"] = 1 - right[accepted].mean()

@@ -372,3 +372,62 @@ def test_thresholds_by_category_accept_the_same_share_of_each():
     for c in range(3):
         here = category == c
         assert (decided[here] != 4).sum() == np.ceil(0.75 * here.sum())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Like nothing known
+# ------------------------------------------------------------------------------------------------------------
+
+
+def views_of(count: int, seed: int, shift: float = 0.0, loud: float = 1.0) -> tuple[mscnn.Views, np.ndarray]:
+    """Three categories with features around a corner of a cube each, and textures of four correlated channels."""
+    rng, labels = np.random.default_rng(seed), np.arange(count) % 3
+    features = 3 * np.eye(3)[labels] + rng.normal(size=(count, 3)) + shift
+    mixing = np.array([[1.0, 0.9, 0, 0], [0, 0.5, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 0]])  # the last is always 0
+    texture = rng.normal(size=(count, 4)) @ mixing
+    logits = np.stack([loud * 3 * np.eye(3)[labels] + rng.normal(size=(count, 3))] * 2)
+    return mscnn.Views(*(one.astype(np.float32) for one in (logits, features, texture))), labels
+
+
+def known_of(count: int = 3000) -> mscnn.Known:
+    (train, labels), (calibration, _) = views_of(count, 0), views_of(count, 1)
+    return mscnn.known_from(train, labels, calibration)
+
+
+def test_a_hundredth_of_the_calibration_images_is_like_nothing_known():
+    known = known_of()
+    assert (mscnn.novelty(views_of(3000, 1)[0], known) > 0).mean() == pytest.approx(0.01, abs=0.001)
+    assert (mscnn.novelty(views_of(20_000, 2)[0], known) > 0).mean() == pytest.approx(0.01, abs=0.004)
+
+
+def test_each_of_the_three_signs_can_make_an_image_strange():
+    known, (usual, _) = known_of(), views_of(500, 3)
+    base = mscnn.novelty_evidence(usual, known)
+    against = np.where(np.arange(4) == 1, 3.0, 0.0) - np.where(np.arange(4) == 0, 3.0, 0.0)  # usual one by one
+    strange = {
+        0: usual._replace(logits=usual.logits - 20),
+        1: usual._replace(features=usual.features + np.float32([30, 30, 30])),
+        2: usual._replace(texture=usual.texture + np.float32(against * 3)),
+    }
+    for column, views in strange.items():
+        evidence = mscnn.novelty_evidence(views, known)
+        others = [k for k in range(3) if k != column]
+        np.testing.assert_array_equal(evidence[:, others], base[:, others])
+        assert (evidence[:, column] > base[:, column]).mean() > 0.99
+        assert (mscnn.novelty(views, known) > mscnn.novelty(usual, known)).mean() > 0.99
+
+
+def test_the_texture_is_judged_by_its_mahalanobis_distance():
+    from scipy.spatial.distance import mahalanobis
+
+    known, (views, _) = known_of(), views_of(20, 4)
+    expected = [2 * np.log(mahalanobis(one, known.texture_mean, known.texture_precision)) for one in views.texture]
+    np.testing.assert_allclose(mscnn.novelty_evidence(views, known)[:, 2], expected, rtol=1e-4)
+    covariance = np.cov(views_of(3000, 0)[0].texture[:, :3].T)
+    np.testing.assert_allclose(known.texture_precision[:3, :3], np.linalg.inv(covariance), rtol=0.05, atol=0.05)
+
+
+def test_where_nothing_is_known_nothing_is_strange():
+    blank = mscnn.Known(*(np.full_like(one, np.nan) for one in known_of(30)))
+    strange = mscnn.novelty(views_of(5, 0)[0], blank)
+    assert np.isnan(strange).all() and not (strange > 0).any()

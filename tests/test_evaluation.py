@@ -16,7 +16,7 @@ def decisions_of(category, stage1_category, confidence=None, log_odds=None, cate
     blank = np.full(len(category), np.nan)
     confidence, log_odds = (blank if one is None else np.asarray(one, float) for one in (confidence, log_odds))
     logits = np.zeros((len(category), categories), np.float32)
-    return mscnn.Decisions(category, stage1_category, blank, blank, confidence, log_odds, blank, blank, logits)
+    return mscnn.Decisions(category, stage1_category, blank, blank, confidence, log_odds, blank, blank, logits, blank)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,17 +197,45 @@ def test_a_model_that_accepts_everything_is_stage_1():
     assert got == dict.fromkeys(got, 0.75) | {"coverage": 1.0}
 
 
+def test_other_has_two_reasons():
+    decisions = decisions_of([3, 10, 10, 10], [3, 3, 4, 5])._replace(novelty=np.array([-1.0, -1.0, 2.0, np.nan]))
+    assert decisions.reasons().tolist() == ["accepted", mscnn.UNSURE, mscnn.STRANGE, mscnn.UNSURE]
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 32, 3), (5, 30, 33, 1)])
+def test_made_up_images_show_nothing(shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    made_up, again = mscnn.made_up_images(images, 1), mscnn.made_up_images(images, 1)
+    for kind, one in made_up.items():
+        assert one.dtype == np.uint8 and len(one) == len(images)
+        np.testing.assert_array_equal(one, again[kind])
+    assert (made_up["one colour"] == made_up["one colour"][:, :1, :1]).all()
+    assert len(np.unique(made_up["one colour"][:, 0, 0], axis=0)) > 1, "another one for each image"
+    height, width = shape[1] // 4 * 4, shape[2] // 4 * 4
+    scrambled = made_up["scrambled"]
+    assert scrambled.shape[1:3] == (height, width)
+
+    def patches(image) -> list[bytes]:
+        rows = [np.split(row, 4, axis=1) for row in np.split(image, 4, axis=0)]
+        return [patch.tobytes() for row in rows for patch in row]
+
+    for image, shuffled in zip(images[:, :height, :width], scrambled, strict=True):
+        assert sorted(patches(image)) == sorted(patches(shuffled)) and patches(image) != patches(shuffled)
+
+
 def test_evaluate_gives_the_entries_of_metrics_json():
     labels = np.array([0, 1, 2, 3, 4, 5])
     stage1 = [0, 1, 2, 3, 9, 9]
     # Stage 1's own confidence is misled by its errors, the combined one is not.
     decisions = decisions_of([0, 1, 2, 3, 10, 10], stage1, [0.9, 0.9, 0.8, 0.8, 0.1, 0.2], [1, 2, 3, 4, 5, 6])
+    decisions = decisions._replace(novelty=np.array([-1.0, -0.5, 0, 0, 0.5, 2]))
     got = mscnn.evaluate(decisions, labels, threshold=0.55)
+    assert got["two_stage"]["like_nothing_known"] == pytest.approx(2 / 6)
     assert set(got) == {"stage1", "two_stage"}
     assert set(got["stage1"]) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(got["two_stage"]) == {
         "threshold", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
-        "aurc", "auroc_failure", "fpr95",
+        "like_nothing_known", "aurc", "auroc_failure", "fpr95",
     }  # fmt: skip
     assert got["stage1"]["accuracy"] == pytest.approx(4 / 6)
     assert (got["stage1"]["auroc_failure"], got["two_stage"]["auroc_failure"]) == (0, 1)

@@ -156,7 +156,7 @@ def test_traces_say_what_decide_says(model, tiny_data):
     for i, trace in enumerate(traces):
         np.testing.assert_array_equal(trace.image, images[i])
         assert trace.truth == names[labels[i]]
-        assert trace.verdict == names[decisions.category[i]]
+        assert (trace.verdict, trace.reason) == (names[decisions.category[i]], decisions.reasons()[i])
         assert trace.confidence == decisions.confidence[i]
         assert trace.stage2_confidence == decisions.stage2_confidence[i]
         assert [name for name, _ in trace.top3] == [names[c] for c in np.argsort(-probability[i])[:3]]

@@ -20,17 +20,23 @@ def decisions_of(count: int) -> mscnn.Decisions:
     confidence, stage1 = np.linspace(0.05, 0.95, count), np.arange(count) % 10
     final = np.where(confidence >= 0.5, stage1, 10)
     logits = np.zeros((count, 10), np.float32)
-    return mscnn.Decisions(final, stage1, *[confidence] * 6, logits)
+    return mscnn.Decisions(final, stage1, *[confidence] * 6, logits, np.zeros(count))
 
 
 def pictures(count: int, channels: int = 3) -> np.ndarray:
     return RNG.integers(0, 256, (count, 32, 32, channels), dtype=np.uint8)
 
 
-def trace(truth: str = "ship", verdict: str = mscnn.OTHER, channels: int = 3, heat: float = 1.0) -> mscnn.DecisionTrace:
+def trace(
+    truth: str = "ship",
+    verdict: str = mscnn.OTHER,
+    channels: int = 3,
+    heat: float = 1.0,
+    reason: str = mscnn.UNSURE,
+) -> mscnn.DecisionTrace:
     maps = heat * RNG.random((2, 7, 7)).astype(np.float32)
     top = [("ship", 0.6), ("truck", 0.3), ("cat", 0.1)]
-    return mscnn.DecisionTrace(pictures(1, channels)[0], truth, *maps, top, 0.4, 0.55, verdict)
+    return mscnn.DecisionTrace(pictures(1, channels)[0], truth, *maps, top, 0.4, 0.55, verdict, reason)
 
 
 def run_of(count: int) -> dict[str, list[float]]:
@@ -206,8 +212,10 @@ def test_decision_traces_are_one_row_an_image():
     read = "\n".join(texts(figure))
     assert "✗" not in read  # neither is wrong: one is rejected, of the other the truth is not known
     assert "truck ✗\n55%" in texts(mscnn.plot_decision_traces([trace("ship", "truck")]))
-    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER\nship? 55%", "truck\n55%"):
+    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER, unsure\nship? 55%", "truck\n55%"):
         assert part in read
+    strange = texts(mscnn.plot_decision_traces([trace(reason=mscnn.STRANGE)]))
+    assert "OTHER\nlike nothing I know" in strange, "without a confidence, which means nothing there"
 
 
 def test_the_map_lies_over_the_whole_image():

@@ -78,9 +78,28 @@ def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -
     margin = mscnn.margin(both, category)
     row = model.rows.numpy()[category]
     confidence = 1 / (1 + np.exp(-(row[:, 0] + row[:, 1] * margin + row[:, 2] * stage2)))
-    final = np.where(confidence >= threshold, category, len(model.category_names))
+    strange = plain_novelty(model, images)
+    final = np.where((confidence >= threshold) & ~(strange > 0), category, len(model.category_names))
     odds, second = np.log(first / (1 - first)), 1 / (1 + np.exp(-stage2))
-    return Decisions(final, category, first, second, confidence, odds, margin, stage2, logits)
+    return Decisions(final, category, first, second, confidence, odds, margin, stage2, logits, strange)
+
+
+def plain_novelty(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
+    """The same of `novelty`: image by image, layer by layer."""
+    known, inputs, found = model.known, model.stage1.inputs[0], []
+    layers = [model.stage1.get_layer(name).output for name in ("logits", "pooled", "block1")]
+    logits, features, first = keras.Model(inputs, layers)(np.concatenate([images, images[:, :, ::-1]]), training=False)
+    texture = np.asarray(first, np.float64).mean(axis=(1, 2))
+    for i in range(len(images)):
+        z, f, t = (np.asarray(one, np.float64)[i :: len(images)].mean(axis=0) for one in (logits, features, texture))
+        t = t - known.texture_mean
+        evidence = [
+            -np.log(np.exp(z).sum()),
+            np.log(min(((f - centre) ** 2).sum() for centre in known.centres)),
+            np.log(t @ known.texture_precision @ t),
+        ]
+        found.append(((np.array(evidence) - known.scale[0]) / known.scale[1]).sum() - known.limit)
+    return np.array(found)
 
 
 def test_decide_equals_the_plain_computation(model, tiny_data):
@@ -131,6 +150,53 @@ def test_an_answer_that_changes_in_the_mirror_has_a_small_margin(model, tiny_dat
     expected = mscnn.margin((logits + mirrored) / 2, logits.argmax(axis=1))
     np.testing.assert_allclose(decisions.stage1_margin, expected, rtol=1e-3, atol=1e-3)
     assert np.abs(decisions.stage1_margin - mscnn.margin(logits, logits.argmax(axis=1))).max() > 0.01
+
+
+def test_what_is_like_nothing_known_is_other_however_confident(trained_model, tiny_data):
+    """At a threshold that everything passes; the certificate is one for what is left."""
+    images = mscnn.made_up_images(tiny_data.test.images)["uniform noise"]
+    decisions = trained_model.decide(images, threshold=0)
+    assert (decisions.novelty > 0).mean() > 0.9
+    np.testing.assert_array_equal(decisions.category == 5, decisions.novelty > 0)
+    assert set(decisions.reasons()) <= {"accepted", mscnn.STRANGE}
+    split = tiny_data.certification
+    with_noise = mscnn.Split(np.concatenate([split.images, images]), np.concatenate([split.labels, np.zeros(100, int)]))
+    found = trained_model.certify(with_noise, risk=0.5, delta=0.2)
+    assert found.accepted <= (trained_model.decide(with_noise.images).novelty <= 0).sum() < 120
+    assert found.images == 190
+
+
+def test_a_file_from_before_what_is_known_decides_by_confidence_alone(trained_model_path, tiny_data, tmp_path):
+    """Its variables end before those of `Known`."""
+    older = shutil.copy(trained_model_path, tmp_path / "older.keras")
+    with zipfile.ZipFile(older) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    weights = tmp_path / "weights.h5"
+    weights.write_bytes(members["model.weights.h5"])
+    with h5py.File(weights, "a") as file:
+        for name in [name for name in file["vars"] if int(name) >= 2]:
+            del file["vars"][name]
+    members["model.weights.h5"] = weights.read_bytes()
+    with zipfile.ZipFile(older, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    before, after = (mscnn.load_model(path).decide(tiny_data.test.images) for path in (older, trained_model_path))
+    assert np.isnan(before.novelty).all()
+    np.testing.assert_array_equal(before.confidence, after.confidence)
+    np.testing.assert_array_equal(before.category, np.where(before.confidence >= 0.7, before.stage1_category, 5))
+
+
+def test_what_is_known_belongs_to_stage_1(trained_model, tiny_data):
+    """A training of it learns it anew; nothing else moves it."""
+    before = trained_model.fingerprints()["known"]
+    trained_model.learn_known(tiny_data)
+    assert trained_model.fingerprints()["known"] == before
+    trained_model.train_only("")
+    trained_model.calibrate(tiny_data.calibration)
+    assert trained_model.fingerprints()["known"] == before
+    trained_model.set_stage1_trainable(True)
+    mscnn.train_stage1(trained_model, tiny_data, mscnn.Recipe(1, 64))
+    assert trained_model.fingerprints()["known"] != before
 
 
 def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
