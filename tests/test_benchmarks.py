@@ -15,6 +15,7 @@ import quality
 import selective
 import speed
 import targets
+import unknown
 from conftest import ROOT
 
 import mscnn_helpers as mscnn
@@ -76,7 +77,7 @@ def test_results_are_made_from_the_figures():
     text = common.RESULTS.read_text("utf-8")
     sections = {
         "quality": quality.table, "speed": speed.section, "ingredients": ingredients.table,
-        "selective": selective.table,
+        "selective": selective.table, "unknown": unknown.table,
     }  # fmt: skip
     for name, make in sections.items():
         figures = common.read_json(name, None)

@@ -1,0 +1,174 @@
+"""Measures what the model does with images that belong to none of its categories, and writes unknown.json.
+
+    python benchmarks/unknown.py             the models of quality.py's full runs, seeds 0, 1, 2; two minutes each
+    python benchmarks/unknown.py --quick     the pretrained model on some hundred images of each kind: a minute
+
+The models have been trained on CIFAR-10, and nothing of them is chosen by the images here. The kinds:
+
+    CIFAR-100         its test images, but for the ten categories that are CIFAR-10's in a wider sense (see OVERLAPPING)
+    CIFAR-100, all    its test images
+    MNIST             its test images, grey as they are
+    the others        made up, see `made_up_images` of the module; what is scrambled are CIFAR-10's test images
+
+Each is told from CIFAR-10's test split, and the AUROC says how well: the probability that an image of CIFAR-10 gets
+the higher score of two. The scores:
+
+    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017)
+    energy            of Stage 1's logits (Liu et al. 2020)
+    neighbours        distance to the 50th nearest train image in Stage 1's features (Sun et al. 2022)
+    confidence        both stages', what the threshold is held against
+    novelty           ours, for 'like nothing I know'
+"""
+
+import argparse
+import sys
+
+import numpy as np
+from common import ROOT, commit, in_fresh_process, markdown, numbers, spread, write
+
+OVERLAPPING = {  # CIFAR-100's labels, in the order of the alphabet: big cats, wild dogs, large vehicles
+    "bus": 13, "fox": 34, "leopard": 42, "lion": 43, "pickup_truck": 58, "streetcar": 81, "tank": 85, "tiger": 88,
+    "tractor": 89, "wolf": 97,
+}  # fmt: skip
+MADE_UP = 2000  # images of each kind
+FIFTIETH = 2  # place of k = 50 in selective.NEIGHBOURS
+
+
+def cifar100() -> tuple[np.ndarray, np.ndarray]:
+    """CIFAR-100's test images, uint8 (10000, 32, 32, 3), and labels (10000,); Keras downloads what is not there."""
+    import keras
+
+    import mscnn_helpers as mscnn
+
+    path = mscnn.data_folder() / "cifar100_test.npz"
+    if not path.is_file():
+        _, (images, labels) = keras.datasets.cifar100.load_data()
+        return images, labels.ravel()
+    with np.load(path) as file:
+        return file["x_test"], file["y_test"]
+
+
+def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
+    """Images of each kind; those to be scrambled are given."""
+    import mscnn_helpers as mscnn
+
+    images, labels = cifar100()
+    digits = np.repeat(mscnn.load_dataset("mnist").test.images, 3, axis=-1)
+    others = {"CIFAR-100": images[~np.isin(labels, list(OVERLAPPING.values()))], "CIFAR-100, all": images}
+    return {**others, "MNIST": digits, **mscnn.made_up_images(known[:MADE_UP])}
+
+
+def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Every score, float64 (N,), larger for what is known; and whether each image is accepted, and by confidence."""
+    import keras
+    from scipy.special import logsumexp
+    from selective import both_views, neighbour_distance
+
+    decisions = model.decide(images)
+    pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
+    distance = neighbour_distance(train_features, both_views(pooled, images)[0])[FIFTIETH]
+    return {
+        "softmax": decisions.stage1_log_odds,
+        "energy": logsumexp(decisions.stage1_logits.astype(np.float64), axis=1),
+        "neighbours": -distance,
+        "confidence": decisions.confidence,
+        "novelty": -decisions.novelty,
+        "accepted": decisions.category < len(model.category_names),
+        "confident": decisions.confidence >= model.threshold,
+    }
+
+
+def measure(path: str, seed: int, most: int | None) -> dict:
+    """One model's AUROC by kind and score, and the shares by kind."""
+    import keras
+    from selective import both_views
+    from sklearn.metrics import roc_auc_score
+
+    import mscnn_helpers as mscnn
+
+    data, model = mscnn.load_dataset("cifar10", seed=seed), mscnn.load_model(path)
+    model.check_matches(data)
+    pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
+    train_features = both_views(pooled, data.train.images[: most and 10 * most])[0]
+    known = scores(model, train_features, data.test.images[:most])
+    # The softmax' threshold accepts as many calibration images as the model does.
+    tuning = model.decide(data.calibration.images)
+    share = (tuning.category < len(model.category_names)).mean()
+    cut = mscnn.threshold_for_coverage(tuning.stage1_log_odds, share)
+
+    def shares(found: dict[str, np.ndarray]) -> dict[str, float]:
+        return {
+            "softmax": float((found["softmax"] < cut).mean()),
+            "confidence": float(1 - found["confident"].mean()),
+            "ours": float(1 - found["accepted"].mean()),
+            "like nothing known": float((found["novelty"] < 0).mean()),
+        }
+
+    result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares(known)}}
+    for kind, images in unknown_images(data.test.images).items():
+        found = scores(model, train_features, images[:most])
+        truth = np.concatenate([np.ones(len(known["softmax"])), np.zeros(len(found["softmax"]))])
+        result["auroc"][kind] = {
+            name: float(roc_auc_score(truth, np.concatenate([known[name], found[name]])))
+            for name in ("softmax", "energy", "neighbours", "confidence", "novelty")
+        }
+        result["other"][kind] = shares(found)
+        print(f"seed {seed}, {kind}: novelty {result['auroc'][kind]['novelty']:.1%}", flush=True)
+    return result
+
+
+def table(figures: dict) -> str:
+    """Its section of RESULTS.md."""
+    models = figures["models"]
+
+    def rows(part: str) -> list[list[str]]:
+        return [
+            [kind, *(spread([model[part][kind][name] for model in models], "{:.1%}") for name in columns)]
+            for kind, columns in models[0][part].items()
+        ]
+
+    kinds = models[0]["other"].values()
+    lines = [
+        "## Unknown", "",
+        "Written by `python benchmarks/unknown.py` (see its first lines for the kinds of images and the scores).",
+        f"Models trained on CIFAR-10, seeds {', '.join(map(str, figures['seeds']))}; median, in brackets minimum and",
+        "maximum. AUROC against CIFAR-10's test split: 50 % is guessing.", "",
+        *markdown(["images", *next(iter(models[0]["auroc"].values()))], rows("auroc")),
+        "The share that becomes OTHER: by Stage 1's softmax, at a threshold that accepts as many calibration images as",
+        "ours; by both stages' confidence alone, at threshold 0.7; by the model, which has a second reason for OTHER;",
+        "and for how many this reason, 'like nothing I know', holds. In the first row an OTHER is the price.", "",
+        *markdown(["images", *next(iter(kinds))], rows("other")),
+        f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, "
+        + ", ".join(f"{k} {v}" for k, v in figures["versions"].items()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures each model in a process of its own, and writes unknown.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the pretrained model, few images; writes nothing")
+    parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="of quality.py's full runs (default: 0,1,2)")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import mscnn_helpers as mscnn
+
+    folder, model = ROOT / "runs/quality", "multistage_cnn_model.keras"
+    paths = {seed: str(folder / f"full_{seed}" / model) for seed in options.seeds}
+    paths = {0: "pretrained"} if options.quick else paths
+    for path in paths.values():
+        if path != "pretrained" and not (ROOT / path).is_file():
+            parser.error(f"{path} is not there: run python benchmarks/quality.py first, or --quick")
+    figures = {
+        "command": "python benchmarks/unknown.py" + " --quick" * options.quick, "seeds": list(paths),
+        "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions(),
+    }  # fmt: skip
+    most = 300 if options.quick else None
+    figures["models"] = [in_fresh_process(measure, path, seed, most) for seed, path in paths.items()]
+    print(table(figures))
+    if not options.quick:
+        write("unknown", figures, table(figures))
+
+
+if __name__ == "__main__":
+    main()
