@@ -147,7 +147,7 @@ def test_the_documented_figures_are_made():
 
 FIGURES = {
     "samples", "augmentation", "training_history", "confusion_matrix", "risk_coverage", "reliability",
-    "gallery_errors", "gallery_other", "decision_traces", "retraining", "thresholds",
+    "gallery_errors", "gallery_other", "gallery_unknown", "decision_traces", "retraining", "thresholds",
 }  # fmt: skip
 
 
