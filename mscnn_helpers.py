@@ -2880,12 +2880,12 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
 
 def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, names: Sequence[str], title: str):
     """Images with what was decided, how confidently, and what is true."""
-    full = [*names, OTHER]
-    captions = [
-        (f"{full[d]} {p:.0%}" if d == c else f"{full[d]}\n{full[c]}? {np.floor(1000 * p) / 1000:.1%}")
-        + f"\ntrue: {full[t]}"
-        for d, c, p, t in zip(decisions.category, decisions.stage1_category, decisions.confidence, labels, strict=True)
-    ]
+    full, captions = [*names, OTHER], []
+    fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
+    for d, c, p, reason, t in zip(*fields, strict=True):
+        said = f"{full[d]} {p:.0%}" if d == c else f"{full[d]}\n{full[c]}? {np.floor(1000 * p) / 1000:.1%}"
+        said = f"{full[d]}\n{reason}" if reason == STRANGE else said
+        captions.append(f"{said}\ntrue: {full[t]}")
     return plot_images(images, captions, title)
 
 
@@ -3096,8 +3096,10 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
         model.certify(data.certification, settings.target_risk)
         reason = f"for at most {settings.target_risk:.2%} errors"
     elif settings.target_coverage:
-        confidence = model.decide(data.calibration.images).confidence
-        model.threshold = threshold_for_coverage(confidence, settings.target_coverage)
+        decisions = model.decide(data.calibration.images)
+        known = decisions.confidence[~(decisions.novelty > 0)]  # the others are OTHER at any threshold
+        share = min(1.0, settings.target_coverage * len(decisions.confidence) / max(1, len(known)))
+        model.threshold = threshold_for_coverage(known, share)
         reason = f"accepts {settings.target_coverage:.0%} of the calibration split"
     else:
         model.threshold, reason = settings.threshold, "as given"

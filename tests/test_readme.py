@@ -255,8 +255,8 @@ def test_python_blocks_run(text, trained_model_path, tmp_path, monkeypatch, caps
             printed.append(capsys.readouterr().out.strip())
     names = [*mscnn.load_model(trained_model_path).category_names, mscnn.OTHER]
     assert printed[0] == "[]"  # two copies of one model
-    said = rf"decided: ({'|'.join(names)})\nStage 1 says ({'|'.join(names[:-1])}), right with probability \d+%\n"
-    assert re.fullmatch(rf"{said}(accepted|{mscnn.UNSURE}|{mscnn.STRANGE})", printed[1])
+    said = rf"decided: ({'|'.join(names)})\nwhy: (accepted|{mscnn.UNSURE}|{mscnn.STRANGE})\n"
+    assert re.fullmatch(rf"{said}Stage 1 says ({'|'.join(names[:-1])}), right with probability \d+%", printed[1])
 
 
 # ------------------------------------------------------------------------------------------------------------
