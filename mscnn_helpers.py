@@ -7,7 +7,8 @@
 Stage 1 sorts an image into one of C categories. Stage 2 has one small CNN a category; the one of the
 predicted category judges whether Stage 1 is right. Both opinions are combined into one calibrated
 confidence, and an image whose confidence is below the threshold is OTHER. The field calls this selective
-classification, misclassification detection, or classification with a reject option.
+classification, misclassification detection, or classification with a reject option. OTHER is also what looks like
+nothing that Stage 1 knows (out-of-distribution detection).
 
 The sections follow the data: 1 Settings, 2 Data, 3 Networks, 4 Decision, 5 The model, 6 Training,
 7 Evaluation, 8 Explanation, 9 Figures, 10 Running. A section uses only itself and those above.
@@ -22,6 +23,8 @@ References
     Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024 (the steps of their kernels).
     Tan & Le, "EfficientNetV2: Smaller Models and Faster Training", ICML 2021 (small images first).
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples", NeurIPS 2018.
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
     Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (CAM).
     Selvaraju et al., "Grad-CAM", ICCV 2017.
 """
@@ -75,7 +78,7 @@ with _without_native_logs():
     import tensorflow as tf
 
 OTHER = "OTHER"
-UNSURE, STRANGE = "unsure", "like nothing I know"  # the two reasons for it
+ACCEPTED, UNSURE, STRANGE = "accepted", "unsure", "like nothing I know"  # the latter two: the reasons for OTHER
 PRETRAINED = "notebooks/pretrained/cifar10.keras"  # what load_model="pretrained" stands for
 FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 
@@ -888,14 +891,15 @@ class WhiteningConv(keras.layers.Layer):
     """2 x 2 convolution whose fixed kernel decorrelates neighbouring pixels; nothing in it is trained.
 
     The kernel comes from `whitening_kernel`. Filters are the eigenvectors of the patches and their
-    negatives, so 8 a channel. Source: airbench (Jordan 2024, section 3.2), which also trains a bias for a while:
-    without that no gradient has to be taken back through the first 3x3 convolution. The bias here is 0 and no weight:
-    with one TensorFlow makes convolution and activation one operation, at two fifths of the time on CPU.
+    negatives, so 8 a channel. Source: airbench (Jordan 2024, section 3.2), which also trains a bias for a while. Here
+    nothing is trained, so that no gradient has to be taken back through the first 3x3 convolution, and the bias is 0:
+    TensorFlow makes one operation of convolution, bias and activation, at two fifths of the time on CPU.
     """
 
     def build(self, input_shape):
         channels = input_shape[-1]
         self.kernel = self.add_weight(shape=(2, 2, channels, 8 * channels), trainable=False, name="kernel")
+        # A variable, for a constant 0 would be optimised away before the three are joined; no weight of the layer.
         self.bias = tf.Variable(tf.zeros(8 * channels, self.compute_dtype), trainable=False)
 
     def call(self, images):
@@ -1037,7 +1041,8 @@ def build_cnn(
     layers = keras.layers
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
     x = RandomFlipCrop(flip, name="augmentation")(x)
-    x = layers.Rescaling([1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)], dtype="float32")(x)
+    scale, shift = [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    x = layers.Rescaling(scale, shift, dtype="float32", name="normalization")(x)
     x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
     x = layers.Activation(activation, dtype=policy)(x)
     for block, width in enumerate(widths, start=1):
@@ -1052,13 +1057,16 @@ def build_cnn(
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
-def with_features(stage1: keras.Model) -> Callable:
-    """Stage 1's logits, last features and the mean of each channel of its first block, side by side (B, C + F + T)."""
+def feature_extractor(stage1: keras.Model) -> keras.Model:
+    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + F + T).
+
+    Side by side: C logits; the F features that its dense layer sees; and its texture, the means of the T channels of
+    its first block.
+    """
     layers = keras.layers
     texture = layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer("block1").output)  # (B, T)
-    outputs = [stage1.outputs[0], stage1.get_layer("pooled").output, texture]
-    network = keras.Model(stage1.inputs[0], outputs)
-    return lambda images, training: tf.concat(network(images, training=training), axis=1)
+    parts = [stage1.outputs[0], stage1.get_layer("pooled").output, texture]
+    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")(parts))
 
 
 def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
@@ -1110,7 +1118,7 @@ def fastest_policy(repeats: int = 10) -> str:
 COMMON_PRIOR = np.array([0.0, 0.5, 0.5])
 COMMON_STRENGTH = np.array([0.1, 1.0, 1.0])  # of the common row towards COMMON_PRIOR: 1 / variance
 ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the common row: 1 / variance
-NOVEL = 0.01  # share of the calibration images that are called like nothing known
+NOVEL_SHARE = 0.01  # of the calibration images is called like nothing known: the price of noticing what is
 
 
 def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -1198,7 +1206,7 @@ def combined_confidence(rows: np.ndarray, category: np.ndarray, stage1: np.ndarr
 
 
 def accept(category: np.ndarray, confidence: np.ndarray, threshold: float | np.ndarray, other: int) -> np.ndarray:
-    """The decision: the category where confidence >= threshold, else `other`; (B,).
+    """The decision by confidence: the category where it reaches the threshold, else `other`; (B,).
 
     Args:
         threshold: one for all, or one a category, (C,). other: C.
@@ -1347,22 +1355,22 @@ class Views(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the train images look like to Stage 1, to notice what looks like none of them."""
+    """What the train images look like to Stage 1, to notice what looks like none of them; all float64."""
 
-    centres: np.ndarray  # float32 (C, F): the mean features of each category
-    texture_mean: np.ndarray  # float32 (T,)
-    texture_precision: np.ndarray  # float32 (T, T), the inverse of the texture's covariance
-    scale: np.ndarray  # float64 (2, 3): mean and standard deviation of each evidence on the calibration split
+    centres: np.ndarray  # (C, F): the mean features of each category
+    texture_mean: np.ndarray  # (T,)
+    texture_precision: np.ndarray  # (T, T), the inverse of the texture's covariance
+    scale: np.ndarray  # (2, 3): mean and standard deviation of each evidence on the calibration split
     limit: float  # the sum of the three above which an image is like nothing known
 
 
 def novelty_evidence(views: Views, known: Known) -> np.ndarray:
     """Three signs that an image belongs to no category at all, float64 (B, 3); each grows with its strangeness.
 
-    That no category speaks up: the energy of the mean logits (Liu et al. 2020, "Energy-based out-of-distribution
-    detection"). That Stage 1's last features lie far from every category: log distance to the nearest centre. That its
-    first block, which sees edges and colours, sees others than usual: log Mahalanobis distance to the mean of all
-    train images (both after Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples").
+    That no category speaks up: the energy of the mean logits (Liu et al. 2020). That Stage 1's last features lie far
+    from every category: log squared Euclidean distance to the nearest centre. That its first block, which sees edges
+    and colours, sees others than usual: log squared Mahalanobis distance to the mean of all train images (Lee et al.
+    2018 use it for every layer and category; to add these three is our own).
     """
     from scipy.special import logsumexp
 
@@ -1374,20 +1382,21 @@ def novelty_evidence(views: Views, known: Known) -> np.ndarray:
     return np.stack([energy, *(np.log(np.maximum(one, 1e-12)) for one in (nearest, unusual))], axis=1)
 
 
-def known_from(train: Views, labels: np.ndarray, calibration: Views, novel: float = NOVEL) -> Known:
+def known_from(train: Views, labels: np.ndarray, calibration: Views, novel: float = NOVEL_SHARE) -> Known:
     """What is known, from what Stage 1 makes of train images and, for the scale and the limit, calibration images.
 
     Args:
-        labels: of the train images, (N,); each category occurs.
+        train: of N train images. labels: theirs, (N,); each category occurs.
+        calibration: of other images, which set the scale.
         novel: share of the calibration images beyond the limit.
     """
     from sklearn.covariance import LedoitWolf
 
-    centres = np.stack([train.features[labels == c].mean(axis=0) for c in range(train.logits.shape[-1])])
+    centres = np.stack([train.features[labels == c].mean(axis=0, dtype=float) for c in range(train.logits.shape[-1])])
     covariance = LedoitWolf(store_precision=False).fit(train.texture).covariance_  # shrunk, for few images
     some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
-    precision = np.linalg.inv(covariance + some).astype(np.float32)
-    known = Known(centres, train.texture.mean(axis=0), precision, np.array([[0.0] * 3, [1.0] * 3]), np.inf)
+    usual, precision = train.texture.mean(axis=0, dtype=float), np.linalg.inv(covariance + some)
+    known = Known(centres, usual, precision, np.array([[0.0] * 3, [1.0] * 3]), np.inf)
     evidence = novelty_evidence(calibration, known)
     scale = np.stack([evidence.mean(axis=0), np.maximum(evidence.std(axis=0), 1e-6)])
     total = ((evidence - scale[0]) / scale[1]).sum(axis=1)
@@ -1395,9 +1404,9 @@ def known_from(train: Views, labels: np.ndarray, calibration: Views, novel: floa
 
 
 def novelty(views: Views, known: Known) -> np.ndarray:
-    """How strange images are, float64 (B,): the sum of the standardised evidences less the limit, above 0 too strange.
+    """How strange images are, float64 (B,): a score for out-of-distribution detection, above 0 too strange.
 
-    NaN where nothing is known.
+    The sum of the standardised evidences less the limit; NaN where nothing is known.
     """
     mean, deviation = known.scale
     return ((novelty_evidence(views, known) - mean) / deviation).sum(axis=1) - known.limit
@@ -1440,9 +1449,9 @@ class Decisions(NamedTuple):
     novelty: np.ndarray  # float64, above 0: OTHER whatever the confidence is; NaN in a model that never learnt it
 
     def reasons(self) -> np.ndarray:
-        """Why each image was decided as it was: "accepted", "unsure", or "like nothing I know"; str (B,)."""
+        """Why each image was decided as it was: ACCEPTED, UNSURE or STRANGE; str (B,)."""
         accepted = self.category < self.stage1_logits.shape[1]
-        return np.where(accepted, "accepted", np.where(self.novelty > 0, STRANGE, UNSURE))
+        return np.where(accepted, ACCEPTED, np.where(self.novelty > 0, STRANGE, UNSURE))
 
 
 # ======================================================================================================
@@ -1513,17 +1522,14 @@ class MultiStageCNN(keras.Model):
         self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
         self.rows = self.add_weight(shape=(count, 3), name="rows", autocast=False, **not_yet)
         first, last = stage1_widths[0], stage1_widths[-1]
-        shapes = Known((count, last), (first,), (first, first), (2, 3), ())
-        self._known = [
-            self.add_weight(shape=shape, name=name, autocast=False, **not_yet)
-            for name, shape in shapes._asdict().items()
-        ]
+        shapes = zip(Known._fields, [(count, last), (first,), (first, first), (2, 3), ()], strict=True)
+        self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
         images, weights = tf.TensorSpec((None, *image_shape), tf.uint8), self.companion.weights
         weights = [tf.TensorSpec(w.shape, w.dtype) for w in weights]
         # Any number of images, one graph each; no AutoGraph, since there is no Python control flow to translate.
         self._stage1_graph, self._stage1_views_graph = (
             tf.function(one, input_signature=[images], autograph=False)
-            for one in (self._stage1_logits, functools.partial(self._on_views, with_features(self.stage1)))
+            for one in (self._stage1_logits, functools.partial(self._on_views, feature_extractor(self.stage1)))
         )
         self._stage2_graph = tf.function(self._stage2_logits, input_signature=[weights, images], autograph=False)
         self.built = True
@@ -1548,10 +1554,13 @@ class MultiStageCNN(keras.Model):
         return {**self._settings, "threshold": self.threshold, "certificate": certificate}
 
     def load_own_variables(self, store):
-        """As Keras does it, but files from before the model knew what is novel lack the last variables."""
-        for i, variable in enumerate(self._trainable_variables + self._non_trainable_variables):
-            if str(i) in store:
-                variable.assign(store[str(i)])
+        """As Keras does it; but a file from before the model knew what is novel has only the variables before those."""
+        variables = self._trainable_variables + self._non_trainable_variables
+        older = len(store.keys()) == len(variables) - len(self._known)
+        if not older:
+            return super().load_own_variables(store)
+        for i, variable in enumerate(variables[: -len(self._known)]):
+            variable.assign(store[str(i)])
 
     @classmethod
     def from_config(cls, config):
@@ -1634,7 +1643,7 @@ class MultiStageCNN(keras.Model):
         return 2 if self.flip else 1
 
     def _on_views(self, network, images):
-        """What a network says of the views of each image, side by side: (B, views C)."""
+        """What a network says of the views of each image, side by side: (B, views times its outputs)."""
         views = tf.concat([images, tf.reverse(images, [2])][: self._views], axis=0)  # (views B, H, W, channels)
         return tf.concat(tf.split(network(views, training=False), self._views), axis=1)
 
@@ -1666,12 +1675,12 @@ class MultiStageCNN(keras.Model):
         return np.mean([log_odds(one, where) for one in np.split(logits, self._views, axis=1)], axis=0)
 
     def stage1_views(self, images: np.ndarray, batch_size: int = 512) -> Views:
-        """What Stage 1 makes of uint8 images (B, H, W, channels) and, if mirroring keeps the category, of their mirror
-        images."""
-        centres, texture = (self._known[i].shape for i in (0, 1))
-        parts = np.cumsum([*centres, *texture])  # C, C + F, C + F + T
-        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, self._views * parts[-1])
-        logits, features, texture, _ = np.split(np.stack(np.split(both, self._views, axis=1)), parts, axis=2)
+        """What Stage 1 makes of uint8 images (B, H, W, channels) and, if that keeps their category, mirrored ones."""
+        (count, features), (channels,) = self._known[0].shape, self._known[1].shape  # C, F, T
+        width = self._views * (count + features + channels)
+        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, width)
+        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + F + T)
+        logits, features, texture = np.split(views, [count, count + features], axis=2)
         return Views(logits, features.mean(axis=0), texture.mean(axis=0))
 
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
@@ -1735,12 +1744,16 @@ class MultiStageCNN(keras.Model):
     def learn_known(self, data: Dataset, images: int = 5000) -> None:
         """Learns from Stage 1, as it is, what the images of its categories look like to it; see `novelty`.
 
+        That changes which images are accepted, so it voids a guarantee.
+
         Args:
             images: how many of the train split are looked at. The calibration split is looked at whole.
         """
         count = len(self.category_names)
-        some = [np.flatnonzero(data.train.labels == c)[: max(1, images // count)] for c in range(count)]
-        train = data.train.take(np.concatenate(some))
+        of_category = [np.flatnonzero(data.train.labels == c) for c in range(count)]
+        strides = [-(-len(one) * count // images) for one in of_category]  # from all over: images may be sorted
+        train = data.train.take(np.concatenate([one[::s] for one, s in zip(of_category, strides, strict=True)]))
+        self.certificate = None
         known = known_from(self.stage1_views(train.images), train.labels, self.stage1_views(data.calibration.images))
         for variable, value in zip(self._known, known, strict=True):
             variable.assign(value)
@@ -1925,17 +1938,17 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
 
     With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and the companion
-    and Stage 2, whose CNNs are cheap, see more of them.
+    and Stage 2, whose CNNs are cheap, see more of them. With many, a companion of some points more did not make better
+    judges, so it has fewer epochs than Stage 1.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 0:
             raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
+    epochs = epochs or 20
     if images < 20_000:
-        epochs = epochs or 20
         return Recipe(
             epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, small_crops=0.0, stage2_share=0.3
         )
-    epochs = epochs or 20
     return Recipe(epochs, batch_size or 512, companion_epochs=max(1, round(0.8 * epochs)))
 
 
@@ -2509,7 +2522,7 @@ def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict
         "two_stage": {
             "threshold": threshold,
             **selective_metrics(decisions, labels),
-            "like_nothing_known": (decisions.novelty > 0).mean(),
+            "like_nothing_known": np.where(np.isnan(decisions.novelty), np.nan, decisions.novelty > 0).mean(),
             **failure_metrics(decisions.confidence, right),
         },
     }
@@ -2578,17 +2591,19 @@ def made_up_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
         images: some of the data set; what is scrambled are 16 patches of each.
     """
     rng, (height, width) = np.random.default_rng(seed), images.shape[1:3]
-    cut = images[:, : height // 4 * 4, : width // 4 * 4]
+    scrambled = images.copy()
+    cut = scrambled[:, : height // 4 * 4, : width // 4 * 4]  # what four patches do not fill stays
     patches = cut.reshape(len(cut), 4, height // 4, 4, width // 4, -1).swapaxes(2, 3)  # (B, 4, 4, H/4, W/4, channels)
     flat = patches.reshape(len(cut), 16, *patches.shape[3:])
     colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[-1]), dtype=np.uint8)
     mixed = rng.permuted(np.broadcast_to(np.arange(16), (len(cut), 16)), axis=1)  # (B, 16)
     shuffled = np.take_along_axis(flat, mixed[:, :, None, None, None], axis=1).reshape(patches.shape)
+    cut[...] = shuffled.swapaxes(2, 3).reshape(cut.shape)
     return {
         "uniform noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
         "Gaussian noise": rng.normal(128, 64, images.shape).clip(0, 255).astype(np.uint8),
         "one colour": np.broadcast_to(colours, images.shape).copy(),
-        "scrambled": shuffled.swapaxes(2, 3).reshape(cut.shape),
+        "scrambled": scrambled,
     }
 
 
@@ -3075,6 +3090,9 @@ def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStage
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
     model = load_model(path)
     model.check_matches(data)
+    if np.isnan(model.known.limit):
+        print(f"{path.name} is older than the second reason for OTHER: what Stage 1 knows is learnt now.")
+        model.learn_known(data)
     if not (run.settings.target_risk or run.settings.target_coverage):
         model.threshold = run.settings.threshold
     return model
@@ -3098,9 +3116,9 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
     elif settings.target_coverage:
         decisions = model.decide(data.calibration.images)
         known = decisions.confidence[~(decisions.novelty > 0)]  # the others are OTHER at any threshold
-        share = min(1.0, settings.target_coverage * len(decisions.confidence) / max(1, len(known)))
-        model.threshold = threshold_for_coverage(known, share)
-        reason = f"accepts {settings.target_coverage:.0%} of the calibration split"
+        count = len(decisions.confidence)
+        model.threshold = threshold_for_coverage(known, min(1.0, settings.target_coverage * count / len(known)))
+        reason = f"accepts {(known >= model.threshold).sum() / count:.0%} of the calibration split"
     else:
         model.threshold, reason = settings.threshold, "as given"
     return f"Threshold {model.threshold:.4f}, {reason}. {model.guarantee()}"

@@ -266,7 +266,7 @@ def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     path = store(form) / f"outputs_{seed}.npz"
     if path.is_file():
         with np.load(path) as found:
-            if "sources" in found and found["sources"].tolist() == sources(form, seed):
+            if "test_novelty" in found and found["sources"].tolist() == sources(form, seed):
                 return dict(found)
     in_fresh_process(_outputs, form, seed, path)
     with np.load(path) as found:

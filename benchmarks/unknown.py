@@ -6,14 +6,15 @@
 The models have been trained on CIFAR-10, and nothing of them is chosen by the images here. The kinds:
 
     CIFAR-100         its test images, but for the ten categories that are CIFAR-10's in a wider sense (see OVERLAPPING)
-    CIFAR-100, all    its test images
+    CIFAR-100, all    its test images: cifar100_test.npz (x_test, y_test) in the data folder, or Keras' download
     MNIST             its test images, grey as they are
     the others        made up, see `made_up_images` of the module; what is scrambled are CIFAR-10's test images
 
 Each is told from CIFAR-10's test split, and the AUROC says how well: the probability that an image of CIFAR-10 gets
-the higher score of two. The scores:
+the higher score of two. The scores, all but the first of Stage 1's means over image and mirror image:
 
-    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017)
+    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017), of the image alone
+    softmax, 2 views  the same of both views
     energy            of Stage 1's logits (Liu et al. 2020)
     neighbours        distance to the 50th nearest train image in Stage 1's features (Sun et al. 2022)
     confidence        both stages', what the threshold is held against
@@ -45,7 +46,7 @@ def cifar100() -> tuple[np.ndarray, np.ndarray]:
         _, (images, labels) = keras.datasets.cifar100.load_data()
         return images, labels.ravel()
     with np.load(path) as file:
-        return file["x_test"], file["y_test"]
+        return file["x_test"], file["y_test"].ravel()
 
 
 def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
@@ -59,60 +60,59 @@ def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Every score, float64 (N,), larger for what is known; and whether each image is accepted, and by confidence."""
-    import keras
+    """Every score, float64 (N,), larger for what is known."""
     from scipy.special import logsumexp
-    from selective import both_views, neighbour_distance
+    from selective import neighbour_distance, softmax_odds
 
-    decisions = model.decide(images)
-    pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
-    distance = neighbour_distance(train_features, both_views(pooled, images)[0])[FIFTIETH]
+    views, decisions = model.stage1_views(images), model.decide(images)
+    logits = views.logits.mean(axis=0, dtype=float)  # (N, C)
     return {
         "softmax": decisions.stage1_log_odds,
-        "energy": logsumexp(decisions.stage1_logits.astype(np.float64), axis=1),
-        "neighbours": -distance,
+        "softmax, 2 views": softmax_odds(logits),
+        "energy": logsumexp(logits, axis=1),
+        "neighbours": -neighbour_distance(train_features, views.features)[FIFTIETH],
         "confidence": decisions.confidence,
         "novelty": -decisions.novelty,
-        "accepted": decisions.category < len(model.category_names),
-        "confident": decisions.confidence >= model.threshold,
     }
+
+
+def shares_of_other(found: dict[str, np.ndarray], cut: float, threshold: float) -> dict[str, float]:
+    """The share that becomes OTHER, by several rules.
+
+    Args:
+        found: scores. cut: least softmax that is accepted. threshold: least confidence that is accepted.
+    """
+    unsure, strange = found["confidence"] < threshold, found["novelty"] < 0
+    rules = {
+        "softmax": found["softmax"] < cut, "confidence": unsure, "ours": unsure | strange,
+        "like nothing known": strange,
+    }  # fmt: skip
+    return {name: float(rule.mean()) for name, rule in rules.items()}
 
 
 def measure(path: str, seed: int, most: int | None) -> dict:
     """One model's AUROC by kind and score, and the shares by kind."""
-    import keras
-    from selective import both_views
     from sklearn.metrics import roc_auc_score
 
     import mscnn_helpers as mscnn
 
     data, model = mscnn.load_dataset("cifar10", seed=seed), mscnn.load_model(path)
     model.check_matches(data)
-    pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
-    train_features = both_views(pooled, data.train.images[: most and 10 * most])[0]
+    train = data.train.images if most is None else data.train.images[: 10 * most]
+    train_features = model.stage1_views(train).features
     known = scores(model, train_features, data.test.images[:most])
     # The softmax' threshold accepts as many calibration images as the model does.
     tuning = model.decide(data.calibration.images)
     share = (tuning.category < len(model.category_names)).mean()
     cut = mscnn.threshold_for_coverage(tuning.stage1_log_odds, share)
-
-    def shares(found: dict[str, np.ndarray]) -> dict[str, float]:
-        return {
-            "softmax": float((found["softmax"] < cut).mean()),
-            "confidence": float(1 - found["confident"].mean()),
-            "ours": float(1 - found["accepted"].mean()),
-            "like nothing known": float((found["novelty"] < 0).mean()),
-        }
-
-    result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares(known)}}
+    result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares_of_other(known, cut, model.threshold)}}
     for kind, images in unknown_images(data.test.images).items():
         found = scores(model, train_features, images[:most])
         truth = np.concatenate([np.ones(len(known["softmax"])), np.zeros(len(found["softmax"]))])
         result["auroc"][kind] = {
-            name: float(roc_auc_score(truth, np.concatenate([known[name], found[name]])))
-            for name in ("softmax", "energy", "neighbours", "confidence", "novelty")
+            name: float(roc_auc_score(truth, np.concatenate([known[name], found[name]]))) for name in known
         }
-        result["other"][kind] = shares(found)
+        result["other"][kind] = shares_of_other(found, cut, model.threshold)
         print(f"seed {seed}, {kind}: novelty {result['auroc'][kind]['novelty']:.1%}", flush=True)
     return result
 

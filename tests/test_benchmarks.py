@@ -86,6 +86,22 @@ def test_results_are_made_from_the_figures():
     assert targets.table(targets.read_measured()).strip() in text
 
 
+def test_shares_that_become_other():
+    found = {"softmax": [1, 2, 3, 4], "confidence": [0.1, 0.8, 0.9, 0.95], "novelty": [-1, 1, -1, 1]}
+    found = {name: np.array(values) for name, values in found.items()}
+    shares = unknown.shares_of_other(found, cut=2, threshold=0.9)
+    assert shares == {"softmax": 0.25, "confidence": 0.5, "ours": 0.75, "like nothing known": 0.5}
+
+
+def test_scores_are_higher_for_what_is_known(trained_model, tiny_data):
+    train = trained_model.stage1_views(tiny_data.train.images).features
+    noise = mscnn.made_up_images(tiny_data.test.images)["uniform noise"]
+    known, strange = (unknown.scores(trained_model, train, images) for images in (tiny_data.test.images, noise))
+    for name in ("neighbours", "novelty"):
+        assert np.median(known[name]) > np.median(strange[name]), name
+    assert {name: one.shape for name, one in known.items()} == dict.fromkeys(strange, (100,))
+
+
 def full_run(accuracy: float, seconds: float) -> dict:
     run = {"kind": "full", "dataset": {"name": "cifar10"}, "stage1": {"accuracy": accuracy}, "minutes": 20.0}
     notebooks = {"02_stage1_training": 100.0, "03_stage2_training": 10 + seconds}

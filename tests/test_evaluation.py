@@ -199,7 +199,7 @@ def test_a_model_that_accepts_everything_is_stage_1():
 
 def test_other_has_two_reasons():
     decisions = decisions_of([3, 10, 10, 10], [3, 3, 4, 5])._replace(novelty=np.array([-1.0, -1.0, 2.0, np.nan]))
-    assert decisions.reasons().tolist() == ["accepted", mscnn.UNSURE, mscnn.STRANGE, mscnn.UNSURE]
+    assert decisions.reasons().tolist() == [mscnn.ACCEPTED, mscnn.UNSURE, mscnn.STRANGE, mscnn.UNSURE]
 
 
 @pytest.mark.parametrize("shape", [(6, 32, 32, 3), (5, 30, 33, 1)])
@@ -213,13 +213,15 @@ def test_made_up_images_show_nothing(shape):
     assert len(np.unique(made_up["one colour"][:, 0, 0], axis=0)) > 1, "another one for each image"
     height, width = shape[1] // 4 * 4, shape[2] // 4 * 4
     scrambled = made_up["scrambled"]
-    assert scrambled.shape[1:3] == (height, width)
+    assert scrambled.shape == shape
+    np.testing.assert_array_equal(scrambled[:, height:], images[:, height:])
+    np.testing.assert_array_equal(scrambled[:, :, width:], images[:, :, width:])
 
     def patches(image) -> list[bytes]:
         rows = [np.split(row, 4, axis=1) for row in np.split(image, 4, axis=0)]
         return [patch.tobytes() for row in rows for patch in row]
 
-    for image, shuffled in zip(images[:, :height, :width], scrambled, strict=True):
+    for image, shuffled in zip(images[:, :height, :width], scrambled[:, :height, :width], strict=True):
         assert sorted(patches(image)) == sorted(patches(shuffled)) and patches(image) != patches(shuffled)
 
 
@@ -231,6 +233,8 @@ def test_evaluate_gives_the_entries_of_metrics_json():
     decisions = decisions._replace(novelty=np.array([-1.0, -0.5, 0, 0, 0.5, 2]))
     got = mscnn.evaluate(decisions, labels, threshold=0.55)
     assert got["two_stage"]["like_nothing_known"] == pytest.approx(2 / 6)
+    older = mscnn.evaluate(decisions._replace(novelty=np.full(6, np.nan)), labels, threshold=0.55)
+    assert np.isnan(older["two_stage"]["like_nothing_known"]), "nobody has looked"
     assert set(got) == {"stage1", "two_stage"}
     assert set(got["stage1"]) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(got["two_stage"]) == {

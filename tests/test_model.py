@@ -187,13 +187,15 @@ def test_a_file_from_before_what_is_known_decides_by_confidence_alone(trained_mo
 
 
 def test_what_is_known_belongs_to_stage_1(trained_model, tiny_data):
-    """A training of it learns it anew; nothing else moves it."""
-    before = trained_model.fingerprints()["known"]
-    trained_model.learn_known(tiny_data)
-    assert trained_model.fingerprints()["known"] == before
-    trained_model.train_only("")
+    """A training of it learns it anew, which voids a guarantee; nothing else moves it."""
+    before, recipe = trained_model.fingerprints()["known"], mscnn.Recipe(1, 64)
+    mscnn.train_companion(trained_model, tiny_data, recipe)
     trained_model.calibrate(tiny_data.calibration)
+    mscnn.retrain_stage2(trained_model, tiny_data, "ship", recipe)
     assert trained_model.fingerprints()["known"] == before
+    trained_model.certify(tiny_data.certification, risk=0.5, delta=0.2)
+    trained_model.learn_known(tiny_data)
+    assert trained_model.fingerprints()["known"] == before and trained_model.certificate is None
     trained_model.set_stage1_trainable(True)
     mscnn.train_stage1(trained_model, tiny_data, mscnn.Recipe(1, 64))
     assert trained_model.fingerprints()["known"] != before
@@ -206,6 +208,10 @@ def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     np.testing.assert_allclose(model.stage2_log_odds(images, 7), expected, rtol=1e-4, atol=1e-4)
     opinions = model.opinions(images)
     np.testing.assert_array_equal(opinions.stage1, mscnn.margin(opinions.logits, opinions.category))
+    assert np.isnan(opinions.novelty).all()
+    model.learn_known(digits)
+    assert (model.opinions(digits.calibration.images).novelty > 0).mean() < 0.03
+    assert (model.opinions(mscnn.made_up_images(digits.test.images)["uniform noise"]).novelty > 0).mean() > 0.9
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
@@ -225,12 +231,13 @@ def test_decide_on_one_image_and_on_none(model, tiny_data):
 def test_the_threshold_decides_and_can_be_overridden(trained_model, tiny_data):
     images, other = tiny_data.test.images, 5
     usual = trained_model.decide(images)
-    np.testing.assert_array_equal(usual.category == other, usual.confidence < 0.7)
-    assert (trained_model.decide(images, threshold=0).category != other).all()
+    strange = usual.novelty > 0
+    np.testing.assert_array_equal(usual.category == other, (usual.confidence < 0.7) | strange)
+    np.testing.assert_array_equal(trained_model.decide(images, threshold=0).category == other, strange)
     assert (trained_model.decide(images, threshold=1).category == other).all()
     middle = float(np.median(usual.confidence))
     trained_model.threshold = middle
-    np.testing.assert_array_equal(trained_model.decide(images).category == other, usual.confidence < middle)
+    np.testing.assert_array_equal(trained_model.decide(images).category == other, (usual.confidence < middle) | strange)
 
 
 def test_an_uncalibrated_model_does_not_decide(untrained_model, tiny_data):
@@ -636,10 +643,9 @@ def test_thresholds_of_another_number_are_refused(trained_model, tiny_data):
 
 def test_a_threshold_for_each_category(model, tiny_data):
     images = tiny_data.test.images
-    category = model.decide(images).stage1_category
-    decided = model.decide(images, threshold=np.array([0.0, 1.0, 0.0, 1.0, 0.0])).category
-    confident = model.decide(images).confidence == 1
-    expected = np.where(np.isin(category, [0, 2, 4]) | confident, category, 5)
+    usual, decided = model.decide(images), model.decide(images, threshold=np.array([0.0, 1.0, 0.0, 1.0, 0.0])).category
+    accepted = np.isin(usual.stage1_category, [0, 2, 4]) | (usual.confidence == 1)
+    expected = np.where(accepted & ~(usual.novelty > 0), usual.stage1_category, 5)
     assert np.array_equal(decided, expected)
     with pytest.raises(MSCNNError, match=r"threshold is 2: it is a confidence"):
         model.decide(images, threshold=np.array([0.0, 2.0, 0.0, 1.0, 0.0]))

@@ -391,8 +391,7 @@ def test_the_end_is_global_average_pooling_and_one_dense_layer():
 def test_images_are_normalised_inside():
     images = noise(6, 32, 32)
     network = cnn(flip=False)
-    layer = next(layer for layer in network.layers if isinstance(layer, keras.layers.Rescaling))
-    inside = keras.Model(network.inputs[0], layer.output)(images, training=False)
+    inside = keras.Model(network.inputs[0], network.get_layer("normalization").output)(images, training=False)
     assert np.allclose(inside, (images.astype(np.float32) - 120) / 60, atol=1e-5)
 
 

@@ -374,7 +374,7 @@ def check_metrics(folder) -> None:
     assert set(one) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(two) == {
         "threshold", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy", "aurc",
-        "auroc_failure", "fpr95",
+        "auroc_failure", "fpr95", "like_nothing_known",
     }  # fmt: skip
     assert one["accuracy"] > 3 * CHANCE
     assert 0.3 < two["coverage"] <= 1

@@ -146,6 +146,11 @@ def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
     assert 0.8 <= accepted.mean() < 0.9
     assert told.startswith(f"Threshold {trained_model.threshold:.4f}, accepts 80% of the calibration split. No error")
 
+    told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_coverage=1.0))
+    decisions = trained_model.decide(tiny_data.calibration.images)
+    np.testing.assert_array_equal(decisions.category == len(tiny_data.category_names), decisions.novelty > 0)
+    assert "accepts 99% of the calibration split" in told, "one of ninety is like nothing known"
+
     told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_risk=0.5))
     assert trained_model.certificate.risk == 0.5
     assert trained_model.certificate.images == len(tiny_data.certification)
