@@ -152,7 +152,8 @@ def table(figures: dict) -> str:
     lines = [
         "## Judges", "",
         "Written by `python benchmarks/judges.py` (see its first lines): ten specialised judges against one for all,",
-        f"on the same answers of the same Stage 1, test split of CIFAR-10, seeds {', '.join(map(str, figures['seeds']))};",
+        "on the same answers of the same Stage 1, on CIFAR-10's test split, seeds "
+        f"{', '.join(map(str, figures['seeds']))};",
         "median, in brackets minimum and maximum. Ours against it: relative difference, median and 95 % interval of a",
         "paired bootstrap over images and seeds; below 0 ours is better.", "",
         *markdown(["second opinion", "AURC", "ours against it", "AUGRC", "ours against it", "AUROC of failure",
