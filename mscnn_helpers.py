@@ -1427,10 +1427,10 @@ def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np
 class Opinions(NamedTuple):
     """What both stages say of B images; every field has B rows."""
 
-    category: np.ndarray  # int 0..C-1: Stage 1's answer
-    stage1: np.ndarray  # float64, Stage 1's margin for it, over both views
+    category: np.ndarray  # int 0..C-1: Stage 1's answer, by its mean logits
+    stage1: np.ndarray  # float64, Stage 1's margin for it
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
-    logits: np.ndarray  # float32 (B, C), Stage 1's
+    logits: np.ndarray  # float32 (views, B, C), Stage 1's on each view
     novelty: np.ndarray  # float64, above 0: like nothing known
 
 
@@ -1438,14 +1438,15 @@ class Decisions(NamedTuple):
     """What `MultiStageCNN.decide` says of B images; every field has B rows."""
 
     category: np.ndarray  # int 0..C, C meaning OTHER
-    stage1_category: np.ndarray  # int 0..C-1
-    stage1_confidence: np.ndarray  # softmax probability of stage1_category
+    stage1_category: np.ndarray  # int 0..C-1, by Stage 1's mean logits over both views
+    stage1_confidence: np.ndarray  # softmax probability of stage1_category, by the same
     stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is right
     confidence: np.ndarray  # both combined and calibrated: what the threshold is held against
     stage1_log_odds: np.ndarray  # float64, the same as stage1_confidence before the sigmoid
-    stage1_margin: np.ndarray  # float64, its lead over the next category, over both views: goes into the confidence
+    stage1_margin: np.ndarray  # float64, its lead over the next category, by the same: goes into the confidence
     stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
-    stage1_logits: np.ndarray  # (B, C)
+    stage1_logits: np.ndarray  # (B, C), the mean over both views
+    one_view_logits: np.ndarray  # (B, C), of the image alone: what Stage 1 would say without a look in the mirror
     novelty: np.ndarray  # float64, above 0: OTHER whatever the confidence is; NaN in a model that never learnt it
 
     def reasons(self) -> np.ndarray:
@@ -1656,7 +1657,7 @@ class MultiStageCNN(keras.Model):
             return self._on_views(self.companion, images)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
-        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), on one view of each."""
+        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without a look in the mirror."""
         return _in_batches(self._stage1_graph, self._checked(images), batch_size, len(self.category_names))
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
@@ -1686,18 +1687,18 @@ class MultiStageCNN(keras.Model):
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
         """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
 
-        Stage 1's answer is that to the image. Its margin is that of its mean logits over the image and, if mirroring
-        keeps the category, its mirror image: an answer that changes in the mirror is a doubtful one. Only the Stage 2
-        CNN of the predicted category is run: the images are sorted by category first.
+        Stage 1 answers by its mean logits over the image and, if mirroring keeps the category, its mirror image: two
+        looks err less than one, and an answer that changes in the mirror has a small margin. Only the Stage 2 CNN of
+        the predicted category is run: the images are sorted by category first.
         """
         views = self.stage1_views(images, batch_size)
-        logits, category = views.logits[0], views.logits[0].argmax(axis=1)  # (B, C), (B,)
+        logits = views.logits.mean(axis=0)  # (B, C)
+        category = logits.argmax(axis=1)  # (B,)
         stage2 = np.zeros(len(images))
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        lead = margin(views.logits.mean(axis=0), category)
-        return Opinions(category, lead, stage2, logits, novelty(views, self.known))
+        return Opinions(category, margin(logits, category), stage2, views.logits, novelty(views, self.known))
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
@@ -1721,9 +1722,10 @@ class MultiStageCNN(keras.Model):
         if np.shape(threshold) not in ((), (count,)):
             raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
         final = np.where(strange > 0, count, accept(category, confidence, threshold, count))
-        odds = log_odds(logits, category)
+        mean = logits.mean(axis=0)  # (B, C)
+        odds = log_odds(mean, category)
         own = sigmoid(odds), sigmoid(stage2)
-        return Decisions(final, category, *own, confidence, odds, stage1, stage2, logits, strange)
+        return Decisions(final, category, *own, confidence, odds, stage1, stage2, mean, logits[0], strange)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
@@ -2283,7 +2285,7 @@ class Stage2Trainer:
         images = recipe.stage2_share * recipe.epochs * len(data.train)
         self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
         self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
-        self.predicted = model.stage1_logits(data.calibration.images).argmax(axis=1)
+        self.predicted = model.stage1_views(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
         images, self.labels = both_splits(data)
         self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
         self.head = LogOdds()
@@ -2515,12 +2517,17 @@ def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, flo
 
 
 def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict[str, dict[str, float]]:
-    """The entries `stage1` and `two_stage` of `metrics.json`; all rates are fractions of 1."""
-    right = decisions.stage1_category == labels
+    """The entries `stage1` and `two_stage` of `metrics.json`; all rates are fractions of 1.
+
+    `stage1` is Stage 1 alone: its answers on one view, and its softmax as their confidence.
+    """
+    right, alone = decisions.stage1_category == labels, decisions.one_view_logits.argmax(axis=1)
+    odds = log_odds(decisions.one_view_logits, alone)
     return {
-        "stage1": {"accuracy": right.mean(), **failure_metrics(decisions.stage1_log_odds, right)},
+        "stage1": {"accuracy": (alone == labels).mean(), **failure_metrics(odds, alone == labels)},
         "two_stage": {
             "threshold": threshold,
+            "accuracy": right.mean(),
             **selective_metrics(decisions, labels),
             "like_nothing_known": np.where(np.isnan(decisions.novelty), np.nan, decisions.novelty > 0).mean(),
             **failure_metrics(decisions.confidence, right),
@@ -3237,7 +3244,8 @@ def print_result(run: Run) -> None:
     print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
     if data["fallback"]:
         print(FALLBACK_NOTICE)
-    print(f"Stage 1 accuracy {one['accuracy']:.1%}. At threshold {two['threshold']:.4g}: ", end="")
+    print(f"Accuracy of Stage 1 {one['accuracy']:.1%}, of all answers {two['accuracy']:.1%}. ", end="")
+    print(f"At threshold {two['threshold']:.4g}: ", end="")
     accepted = "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} right"
     print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
     if metrics.get("certificate"):

@@ -122,7 +122,7 @@ def answers_of(form: selective.Form, seed: int) -> tuple[dict[str, selective.Ans
     outputs = selective.outputs(form, seed)
     rivals = in_fresh_process(_rivals, str(selective.whole_path(form, seed)), seed, form.light, form.epochs)
     calibration, test = (selective.split_of(outputs, name) for name in ("calibration", "test"))
-    category = test.category
+    category = test.category(2)
     found = {"ours": selective.Answers(category, test.ours)}
     for name in ("one shared verifier", "companion, longer", "companion"):
         one, two = (

@@ -61,7 +61,7 @@ def figures_of(model, data) -> dict[str, float]:
     measured = mscnn.evaluate(decisions, data.test.labels, model.threshold)
     one, two = measured["stage1"], measured["two_stage"]
     return {
-        "accuracy of Stage 1": one["accuracy"], "coverage": two["coverage"],
+        "accuracy of Stage 1": one["accuracy"], "accuracy of all answers": two["accuracy"], "coverage": two["coverage"],
         "accuracy of the accepted": two["selective_accuracy"], "AURC of Stage 1's softmax": one["aurc"],
         "AURC of two stages": two["aurc"],
     }  # fmt: skip

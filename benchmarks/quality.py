@@ -101,7 +101,8 @@ def summary(runs: list[dict]) -> list[str]:
     gains = [1 - b["aurc"] / a["aurc"] for a, b in zip(one, two, strict=True)]
     return [
         title(runs[0]), ", ".join(str(run["seed"]) for run in runs),
-        spread([a["accuracy"] for a in one], "{:.2%}"), spread([b["coverage"] for b in two], "{:.1%}"),
+        spread([a["accuracy"] for a in one], "{:.2%}"), spread([b["accuracy"] for b in two], "{:.2%}"),
+        spread([b["coverage"] for b in two], "{:.1%}"),
         spread([b["selective_accuracy"] for b in two], "{:.2%}"),
         spread([a["aurc"] for a in one], "{:.5f}"), spread([b["aurc"] for b in two], "{:.5f}"),
         spread(gains, "{:.1%}"), spread([run["minutes"] for run in runs], "{:.1f}"),
@@ -141,9 +142,11 @@ def table(runs: list[dict]) -> str:
     lines = [
         "## Quality", "", "Written by `python benchmarks/quality.py` (see its first lines for the other forms).",
         "All figures are of the test split of the data set named; AURC is the area under the risk-coverage",
-        "curve (lower is better), gain is how far the two stages are below Stage 1's softmax alone on the same",
-        "model. Median over the seeds, in brackets minimum and maximum.", "",
-        *markdown(["run", "seeds", "Stage 1 accuracy", "coverage at 0.7", "accuracy of the accepted", "AURC softmax",
+        "curve (lower is better), gain is how far the two stages are below Stage 1 alone, with its softmax, on the",
+        "same model. Stage 1 looks once at an image, the two stages look twice. Median over the seeds, in brackets",
+        "minimum and maximum.", "",
+        *markdown(["run", "seeds", "Stage 1 accuracy", "of all answers", "coverage at 0.7",
+                   "accuracy of the accepted", "AURC softmax",
                    "AURC two stages", "gain", "minutes", "peak memory, GB"], [summary(one) for one in groups.values()]),
         "Seconds of the epochs by part. The ratio is that of companion and ten Stage 2 CNNs to Stage 1. Retraining is",
         "that of the two weakest categories. Not in the epochs: what prepares them, such as Stage 1's look at all",

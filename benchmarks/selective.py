@@ -7,9 +7,10 @@
     python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
 
 Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed
-all methods judge the answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
-method has to fit or to choose, it fits on the same calibration split. Ensembles and mirror-image averaging also give
-answers of their own: they are judged both ways.
+all methods judge answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
+method has to fit or to choose, it fits on the same calibration split. Those from softmax to temperature, and
+neighbours, judge its answers by one look; mirror, companion, one-vs-rest and ours those by two, at the image and its
+mirror image. Ensembles give answers of their own, and are also asked about those by two looks.
 
 The definitions and sources of the measures stand in the module, section Evaluation. The methods:
 
@@ -237,15 +238,18 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     found = {}
     for name, split in (("calibration", data.calibration), ("test", data.test)):
         stage1, companion = (both_views(tf.function(one), split.images) for one in (model.stage1, model.companion))
-        category, decisions = stage1[0].argmax(axis=1), model.decide(split.images)
-        stage2 = np.zeros((2, len(split)))
-        for c in np.unique(category):
-            here = np.flatnonzero(category == c)
-            logits = both_views(model.stage2_of(c), split.images[here])
-            stage2[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
+        decisions, stage2 = model.decide(split.images), []
+        for category in (stage1[0].argmax(axis=1), stage1.mean(axis=0).argmax(axis=1)):
+            odds = np.zeros((2, len(split)))
+            for c in np.unique(category):
+                here = np.flatnonzero(category == c)
+                logits = both_views(model.stage2_of(c), split.images[here])
+                odds[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
+            stage2.append(odds)
         found |= {
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
-            f"{name}_stage2": stage2, f"{name}_ours": decisions.confidence, f"{name}_novelty": decisions.novelty,
+            f"{name}_one_stage2": stage2[0][0], f"{name}_stage2": stage2[1],
+            f"{name}_ours": decisions.confidence, f"{name}_novelty": decisions.novelty,
             f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
         }  # fmt: skip
         if dropout is not None:
@@ -297,28 +301,32 @@ class Split(NamedTuple):
     labels: np.ndarray  # (N,)
     stage1: np.ndarray  # logits (2, N, C): of the image, of its mirror image
     companion: np.ndarray  # the same
-    stage2: np.ndarray  # log-odds (2, N) by the Stage 2 CNN of Stage 1's answer
+    stage2: np.ndarray  # log-odds (2, N) by the Stage 2 CNN of Stage 1's answer by both views
+    one_stage2: np.ndarray  # log-odds (N,) by that of its answer by one view, on one view
     ours: np.ndarray  # the model's own confidence (N,)
     distance: np.ndarray  # (len(NEIGHBOURS), N)
     dropout: np.ndarray | None  # softmax (N, C); None: the form has none
 
-    @property
-    def category(self) -> np.ndarray:
-        return self.stage1[0].argmax(axis=1)
+    def logits(self, views: int) -> np.ndarray:
+        """Stage 1's mean logits over one or both views, (N, C)."""
+        return self.stage1[:views].mean(axis=0)
 
-    @property
-    def right(self) -> np.ndarray:
-        return self.category == self.labels
+    def category(self, views: int) -> np.ndarray:
+        """Stage 1's answer by one or both views, (N,)."""
+        return self.logits(views).argmax(axis=1)
 
-    def margin(self, views: int = 1) -> np.ndarray:
-        """Stage 1's, of its mean logits over one or both views."""
+    def right(self, views: int) -> np.ndarray:
+        return self.category(views) == self.labels
+
+    def margin(self, views: int) -> np.ndarray:
+        """Stage 1's, for its answer by one or both views, (N,)."""
         import mscnn_helpers as mscnn
 
-        return mscnn.margin(self.stage1[:views].mean(axis=0), self.category)
+        return mscnn.margin(self.logits(views), self.category(views))
 
     def second(self, views: int) -> np.ndarray:
-        """Stage 2's log-odds, their mean over one or both views."""
-        return self.stage2[:views].mean(axis=0)
+        """Stage 2's log-odds of Stage 1's answer by one or both views, by as many views, (N,)."""
+        return self.one_stage2 if views == 1 else self.stage2.mean(axis=0)
 
 
 def split_of(found: dict[str, np.ndarray], name: str) -> Split:
@@ -345,10 +353,10 @@ def p_norm(logits: np.ndarray, p: float) -> np.ndarray:
 
 
 def best_on_calibration(candidates: list[Callable[[Split], np.ndarray]], calibration: Split) -> Callable:
-    """The confidence with the least AURC on the calibration split."""
+    """The confidence in answers by one view with the least AURC on the calibration split."""
     import mscnn_helpers as mscnn
 
-    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.right))
+    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.right(1)))
 
 
 def temperature(calibration: Split) -> float:
@@ -367,22 +375,23 @@ def combined(second: Callable[[Split], np.ndarray], calibration: Split, test: Sp
     """Stage 1's margin and a second opinion's log-odds, combined as the model does it: a row a category, (N,).
 
     Args:
-        views: how many Stage 1 looks at.
+        views: how many Stage 1 answers by.
     """
     import mscnn_helpers as mscnn
 
-    one, two, right = calibration.margin(views), second(calibration), calibration.right
+    one, two, right = calibration.margin(views), second(calibration), calibration.right(views)
+    category = calibration.category(views)
     common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
     rows = []
     for c in range(calibration.stage1.shape[-1]):
-        here = calibration.category == c
+        here = category == c
         rows.append(mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH))
-    return mscnn.combined_confidence(np.array(rows), test.category, test.margin(views), second(test))
+    return mscnn.combined_confidence(np.array(rows), test.category(views), test.margin(views), second(test))
 
 
 def companion_odds(split: Split) -> np.ndarray:
-    """Of Stage 1's answer, by the companion: the mean over both views, (N,)."""
-    return np.mean([softmax_odds(view, split.category) for view in split.companion], axis=0)
+    """Of Stage 1's answer by both views, by the companion: the mean over them, (N,)."""
+    return np.mean([softmax_odds(view, split.category(2)) for view in split.companion], axis=0)
 
 
 def ensemble(found: dict[str, np.ndarray], size: int) -> np.ndarray:
@@ -400,28 +409,30 @@ def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarra
 def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     """What each method says of one seed's test split."""
     calibration, test = (split_of(found, name) for name in ("calibration", "test"))
-    logits, category = test.stage1[0], test.category
+    logits, mirrored = test.logits(1), test.logits(2)
+    one, both = test.category(1), test.category(2)
     norm = best_on_calibration([lambda s, p=p: p_norm(s.stage1[0], p) for p in NORMS], calibration)
     near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
-    mirrored = test.stage1.mean(axis=0)
-    ranked = {"margin": test.margin(), "entropy": negative_entropy(logits), "p-norm": norm(test),
-              "neighbours": near(test), "mirror's margin, Stage 1's answers": test.margin(2)}  # fmt: skip
-    claimed = {
-        "companion": combined(companion_odds, calibration, test),
-        "ours, one view": combined(lambda split: split.second(1), calibration, test, views=1),
-        "ours, Stage 1 on one view": combined(lambda split: split.second(2), calibration, test, views=1),
-        "ours": test.ours,
-    }
-    odds = {
-        "softmax": softmax_odds(logits), "temperature": softmax_odds(logits / temperature(calibration)),
-        "one-vs-rest": test.stage2.mean(axis=0), "mirror, Stage 1's answers": softmax_odds(mirrored, category),
-    }  # fmt: skip
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
-    odds |= {f"{name}, Stage 1's answers": probability_odds(p, category) for name, p in averaged.items()}
-    result = {name: Answers(category, score) for name, score in ranked.items()}
-    result |= {name: Answers(category, probability, probability) for name, probability in claimed.items()}
-    result |= {name: by_odds(category, value) for name, value in odds.items()}
-    result["mirror"] = by_odds(mirrored.argmax(axis=1), softmax_odds(mirrored))  # from here on answers of their own
+    companion, alone = (
+        combined(companion_odds, calibration, test),
+        combined(lambda s: s.second(1), calibration, test, 1),
+    )
+    result = {
+        "softmax": by_odds(one, softmax_odds(logits)),
+        "temperature": by_odds(one, softmax_odds(logits / temperature(calibration))),
+        "margin": Answers(one, test.margin(1)),
+        "entropy": Answers(one, negative_entropy(logits)),
+        "p-norm": Answers(one, norm(test)),
+        "neighbours": Answers(one, near(test)),
+        "ours, one view": Answers(one, alone, alone),
+        "mirror": by_odds(both, softmax_odds(mirrored)),
+        "mirror's margin": Answers(both, test.margin(2)),
+        "companion": Answers(both, companion, companion),
+        "one-vs-rest": by_odds(both, test.second(2)),
+        "ours": Answers(both, test.ours, test.ours),
+    }
+    result |= {f"{name}, our answers": by_odds(both, probability_odds(p, both)) for name, p in averaged.items()}
     for name, p in {**averaged, **({} if test.dropout is None else {"dropout": test.dropout})}.items():
         result[name] = by_odds(own := p.argmax(axis=1), probability_odds(p, own))
     return result
@@ -429,14 +440,14 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 
 # Multiply-adds of each method, in units of Stage 1's and of the companion's.
 WORK = {
-    "dropout": (1, 0), "companion": (2, 2), "one-vs-rest": (1, 2), "mirror": (2, 0), "mirror's margin": (2, 0),
-    "ours, one view": (1, 1), "ours, Stage 1 on one view": (1, 2), "ours": (2, 2),
+    "dropout": (1, 0), "companion": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror's margin": (2, 0),
+    "ours, one view": (1, 1), "ours": (2, 2),
 }  # fmt: skip
 
 
 def work(method: str, stage1: float, companion: float) -> float:
     """Multiply-adds an image, as a multiple of Stage 1's."""
-    method = method.removesuffix(", Stage 1's answers")
+    method = method.removesuffix(", our answers")
     size = int(method.rsplit(" ", 1)[1]) if method.startswith("ensemble") else 1
     one, two = WORK.get(method, (size, 0))
     return one + two * companion / stage1

@@ -65,11 +65,10 @@ def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, n
     from selective import neighbour_distance, softmax_odds
 
     views, decisions = model.stage1_views(images), model.decide(images)
-    logits = views.logits.mean(axis=0, dtype=float)  # (N, C)
     return {
-        "softmax": decisions.stage1_log_odds,
-        "softmax, 2 views": softmax_odds(logits),
-        "energy": logsumexp(logits, axis=1),
+        "softmax": softmax_odds(decisions.one_view_logits),
+        "softmax, 2 views": decisions.stage1_log_odds,
+        "energy": logsumexp(decisions.stage1_logits, axis=1),
         "neighbours": -neighbour_distance(train_features, views.features)[FIFTIETH],
         "confidence": decisions.confidence,
         "novelty": -decisions.novelty,
@@ -92,6 +91,7 @@ def shares_of_other(found: dict[str, np.ndarray], cut: float, threshold: float) 
 
 def measure(path: str, seed: int, most: int | None) -> dict:
     """One model's AUROC by kind and score, and the shares by kind."""
+    from selective import softmax_odds
     from sklearn.metrics import roc_auc_score
 
     import mscnn_helpers as mscnn
@@ -104,7 +104,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     # The softmax' threshold accepts as many calibration images as the model does.
     tuning = model.decide(data.calibration.images)
     share = (tuning.category < len(model.category_names)).mean()
-    cut = mscnn.threshold_for_coverage(tuning.stage1_log_odds, share)
+    cut = mscnn.threshold_for_coverage(softmax_odds(tuning.one_view_logits), share)
     result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares_of_other(known, cut, model.threshold)}}
     for kind, images in unknown_images(data.test.images).items():
         found = scores(model, train_features, images[:most])

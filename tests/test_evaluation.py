@@ -16,7 +16,9 @@ def decisions_of(category, stage1_category, confidence=None, log_odds=None, cate
     blank = np.full(len(category), np.nan)
     confidence, log_odds = (blank if one is None else np.asarray(one, float) for one in (confidence, log_odds))
     logits = np.zeros((len(category), categories), np.float32)
-    return mscnn.Decisions(category, stage1_category, blank, blank, confidence, log_odds, blank, blank, logits, blank)
+    return mscnn.Decisions(
+        category, stage1_category, blank, blank, confidence, log_odds, blank, blank, logits, logits, blank
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,9 +230,10 @@ def test_made_up_images_show_nothing(shape):
 def test_evaluate_gives_the_entries_of_metrics_json():
     labels = np.array([0, 1, 2, 3, 4, 5])
     stage1 = [0, 1, 2, 3, 9, 9]
-    # Stage 1's own confidence is misled by its errors, the combined one is not.
-    decisions = decisions_of([0, 1, 2, 3, 10, 10], stage1, [0.9, 0.9, 0.8, 0.8, 0.1, 0.2], [1, 2, 3, 4, 5, 6])
-    decisions = decisions._replace(novelty=np.array([-1.0, -0.5, 0, 0, 0.5, 2]))
+    decisions = decisions_of([0, 1, 2, 3, 10, 10], stage1, [0.9, 0.9, 0.8, 0.8, 0.1, 0.2])
+    # By one look Stage 1 makes one error more, and is the surer the more wrong it is; the combined confidence is not.
+    one_look = np.arange(1, 7)[:, None] * np.eye(10)[[0, 1, 2, 9, 9, 9]]
+    decisions = decisions._replace(one_view_logits=one_look, novelty=np.array([-1.0, -0.5, 0, 0, 0.5, 2]))
     got = mscnn.evaluate(decisions, labels, threshold=0.55)
     assert got["two_stage"]["like_nothing_known"] == pytest.approx(2 / 6)
     older = mscnn.evaluate(decisions._replace(novelty=np.full(6, np.nan)), labels, threshold=0.55)
@@ -238,10 +241,10 @@ def test_evaluate_gives_the_entries_of_metrics_json():
     assert set(got) == {"stage1", "two_stage"}
     assert set(got["stage1"]) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(got["two_stage"]) == {
-        "threshold", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
+        "threshold", "accuracy", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
         "like_nothing_known", "aurc", "auroc_failure", "fpr95",
     }  # fmt: skip
-    assert got["stage1"]["accuracy"] == pytest.approx(4 / 6)
+    assert got["stage1"]["accuracy"] == 3 / 6 and got["two_stage"]["accuracy"] == pytest.approx(4 / 6)
     assert (got["stage1"]["auroc_failure"], got["two_stage"]["auroc_failure"]) == (0, 1)
     assert (got["stage1"]["fpr95"], got["two_stage"]["fpr95"]) == (1, 0)
     assert got["two_stage"]["threshold"] == 0.55 and got["two_stage"]["selective_accuracy"] == 1

@@ -20,7 +20,7 @@ def decisions_of(count: int) -> mscnn.Decisions:
     confidence, stage1 = np.linspace(0.05, 0.95, count), np.arange(count) % 10
     final = np.where(confidence >= 0.5, stage1, 10)
     logits = np.zeros((count, 10), np.float32)
-    return mscnn.Decisions(final, stage1, *[confidence] * 6, logits, np.zeros(count))
+    return mscnn.Decisions(final, stage1, *[confidence] * 6, logits, logits, np.zeros(count))
 
 
 def pictures(count: int, channels: int = 3) -> np.ndarray:

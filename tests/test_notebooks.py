@@ -373,8 +373,8 @@ def check_metrics(folder) -> None:
     one, two = metrics["stage1"], metrics["two_stage"]
     assert set(one) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(two) == {
-        "threshold", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy", "aurc",
-        "auroc_failure", "fpr95", "like_nothing_known",
+        "threshold", "accuracy", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
+        "aurc", "auroc_failure", "fpr95", "like_nothing_known",
     }  # fmt: skip
     assert one["accuracy"] > 3 * CHANCE
     assert 0.3 < two["coverage"] <= 1
@@ -468,7 +468,7 @@ def test_the_program_from_another_folder_learns_and_says_so(program):
     check_metrics(folder)
     metrics = read(folder, "metrics")
     assert metrics["report"].strip() in printed
-    assert f"Stage 1 accuracy {metrics['stage1']['accuracy']:.1%}" in printed
+    assert f"Accuracy of Stage 1 {metrics['stage1']['accuracy']:.1%}, of all answers" in printed
     assert str(folder) in printed.splitlines()[-3] + printed.splitlines()[-2]
     assert metrics["seconds"]["total"] >= sum(metrics["seconds"][name] for name in mscnn.NOTEBOOKS)
 
