@@ -2,7 +2,7 @@
 
     python benchmarks/targets.py     writes the section anew; the other benchmarks do so, too
 
-Nothing is measured here: every figure is read from quality.json, speed.json and selective.json.
+Nothing is measured here: every figure is read from quality.json, speed.json, selective.json and unknown.json.
 """
 
 import statistics
@@ -18,6 +18,7 @@ class Measured(NamedTuple):
     speed: dict
     quality: list[dict]
     selective: dict
+    unknown: dict
 
 
 class Target(NamedTuple):
@@ -111,6 +112,18 @@ def promised(name: str) -> Callable:
     return values
 
 
+def told_apart(kinds: tuple[str, ...], above: str = "") -> Callable:
+    """AUROC of our novelty, the least of the kinds of unknown images; above: less that of another score."""
+
+    def of_model(auroc: dict[str, dict[str, float]]) -> float:
+        return min(auroc[kind]["novelty"] - (auroc[kind][above] if above else 0) for kind in kinds)
+
+    def values(measured: Measured) -> list[float]:
+        return [of_model(model["auroc"]) for model in measured.unknown["models"]]
+
+    return values
+
+
 def ratio_of_areas(what: str, bound: float, rival: str, measure: str = "aurc") -> Target:
     return Target(what, bound, False, "{:.3f}", against(rival, measure), below_one=True)
 
@@ -148,6 +161,10 @@ TARGETS = [
     Target("expected calibration error", 0.01, False, "{:.2%}", promised("calibration")),
     Target("… the largest of a predicted category", 0.03, False, "{:.2%}", promised("worst calibration")),
     Target("coverage certified for 1 % errors", 0.65, True, "{:.1%}", promised("certified coverage")),
+    Target("AUROC of CIFAR-100's images by novelty", 0.905, True, "{:.1%}", told_apart(("CIFAR-100",))),
+    Target("… less that by Stage 1's softmax", 0.03, True, "{:+.1%}", told_apart(("CIFAR-100",), "softmax")),
+    Target("… of MNIST and of both kinds of noise, the least", 0.95, True, "{:.1%}",
+           told_apart(("MNIST", "uniform noise", "Gaussian noise"))),
 ]  # fmt: skip
 
 
@@ -181,7 +198,9 @@ def table(measured: Measured) -> str:
 
 
 def read_measured() -> Measured:
-    return Measured(read_json("speed", {}), read_json("quality", []), read_json("selective", {}))
+    return Measured(
+        read_json("speed", {}), read_json("quality", []), read_json("selective", {}), read_json("unknown", {})
+    )
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import argparse
 import sys
 
 import numpy as np
+import targets
 from common import ROOT, commit, in_fresh_process, markdown, numbers, spread, write
 
 OVERLAPPING = {  # CIFAR-100's labels, in the order of the alphabet: big cats, wild dogs, large vehicles
@@ -168,6 +169,7 @@ def main() -> None:
     print(table(figures))
     if not options.quick:
         write("unknown", figures, table(figures))
+        targets.main()
 
 
 if __name__ == "__main__":
