@@ -26,7 +26,8 @@ The definitions and sources of the measures stand in the module, section Evaluat
     companion         Stage 1's margin and the companion's log-odds, combined as ours: an opinion without ten judges
     one-vs-rest       Stage 2's own sigmoid, the classic rule
     ensemble of 2, 5  mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017)
-    ours              Stage 1 and the Stage 2 CNN of its answer, combined; on one view and on two
+    ours              Stage 1 and the Stage 2 CNN of its answer, combined; also on one view alone; and on two views, but
+                      for the answers by one look, whose easiest errors a second look would not have made
 """
 
 import argparse
@@ -248,7 +249,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
             stage2.append(odds)
         found |= {
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
-            f"{name}_one_stage2": stage2[0][0], f"{name}_stage2": stage2[1],
+            f"{name}_one_stage2": stage2[0], f"{name}_stage2": stage2[1],
             f"{name}_ours": decisions.confidence, f"{name}_novelty": decisions.novelty,
             f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
         }  # fmt: skip
@@ -302,7 +303,7 @@ class Split(NamedTuple):
     stage1: np.ndarray  # logits (2, N, C): of the image, of its mirror image
     companion: np.ndarray  # the same
     stage2: np.ndarray  # log-odds (2, N) by the Stage 2 CNN of Stage 1's answer by both views
-    one_stage2: np.ndarray  # log-odds (N,) by that of its answer by one view, on one view
+    one_stage2: np.ndarray  # the same (2, N) by that of its answer by one view
     ours: np.ndarray  # the model's own confidence (N,)
     distance: np.ndarray  # (len(NEIGHBOURS), N)
     dropout: np.ndarray | None  # softmax (N, C); None: the form has none
@@ -318,15 +319,15 @@ class Split(NamedTuple):
     def right(self, views: int) -> np.ndarray:
         return self.category(views) == self.labels
 
-    def margin(self, views: int) -> np.ndarray:
-        """Stage 1's, for its answer by one or both views, (N,)."""
+    def margin(self, views: int, answer: int) -> np.ndarray:
+        """Stage 1's by so many views, for its answer by so many views, (N,)."""
         import mscnn_helpers as mscnn
 
-        return mscnn.margin(self.logits(views), self.category(views))
+        return mscnn.margin(self.logits(views), self.category(answer))
 
-    def second(self, views: int) -> np.ndarray:
-        """Stage 2's log-odds of Stage 1's answer by one or both views, by as many views, (N,)."""
-        return self.one_stage2 if views == 1 else self.stage2.mean(axis=0)
+    def second(self, views: int, answer: int) -> np.ndarray:
+        """Stage 2's log-odds by so many views of Stage 1's answer by so many views, (N,)."""
+        return (self.one_stage2 if answer == 1 else self.stage2)[:views].mean(axis=0)
 
 
 def split_of(found: dict[str, np.ndarray], name: str) -> Split:
@@ -371,22 +372,24 @@ def temperature(calibration: Split) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def combined(second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2) -> np.ndarray:
+def combined(
+    second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2, answer: int = 2
+) -> np.ndarray:
     """Stage 1's margin and a second opinion's log-odds, combined as the model does it: a row a category, (N,).
 
     Args:
-        views: how many Stage 1 answers by.
+        views: how many Stage 1's margin is of. answer: how many it answers by.
     """
     import mscnn_helpers as mscnn
 
-    one, two, right = calibration.margin(views), second(calibration), calibration.right(views)
-    category = calibration.category(views)
+    one, two = calibration.margin(views, answer), second(calibration)
+    category, right = calibration.category(answer), calibration.right(answer)
     common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
     rows = []
     for c in range(calibration.stage1.shape[-1]):
         here = category == c
         rows.append(mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH))
-    return mscnn.combined_confidence(np.array(rows), test.category(views), test.margin(views), second(test))
+    return mscnn.combined_confidence(np.array(rows), test.category(answer), test.margin(views, answer), second(test))
 
 
 def companion_odds(split: Split) -> np.ndarray:
@@ -414,22 +417,22 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     norm = best_on_calibration([lambda s, p=p: p_norm(s.stage1[0], p) for p in NORMS], calibration)
     near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
-    companion, alone = (
-        combined(companion_odds, calibration, test),
-        combined(lambda s: s.second(1), calibration, test, 1),
-    )
+    companion = combined(companion_odds, calibration, test)
+    alone = combined(lambda split: split.second(1, 1), calibration, test, 1, 1)
+    same = combined(lambda split: split.second(2, 1), calibration, test, 2, 1)
     result = {
         "softmax": by_odds(one, softmax_odds(logits)),
         "temperature": by_odds(one, softmax_odds(logits / temperature(calibration))),
-        "margin": Answers(one, test.margin(1)),
+        "margin": Answers(one, test.margin(1, 1)),
         "entropy": Answers(one, negative_entropy(logits)),
         "p-norm": Answers(one, norm(test)),
         "neighbours": Answers(one, near(test)),
         "ours, one view": Answers(one, alone, alone),
+        "ours, answers by one look": Answers(one, same, same),
         "mirror": by_odds(both, softmax_odds(mirrored)),
-        "mirror's margin": Answers(both, test.margin(2)),
+        "mirror's margin": Answers(both, test.margin(2, 2)),
         "companion": Answers(both, companion, companion),
-        "one-vs-rest": by_odds(both, test.second(2)),
+        "one-vs-rest": by_odds(both, test.second(2, 2)),
         "ours": Answers(both, test.ours, test.ours),
     }
     result |= {f"{name}, our answers": by_odds(both, probability_odds(p, both)) for name, p in averaged.items()}
@@ -441,7 +444,7 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 # Multiply-adds of each method, in units of Stage 1's and of the companion's.
 WORK = {
     "dropout": (1, 0), "companion": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror's margin": (2, 0),
-    "ours, one view": (1, 1), "ours": (2, 2),
+    "ours, one view": (1, 1), "ours, answers by one look": (2, 2), "ours": (2, 2),
 }  # fmt: skip
 
 
