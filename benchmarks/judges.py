@@ -84,7 +84,7 @@ def shared_verifier(model, data, recipe, seed: int):
     trainer.compile(optimizer, loss, jit_compile=False)
     truth = np.concatenate([draw.asked, draw.right[:, None]], axis=1)
     batches = tf.data.Dataset.from_tensor_slices((draw.indices, truth)).batch(ten.batch_size, drop_remainder=True)
-    trainer.fit(batches.prefetch(2), epochs=1, verbose=2)
+    trainer.fit(batches.prefetch(2), epochs=1, shuffle=False, verbose=2)
     return network
 
 

@@ -8,6 +8,7 @@ import time
 
 import common
 import ingredients
+import judges
 import keras
 import numpy as np
 import pytest
@@ -100,6 +101,33 @@ def test_scores_are_higher_for_what_is_known(trained_model, tiny_data):
     for name in ("neighbours", "novelty"):
         assert np.median(known[name]) > np.median(strange[name]), name
     assert {name: one.shape for name, one in known.items()} == dict.fromkeys(strange, (100,))
+
+
+def test_one_verifier_is_trained_on_the_draws_of_all_categories():
+    labels, rng = np.arange(60) % 3, np.random.default_rng(0)
+    draw = judges.mixed_draw(labels, rng.random((60, 3)), 200, rng)
+    asked = draw.asked.argmax(axis=1)
+    assert np.bincount(asked).tolist() == [200] * 3 and (draw.asked.sum(axis=1) == 1).all()
+    np.testing.assert_array_equal(draw.right == 1, labels[draw.indices] == asked)
+    assert draw.right.mean() == 0.5 and len(np.unique(asked[:50])) == 3, "in random order"
+
+
+def test_the_verifier_is_asked_by_log_odds():
+    logits, category = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32), np.arange(20) % 5
+    got = judges.asked_log_odds(logits, np.eye(5, dtype=np.float32)[category])
+    np.testing.assert_allclose(got, mscnn.log_odds(logits, category), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rivals_of_ten_judges_learn(trained_model, tiny_data):
+    """Both begin where the judges do, or as the companion did, and tell right answers from wrong ones afterwards."""
+    trained_model.companion.trainable = True
+    recipe = mscnn.Recipe(epochs=4, batch_size=32, companion_epochs=4, stage2_share=0.3)
+    before = trained_model.fingerprints()
+    for make in (judges.shared_verifier, judges.longer_companion):
+        network = make(trained_model, tiny_data, recipe, seed=0)
+        right = np.asarray(network(tiny_data.test.images)).argmax(axis=1) == tiny_data.test.labels
+        assert right.mean() > 0.5, make.__name__
+    assert trained_model.fingerprints() == before
 
 
 def full_run(accuracy: float, seconds: float) -> dict:
