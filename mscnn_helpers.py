@@ -1397,11 +1397,10 @@ def known_from(train: Views, labels: np.ndarray, calibration: Views, novel: floa
     covariance = LedoitWolf(store_precision=False).fit(train.texture).covariance_  # shrunk, for few images
     some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
     usual, precision = train.texture.mean(axis=0, dtype=float), np.linalg.inv(covariance + some)
-    known = Known(centres, usual, precision, np.array([[0.0] * 3, [1.0] * 3]), np.inf)
+    known = Known(centres, usual, precision, scale=np.array([[0.0] * 3, [1.0] * 3]), limit=0.0)
     evidence = novelty_evidence(calibration, known)
-    scale = np.stack([evidence.mean(axis=0), np.maximum(evidence.std(axis=0), 1e-6)])
-    total = ((evidence - scale[0]) / scale[1]).sum(axis=1)
-    return known._replace(scale=scale, limit=float(np.quantile(total, 1 - novel)))
+    known = known._replace(scale=np.stack([evidence.mean(axis=0), np.maximum(evidence.std(axis=0), 1e-6)]))
+    return known._replace(limit=float(np.quantile(novelty(calibration, known), 1 - novel)))
 
 
 def novelty(views: Views, known: Known) -> np.ndarray:
@@ -2037,6 +2036,13 @@ def muon_for(recipe: Recipe, steps: int) -> Muon:
     return Muon(learning_rate_schedule(recipe, steps), recipe.kernel_learning_rate / recipe.peak, recipe)
 
 
+def stage2_muon_for(recipe: Recipe, batch_size: int, steps: int) -> Muon:
+    """The optimizer of a Stage 2 CNN, whose learning rate falls from the first step on."""
+    rate = recipe.stage2_learning_rate * batch_size / 256
+    falling = keras.optimizers.schedules.CosineDecay(rate, steps, alpha=0.01)
+    return Muon(falling, recipe.stage2_kernel_learning_rate / rate, recipe)
+
+
 class EpochSeconds(keras.callbacks.Callback):
     """Records how long each epoch takes, its validation included, in seconds."""
 
@@ -2295,10 +2301,8 @@ class Stage2Trainer:
         def accuracy(right, log_odds):
             return tf.cast((log_odds > 0) == (right > 0.5), tf.float32)
 
-        rate = recipe.stage2_learning_rate * self.batch_size / 256
-        falling = keras.optimizers.schedules.CosineDecay(rate, self.steps * self.ROUNDS, alpha=0.01)
         self.trainer.compile(
-            Muon(falling, recipe.stage2_kernel_learning_rate / rate, recipe),
+            stage2_muon_for(recipe, self.batch_size, self.steps * self.ROUNDS),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[accuracy],
             jit_compile=False,

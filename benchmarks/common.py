@@ -74,6 +74,21 @@ def commit() -> str:
     return head + ("+" if changed.stdout.strip() else "")
 
 
+def origin(command: str) -> dict:
+    """What says where figures come from: to be asked before a measurement, as `commit` is."""
+    import mscnn_helpers as mscnn
+
+    return {
+        "command": command, "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions(),
+    }  # fmt: skip
+
+
+def origin_line(figures: dict) -> str:
+    """The line below a table: what `origin` has said of its figures."""
+    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+    return f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, {versions}"
+
+
 def read_json(name: str, default):
     """Reads benchmarks/NAME.json, or gives the default where it does not exist yet."""
     path = HERE / f"{name}.json"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from common import ROOT, commit, in_fresh_process, markdown, read_json, spread, write
+from common import ROOT, in_fresh_process, markdown, origin, origin_line, read_json, spread, write
 
 BATCH = 128  # so that 10,000 images are enough steps
 
@@ -240,8 +240,7 @@ def table(found: dict) -> str:
         "the seeds, in brackets minimum and maximum; differences are taken seed by seed. No variant is tuned anew, so",
         "a difference says what the recipe loses without an ingredient, not what the best recipe without it would.", "",
         *markdown(header, rows),
-        f"`{found['command']}`, commit {found['commit']}, {found['device']}, "
-        + ", ".join(f"{k} {v}" for k, v in found["versions"].items()),
+        origin_line(found),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -255,7 +254,7 @@ def main() -> None:
     import mscnn_helpers as mscnn
 
     command = "python benchmarks/ingredients.py" + " --quick" * options.quick
-    found = {"command": command, "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions()}
+    found = origin(command)
     found["variants"], policy = {name: [] for name in VARIANTS}, mscnn.fastest_policy()  # one for all
     for seed in (0,) if options.quick else (0, 1, 2):
         for name, runs in found["variants"].items():

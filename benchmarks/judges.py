@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import selective
-from common import ROOT, commit, in_fresh_process, markdown, numbers, spread, write
+from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, spread, write
 
 
 class Draw(NamedTuple):
@@ -73,15 +73,12 @@ def shared_verifier(model, data, recipe, seed: int):
     network.get_layer("augmentation").reseed(seed)
     trainer = mscnn.Trainer(network, data.train.images)
     steps = len(draw.indices) // ten.batch_size
-    rate = recipe.stage2_learning_rate * ten.batch_size / 256
-    falling = keras.optimizers.schedules.CosineDecay(rate, steps, alpha=0.01)
 
     def loss(truth, logits):  # truth (B, C + 1): what is asked, and whether it is right
         odds = asked_log_odds(logits, truth[:, :-1])
         return tf.nn.sigmoid_cross_entropy_with_logits(truth[:, -1], odds)
 
-    optimizer = mscnn.Muon(falling, recipe.stage2_kernel_learning_rate / rate, recipe)
-    trainer.compile(optimizer, loss, jit_compile=False)
+    trainer.compile(mscnn.stage2_muon_for(recipe, ten.batch_size, steps), loss, jit_compile=False)
     truth = np.concatenate([draw.asked, draw.right[:, None]], axis=1)
     batches = tf.data.Dataset.from_tensor_slices((draw.indices, truth)).batch(ten.batch_size, drop_remainder=True)
     trainer.fit(batches.prefetch(2), epochs=1, shuffle=False, verbose=2)
@@ -135,11 +132,7 @@ def answers_of(form: selective.Form, seed: int) -> tuple[dict[str, selective.Ans
 
 def table(figures: dict) -> str:
     """Its section of RESULTS.md."""
-    methods, differences = figures["methods"], figures["differences"]
-
-    def interval(name: str, measure: str) -> str:
-        low, middle, high = differences[measure].get(name, (0, 0, 0))
-        return "" if name == "ours" else f"{middle:+.1%} ({low:+.1%} to {high:+.1%})"
+    methods, interval = figures["methods"], selective.intervals(figures["differences"])
 
     def column(name: str, measure: str, form: str) -> str:
         return spread([one[measure] for one in methods[name]], form)
@@ -158,8 +151,7 @@ def table(figures: dict) -> str:
         "paired bootstrap over images and seeds; below 0 ours is better.", "",
         *markdown(["second opinion", "AURC", "ours against it", "AUGRC", "ours against it", "AUROC of failure",
                    "FPR at 95 % TPR"], rows),
-        f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, "
-        + ", ".join(f"{k} {v}" for k, v in figures["versions"].items()),
+        origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -171,16 +163,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="of the whole runs (default: 0,1,2)")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    import mscnn_helpers as mscnn
-
     form = selective.QUICK._replace(seeds=(0,)) if options.quick else selective.some_seeds(options.seeds)
     missing = [seed for seed in form.seeds if not selective.is_finished(form, seed)]
     if missing:
         parser.error(f"the whole run of seed {missing[0]} is not there: run quality.py first (--quick: selective.py)")
-    figures = {
-        "command": "python benchmarks/judges.py", "seeds": list(form.seeds), "commit": commit(),
-        "device": mscnn.device_name(), "versions": mscnn.versions(),
-    }  # fmt: skip
+    figures = {**origin("python benchmarks/judges.py"), "seeds": list(form.seeds)}
     found, labels = zip(*(answers_of(form, seed) for seed in form.seeds), strict=True)
     figures["methods"] = {
         name: [selective.measures(one[name], truth) for one, truth in zip(found, labels, strict=True)]

@@ -95,19 +95,13 @@ def title(run: dict) -> str:
     return f"{run['dataset']['name']}, {KINDS[run['kind']][0]}"
 
 
-def _accuracy_of_answers(two_stage: list[dict]) -> str:
-    """Of both stages; runs from before Stage 1 looked twice do not have it."""
-    known = [one["accuracy"] for one in two_stage if "accuracy" in one]
-    return spread(known, "{:.2%}") if len(known) == len(two_stage) else ""
-
-
 def summary(runs: list[dict]) -> list[str]:
     """A row of the first table: the runs of one kind and data set, their median and range."""
     one, two = [run["stage1"] for run in runs], [run["two_stage"] for run in runs]
     gains = [1 - b["aurc"] / a["aurc"] for a, b in zip(one, two, strict=True)]
     return [
         title(runs[0]), ", ".join(str(run["seed"]) for run in runs),
-        spread([a["accuracy"] for a in one], "{:.2%}"), _accuracy_of_answers(two),
+        spread([a["accuracy"] for a in one], "{:.2%}"), spread([b["accuracy"] for b in two], "{:.2%}"),
         spread([b["coverage"] for b in two], "{:.1%}"),
         spread([b["selective_accuracy"] for b in two], "{:.2%}"),
         spread([a["aurc"] for a in one], "{:.5f}"), spread([b["aurc"] for b in two], "{:.5f}"),

@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import targets
-from common import ROOT, commit, in_fresh_process, markdown, numbers, read_json, spread, write
+from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, read_json, spread, write
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -624,18 +624,24 @@ PROMISES = {  # name: heading
 }  # fmt: skip
 
 
+def intervals(found: dict) -> Callable[[str, str], str]:
+    """From what `differences` has found: a method and a measure -> median and interval; ours has none."""
+
+    def interval(name: str, measure: str) -> str:
+        ends = found[measure].get(name)
+        return "" if ends is None else f"{ends[1]:+.1%} ({ends[0]:+.1%} to {ends[2]:+.1%})"
+
+    return interval
+
+
 def table(figures: dict) -> str:
     """Its section of RESULTS.md."""
-    methods = figures["found"]["methods"]
+    methods, interval = figures["found"]["methods"], intervals(figures["found"]["differences"])
     order = sorted(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
 
     def column(name: str, measure: str, form: str) -> str:
         values = [one[measure] for one in methods[name]["seeds"] if measure in one]
         return spread(values, form) if values else ""
-
-    def interval(name: str, measure: str) -> str:
-        found = figures["found"]["differences"][measure].get(name)
-        return "" if found is None else f"{found[1]:+.1%} ({found[0]:+.1%} to {found[2]:+.1%})"
 
     first = [
         [name, f"{methods[name]['work']:.2f}", column(name, "accuracy", "{:.2%}"), column(name, "aurc", "{:.5f}"),
@@ -671,8 +677,7 @@ def table(figures: dict) -> str:
         f"as many images; and at the threshold that is certified for {RISK:.0%} errors, with probability 95 %, by the",
         "certification split: coverage and errors on the test split.", "",
         *markdown(["seed", *PROMISES.values()], third),
-        f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, "
-        + ", ".join(f"{k} {v}" for k, v in figures["versions"].items()),
+        origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -695,7 +700,6 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train nothing")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    import mscnn_helpers as mscnn
 
     form = QUICK if options.quick else some_seeds(options.seeds) if options.seeds else FULL
     if options.train:
@@ -705,8 +709,7 @@ def main() -> None:
     train(form, form.pool)
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, form.seeds))}" if options.seeds else ""
     command = f"python benchmarks/selective.py{chosen}"
-    figures = {"command": command, "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions()}
-    figures["found"] = judge(form)
+    figures = {**origin(command), "found": judge(form)}
     print(table(figures))
     known = read_json("selective", figures)
     if replaces(command, known["command"]):

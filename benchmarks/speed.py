@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import targets
-from common import ROOT, Timed, commit, in_fresh_process, interleaved, markdown, read_json, spread, write
+from common import ROOT, Timed, in_fresh_process, interleaved, markdown, origin, origin_line, read_json, spread, write
 
 WIDTHS, SIZE, CATEGORIES, BATCH = (64, 256, 256), 32, 10, 512
 DATASET = "cifar10"
@@ -560,8 +560,7 @@ def section(figures: dict) -> str:
     ]  # fmt: skip
     for name, one in figures.items():
         lines += [f"### {name.replace('_', ' ').capitalize()}", "", *TABLES[name](one["found"])]
-        lines += [f"`{one['command']}`, commit {one['commit']}, {one['device']}, "
-                  + ", ".join(f"{k} {v}" for k, v in one["versions"].items()), ""]  # fmt: skip
+        lines += [origin_line(one), ""]
     return "\n".join(lines)
 
 
@@ -583,11 +582,8 @@ def main() -> None:
     figures = read_json("speed", {})
     for name in wanted:
         print(name, flush=True)
-        one = {
-            "commit": commit(), "found": MEASURES[name](options.quick),
-            "command": f"python benchmarks/speed.py --only {name}" + " --quick" * options.quick,
-            "device": mscnn.device_name(), "versions": mscnn.versions(),
-        }  # fmt: skip
+        command = f"python benchmarks/speed.py --only {name}" + " --quick" * options.quick
+        one = {**origin(command), "found": MEASURES[name](options.quick)}
         one = json.loads(json.dumps(one))  # as it will be read: keys are text
         print("\n".join(TABLES[name](one["found"])), flush=True)
         if not (options.quick and name in figures and not figures[name]["command"].endswith("--quick")):

@@ -26,7 +26,7 @@ import sys
 
 import numpy as np
 import targets
-from common import ROOT, commit, in_fresh_process, markdown, numbers, spread, write
+from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, spread, write
 
 OVERLAPPING = {  # CIFAR-100's labels, in the order of the alphabet: big cats, wild dogs, large vehicles
     "bus": 13, "fox": 34, "leopard": 42, "lion": 43, "pickup_truck": 58, "streetcar": 81, "tank": 85, "tiger": 88,
@@ -139,8 +139,7 @@ def table(figures: dict) -> str:
         "ours; by both stages' confidence alone, at threshold 0.7; by the model, which has a second reason for OTHER;",
         "and for how many this reason, 'like nothing I know', holds. In the first row an OTHER is the price.", "",
         *markdown(["images", *next(iter(kinds))], rows("other")),
-        f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, "
-        + ", ".join(f"{k} {v}" for k, v in figures["versions"].items()),
+        origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -152,18 +151,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="of quality.py's full runs (default: 0,1,2)")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    import mscnn_helpers as mscnn
-
     folder, model = ROOT / "runs/quality", "multistage_cnn_model.keras"
     paths = {seed: str(folder / f"full_{seed}" / model) for seed in options.seeds}
     paths = {0: "pretrained"} if options.quick else paths
     for path in paths.values():
         if path != "pretrained" and not (ROOT / path).is_file():
             parser.error(f"{path} is not there: run python benchmarks/quality.py first, or --quick")
-    figures = {
-        "command": "python benchmarks/unknown.py" + " --quick" * options.quick, "seeds": list(paths),
-        "commit": commit(), "device": mscnn.device_name(), "versions": mscnn.versions(),
-    }  # fmt: skip
+    figures = {**origin("python benchmarks/unknown.py" + " --quick" * options.quick), "seeds": list(paths)}
     most = 300 if options.quick else None
     figures["models"] = [in_fresh_process(measure, path, seed, most) for seed, path in paths.items()]
     print(table(figures))
