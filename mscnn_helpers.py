@@ -1445,10 +1445,15 @@ class Decisions(NamedTuple):
     one_view_logits: np.ndarray  # (B, C), of the image alone: what Stage 1 would say without a look in the mirror
     novelty: np.ndarray  # float64, above 0: OTHER whatever the confidence is; NaN in a model that never learnt it
 
+    @property
+    def familiar(self) -> np.ndarray:
+        """Where the threshold decides, bool (B,); all other images are OTHER at any threshold."""
+        return ~(self.novelty > 0)  # True where it is NaN
+
     def reasons(self) -> np.ndarray:
         """Why each image was decided as it was: ACCEPTED, UNSURE or STRANGE; str (B,)."""
         accepted = self.category < self.stage1_logits.shape[1]
-        return np.where(accepted, ACCEPTED, np.where(self.novelty > 0, STRANGE, UNSURE))
+        return np.where(accepted, ACCEPTED, np.where(self.familiar, UNSURE, STRANGE))
 
 
 # ======================================================================================================
@@ -1648,14 +1653,15 @@ class MultiStageCNN(keras.Model):
         return self.stage1(images, training=False)
 
     def _stage2_logits(self, handles, images):
-        """Stage 2's logits (B, views C): all Stage 2 CNNs are one graph, traced once, that is told whose weights to read.
+        """Stage 2's logits (B, views C): all Stage 2 CNNs are one graph, traced once.
 
-        The handles, and not the weights' values, which would first be read one by one: half a millisecond a call.
+        Args:
+            handles: of the variables of the CNN in question. Their values would first have to be read one by one: half a
+                millisecond a call.
+            images: uint8 (B, H, W, channels).
         """
-        own = self.companion.weights
-        weights = [tf.raw_ops.ReadVariableOp(resource=h, dtype=w.dtype) for h, w in zip(handles, own, strict=True)]
-        weights = [tf.ensure_shape(one, w.shape) for one, w in zip(weights, own, strict=True)]
-        with keras.StatelessScope(state_mapping=list(zip(own, weights, strict=True))):
+        mapping = [(w, _read(h, w)) for w, h in zip(self.companion.weights, handles, strict=True)]
+        with keras.StatelessScope(state_mapping=mapping):
             return self._on_views(self.companion, images)
 
     @functools.cached_property
@@ -1817,8 +1823,8 @@ class MultiStageCNN(keras.Model):
             MSCNNError: too few images, or the risk cannot be guaranteed; threshold and certificate stay as they were.
         """
         decisions = self.decide(split.images)
-        right, known = decisions.stage1_category == split.labels, ~(decisions.novelty > 0)
-        found = threshold_for_risk(decisions.confidence[known], right[known], risk, delta)
+        right, familiar = decisions.stage1_category == split.labels, decisions.familiar
+        found = threshold_for_risk(decisions.confidence[familiar], right[familiar], risk, delta)
         self.certificate = found._replace(images=len(split))
         self.threshold = self.certificate.threshold
         return self.certificate
@@ -1870,6 +1876,13 @@ class MultiStageCNN(keras.Model):
 
 def _category_key(category: int) -> str:
     return f"category_{category}"
+
+
+def _read(handle, like):
+    """The value of the variable with a handle, which does not tell its type and shape: those of the variable `like`."""
+    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=like.dtype)
+    value.set_shape(like.shape)
+    return value
 
 
 def log_odds_tensor(logits, category):
@@ -2566,8 +2579,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
 
 
 def with_interval(difference: tuple[float, float, float]) -> str:
-    """A difference of rates and its interval, see `paired_difference`: for a table."""
-    return "{:+.1%} ({:+.1%} to {:+.1%})".format(*difference)
+    """A difference of rates and its interval, see `paired_difference`, in percentage points: for a table."""
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one for one in difference))
 
 
 class Comparison(NamedTuple):
@@ -2908,7 +2921,7 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
-    axis.legend(frameon=False, loc="best")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), frameon=False)
     return figure
 
 
@@ -2917,10 +2930,15 @@ def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, n
     full, captions = [*names, OTHER], []
     fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
     for d, c, p, reason, t in zip(*fields, strict=True):
-        said = f"{full[d]} {p:.0%}" if d == c else f"{full[d]}\n{full[c]}? {np.floor(1000 * p) / 1000:.1%}"
+        said = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
         said = f"{full[d]}\n{reason}" if reason == STRANGE else said
         captions.append(f"{said}\ntrue: {full[t]}")
     return plot_images(images, captions, title)
+
+
+def _rounded_down(confidence: float) -> str:
+    """In percent: neither above a threshold that it misses nor, short of certainty, 100 %."""
+    return f"{np.floor(1000 * confidence) / 1000:.1%}"
 
 
 def select(decisions: Decisions, indices: np.ndarray) -> Decisions:
@@ -2985,8 +3003,8 @@ def _verdict(trace: DecisionTrace, wrong: bool) -> str:
     if trace.reason == STRANGE:
         return f"{trace.verdict}\n{STRANGE}"
     if trace.verdict == OTHER:
-        return f"{trace.verdict}, {trace.reason}\n{trace.top3[0][0]}? {trace.confidence:.0%}"
-    return f"{trace.verdict}{' ✗' if wrong else ''}\n{trace.confidence:.0%}"
+        return f"{trace.verdict}, {trace.reason}\n{trace.top3[0][0]}? {_rounded_down(trace.confidence)}"
+    return f"{trace.verdict}{' ✗' if wrong else ''}\n{_rounded_down(trace.confidence)}"
 
 
 def _show_map(axis, image: np.ndarray, heat: np.ndarray, title: str) -> None:
@@ -3134,10 +3152,9 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
         reason = f"for at most {settings.target_risk:.2%} errors"
     elif settings.target_coverage:
         decisions = model.decide(data.calibration.images)
-        known = decisions.confidence[~(decisions.novelty > 0)]  # the others are OTHER at any threshold
-        count = len(decisions.confidence)
-        model.threshold = threshold_for_coverage(known, min(1.0, settings.target_coverage * count / len(known)))
-        reason = f"accepts {(known >= model.threshold).sum() / count:.0%} of the calibration split"
+        familiar, count = decisions.confidence[decisions.familiar], len(decisions.confidence)
+        model.threshold = threshold_for_coverage(familiar, min(1.0, settings.target_coverage * count / len(familiar)))
+        reason = f"accepts {(familiar >= model.threshold).sum() / count:.0%} of the calibration split"
     else:
         model.threshold, reason = settings.threshold, "as given"
     return f"Threshold {model.threshold:.4f}, {reason}. {model.guarantee()}"

@@ -250,7 +250,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
         found |= {
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
             f"{name}_one_stage2": stage2[0], f"{name}_stage2": stage2[1],
-            f"{name}_ours": decisions.confidence, f"{name}_novelty": decisions.novelty,
+            f"{name}_ours": decisions.confidence, f"{name}_familiar": decisions.familiar,
             f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
         }  # fmt: skip
         if dropout is not None:
@@ -258,9 +258,9 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
     found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
     certified = model.decide(data.certification.images)
-    known = ~(certified.novelty > 0)  # the others are OTHER at any threshold
-    found["certification_ours"] = certified.confidence[known]
-    found["certification_right"] = (certified.stage1_category == data.certification.labels)[known]
+    familiar = certified.familiar
+    found["certification_ours"] = certified.confidence[familiar]
+    found["certification_right"] = (certified.stage1_category == data.certification.labels)[familiar]
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), sources=sources(form, seed), **found)
     partial.replace(path)
@@ -271,7 +271,7 @@ def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     path = store(form) / f"outputs_{seed}.npz"
     if path.is_file():
         with np.load(path) as found:
-            if "test_novelty" in found and found["sources"].tolist() == sources(form, seed):
+            if "test_familiar" in found and found["sources"].tolist() == sources(form, seed):
                 return dict(found)
     in_fresh_process(_outputs, form, seed, path)
     with np.load(path) as found:
@@ -511,7 +511,7 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     except mscnn.MSCNNError:  # none can be given
         accepted = np.full(len(right), False)
     else:
-        accepted = (confidence >= certificate.threshold) & ~(found["test_novelty"] > 0)
+        accepted = (confidence >= certificate.threshold) & found["test_familiar"]
     result["certified coverage"] = accepted.mean()
     if accepted.any():
         result["certified error"] = 1 - right[accepted].mean()

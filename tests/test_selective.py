@@ -32,7 +32,7 @@ def found_for(seed: int) -> dict[str, np.ndarray]:
     found = {f"{name}_{field}": value for name, split in parts.items() for field, value in split._asdict().items()}
     noise = np.random.default_rng(seed).normal(size=(4, 400, 4))
     rng = np.random.default_rng(seed)
-    found["test_novelty"] = rng.normal(size=400)
+    found["test_familiar"] = rng.random(400) < 0.5
     found["certification_ours"] = rng.uniform(size=2_000)
     found["certification_right"] = rng.uniform(size=2_000) < found["certification_ours"]
     return {**found, "test_pool": np.concatenate([found["test_stage1"][:1], found["test_stage1"][:1] + noise])}
@@ -141,7 +141,7 @@ def test_promises_of_a_calibrated_and_of_a_boasting_confidence():
     confidence = np.where(np.arange(20_000) % 2, 0.999, rng.uniform(0.5, 0.9, 20_000))
     category, right = np.arange(20_000) % 4, rng.uniform(size=20_000) < confidence
     found = {"test_labels": np.where(right, category, 9)}
-    found |= {"test_novelty": np.full(20_000, -1.0), "certification_ours": confidence, "certification_right": right}
+    found |= {"test_familiar": np.full(20_000, True), "certification_ours": confidence, "certification_right": right}
     got = selective.promises(found, selective.Answers(category, confidence))
     assert got["calibration"] == pytest.approx(got["calibration, simulated"], abs=0.005)
     assert got["worst calibration"] == pytest.approx(got["worst calibration, simulated"], abs=0.01)
