@@ -971,14 +971,14 @@ class Conv2D(keras.layers.Conv2D):
 def short_rows_convolution(images, kernel):
     """3 x 3 convolution: (B, H, W, in), (3, 3, in, out) -> (B, H, W, out)."""
 
-    def gradients(result):  # (B, H, W, out)
-        of_images = tf.nn.conv2d_transpose(result, kernel, tf.shape(images), 1, "SAME")
-        return of_images, gradient_of_kernel(images, result)
+    def backward(output_gradient):  # (B, H, W, out)
+        of_images = tf.nn.conv2d_transpose(output_gradient, kernel, tf.shape(images), 1, "SAME")
+        return of_images, gradient_of_kernel(images, output_gradient)
 
-    return tf.nn.conv2d(images, kernel, 1, "SAME"), gradients
+    return tf.nn.conv2d(images, kernel, 1, "SAME"), backward
 
 
-def gradient_of_kernel(images, result):
+def gradient_of_kernel(images, output_gradient):
     """Gradient of a 3 x 3 convolution's kernel, from images laid side by side.
 
     oneDNN, TensorFlow's library on CPU, sums along a row of places, in tiles that hold 32 bfloat16: rows of 7 or 3
@@ -987,15 +987,15 @@ def gradient_of_kernel(images, result):
 
     Args:
         images: input of the convolution, (B, H, W, in).
-        result: gradient of its result, (B, H, W, out).
+        output_gradient: gradient of its output, (B, H, W, out).
 
     Returns:
         (3, 3, in, out).
     """
     count = images_in_a_row(tf.shape(images)[2])
     return tf.raw_ops.Conv2DBackpropFilter(
-        input=side_by_side(images, count), filter_sizes=(3, 3, images.shape[-1], result.shape[-1]),
-        out_backprop=side_by_side(result, count), strides=[1] * 4, padding="SAME",
+        input=side_by_side(images, count), filter_sizes=(3, 3, images.shape[-1], output_gradient.shape[-1]),
+        out_backprop=side_by_side(output_gradient, count), strides=[1] * 4, padding="SAME",
     )  # fmt: skip
 
 
@@ -1131,11 +1131,8 @@ def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
     Returns:
         float64 (B,).
     """
-    logits = np.array(logits, np.float64)  # a copy: it is written to
-    rows = np.arange(len(logits))
-    chosen = logits[rows, category]
-    logits[rows, category] = -np.inf
-    return chosen - np.logaddexp.reduce(logits, axis=1)  # SciPy's logsumexp takes 0.1 ms for a single image
+    chosen, others = _chosen_and_others(logits, category)
+    return chosen - np.logaddexp.reduce(others, axis=1)  # SciPy's logsumexp takes 0.1 ms for a single image
 
 
 def margin(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -1151,11 +1148,16 @@ def margin(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
     Returns:
         float64 (B,).
     """
-    logits = np.array(logits, np.float64)  # a copy: it is written to
-    rows = np.arange(len(logits))
-    chosen = logits[rows, category]
-    logits[rows, category] = -np.inf
-    return chosen - logits.max(axis=1) if len(logits) else chosen
+    chosen, others = _chosen_and_others(logits, category)
+    return chosen - others.max(axis=1)
+
+
+def _chosen_and_others(logits: np.ndarray, category: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of the categories, float64 (B,), and a copy of all, (B, C), in which they are -inf."""
+    others, rows = np.array(logits, np.float64), np.arange(len(logits))
+    chosen = others[rows, category]
+    others[rows, category] = -np.inf
+    return chosen, others
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -1526,14 +1528,6 @@ class MultiStageCNN(keras.Model):
         first, last = stage1_widths[0], stage1_widths[-1]
         shapes = zip(Known._fields, [(count, last), (first,), (first, first), (2, 3), ()], strict=True)
         self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
-        images = tf.TensorSpec((None, *image_shape), tf.uint8)
-        handles = [tf.TensorSpec((), tf.resource)] * len(self.companion.weights)
-        # Any number of images, one graph each; no AutoGraph, since there is no Python control flow to translate.
-        self._stage1_graph, self._stage1_views_graph = (
-            tf.function(one, input_signature=[images], autograph=False)
-            for one in (self._stage1_logits, functools.partial(self._on_views, feature_extractor(self.stage1)))
-        )
-        self._stage2_function = tf.function(self._stage2_logits, input_signature=[handles, images], autograph=False)
         self.built = True
 
     @classmethod
@@ -1656,18 +1650,34 @@ class MultiStageCNN(keras.Model):
         """Stage 2's logits (B, views C): all Stage 2 CNNs are one graph, traced once.
 
         Args:
-            handles: of the variables of the CNN in question. Their values would first have to be read one by one: half a
-                millisecond a call.
+            handles: of the variables of the CNN in question. Their values would have to be read one by one before the
+                call: half a millisecond.
             images: uint8 (B, H, W, channels).
         """
         mapping = [(w, _read(h, w)) for w, h in zip(self.companion.weights, handles, strict=True)]
         with keras.StatelessScope(state_mapping=mapping):
             return self._on_views(self.companion, images)
 
+    def _traced(self, function: Callable, *before):
+        """A function of any number of images, preceded by arguments like `before`, as a graph.
+
+        Called as its one trace, without the checks that would choose among several; and without AutoGraph, since there
+        is no Python control flow to translate.
+        """
+        signature = [*before, tf.TensorSpec((None, *self.image_shape), tf.uint8)]
+        return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
+
+    @functools.cached_property
+    def _stage1_graph(self):
+        return self._traced(self._stage1_logits)
+
+    @functools.cached_property
+    def _stage1_views_graph(self):
+        return self._traced(functools.partial(self._on_views, feature_extractor(self.stage1)))
+
     @functools.cached_property
     def _stage2_graph(self):
-        """The one trace of `_stage2_logits`: called without the checks that would choose among several."""
-        return self._stage2_function.get_concrete_function()
+        return self._traced(self._stage2_logits, [tf.TensorSpec((), tf.resource)] * len(self.companion.weights))
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without a look in the mirror."""
@@ -1901,7 +1911,7 @@ def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         missing = -len(batch) % 8 if len(batch) > 8 else 0
-        filled = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
+        filled = np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
         results.append(graph(tf.constant(filled)).numpy()[: len(batch)])
     return np.concatenate(results)
 
@@ -2043,12 +2053,12 @@ def orthogonalised(matrix, rounds: int = 3):
     """
     x = matrix / (tf.norm(matrix) + 1e-7)
     inner = tf.matmul(x, x, transpose_a=True)  # (n, n)
-    turn = one = tf.eye(inner.shape[0])
+    transform = identity = tf.eye(inner.shape[0])
     for _ in range(rounds):
-        polynomial = 3.4445 * one - 4.7750 * inner + 2.0315 * inner @ inner
-        turn = turn @ polynomial
+        polynomial = 3.4445 * identity - 4.7750 * inner + 2.0315 * inner @ inner
+        transform = transform @ polynomial
         inner = polynomial @ inner @ polynomial
-    return x @ turn
+    return x @ transform
 
 
 def muon_for(recipe: Recipe, steps: int) -> Muon:

@@ -25,19 +25,19 @@ class Timed(float):
     """Seconds that a task has measured itself, since not all of it counts."""
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved(tasks: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each task, each once a round, so that other work on the machine hits all alike.
 
-    Every round has an order of its own, so that no task always follows the same one. A first round is not counted: it
-    traces graphs and fills caches. If a task returns `Timed` seconds, these count.
+    Every round has an order of its own, so that no task always follows the same one. The first `warm_up` rounds are not
+    counted: they trace graphs and fill caches. If a task returns `Timed` seconds, these count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for round_number in range(repeats + 1):
+    for round_number in range(1 - warm_up, repeats + 1):
         for name in random.Random(round_number).sample(list(tasks), len(tasks)):
             start = time.perf_counter()
             own = tasks[name]()
             passed = time.perf_counter() - start
-            if round_number:
+            if round_number > 0:
                 seconds[name].append(own if isinstance(own, Timed) else passed)
         print(f"  round {round_number} of {repeats}", flush=True)
     return seconds

@@ -75,8 +75,8 @@ def of_runs(kind: str, figure: Callable[[dict], float]) -> Callable:
 
 
 def stage2_ratio(run: dict) -> float:
-    """All that notebook 03 does against all that notebook 02 does: preparing, training, calibrating, figures."""
-    return run["seconds"]["03_stage2_training"] / run["seconds"]["02_stage1_training"]
+    """All that notebook 03 does (preparing, training, calibrating, figures) against Stage 1's epochs alone."""
+    return run["seconds"]["03_stage2_training"] / run["training_seconds"]["stage1"]
 
 
 def not_training(run: dict) -> float:
@@ -138,7 +138,7 @@ TARGETS = [
            faster("ours, one resident batch")),
     Target("Stage 1 training in float32, times stock Keras' in float32", 1.15, True, "{:.2f}",
            faster("stock Keras float32", "ours in float32")),
-    Target("notebook 03, companion and Stage 2, times notebook 02's seconds", 0.75, False, "{:.2f}",
+    Target("notebook 03, companion and Stage 2, times Stage 1's training", 0.75, False, "{:.2f}",
            of_runs("full", stage2_ratio)),
     Target("one Stage 2 CNN of 50 categories, times one of 10", 1.1, False, "{:.2f}", stage2_growth),
     Target("decide() on 512 images, one view, times Stage 1's seconds by work", 1.15, False, "{:.2f}",

@@ -132,8 +132,8 @@ def test_the_rivals_of_ten_judges_learn(trained_model, tiny_data):
 
 def full_run(accuracy: float, seconds: float) -> dict:
     run = {"kind": "full", "dataset": {"name": "cifar10"}, "stage1": {"accuracy": accuracy}, "minutes": 20.0}
-    notebooks = {"02_stage1_training": 100.0, "03_stage2_training": 10 + seconds}
-    return {**run, "seconds": notebooks, "peak_memory_gb": 2.4}
+    spent = {"seconds": {"03_stage2_training": 10 + seconds}, "training_seconds": {"stage1": 100.0}}
+    return {**run, **spent, "peak_memory_gb": 2.4}
 
 
 def test_a_target_is_reached_by_the_median():
@@ -152,7 +152,7 @@ def test_a_target_is_reached_by_the_median():
     assert "| Stage 1 training, times stock Keras' in float32 | at least 3.50 | 3.50 (3.00 to 4.00) | yes |" in text
     assert "times PyTorch's in its fastest mode | at least 1.00 | 0.95 (0.90 to 1.00) | no |" in text
     assert "| Stage 1 training, times a hand-written step's | at least 0.90 | not measured |  |" in text
-    assert "times notebook 02's seconds | at most 0.75 | 0.80 (0.30 to 0.90) | no |" in text
+    assert "times Stage 1's training | at most 0.75 | 0.80 (0.30 to 0.90) | no |" in text
     assert "one view, times Stage 1's seconds by work | at most 1.15 | 1.50 (1.42 to 1.58) | no |" in text
     assert "| full run, accuracy of Stage 1 | at least 93.00% | 93.10% (92.90% to 94.00%) | yes |" in text
     assert "| light run, accuracy of Stage 1 | at least 68.0% | not measured |  |" in text
@@ -187,16 +187,22 @@ def test_the_torch_network_is_ours(monkeypatch):
     plain = torch.nn.Sequential
     monkeypatch.setattr(torch.nn, "Sequential", lambda *parts: built.append(plain(*parts)) or built[-1])
     images, labels = speed.random_images(16)
-    loss = speed.torch_epoch(False, False, images, labels)()
-    assert np.isfinite(loss)
+    epoch = speed.torch_epoch(False, False, images, labels)
+    before = [weight.detach().clone() for weight in built[0].parameters() if weight.requires_grad]
+    assert epoch() > 0
+    after = [weight for weight in built[0].parameters() if weight.requires_grad]
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     weights = sum(weight.numel() for weight in built[0].parameters() if weight.requires_grad)
     assert weights == trained(speed.stock_keras("float32"))
 
 
-def test_a_hand_written_epoch_trains():
+def test_a_hand_written_epoch_trains(monkeypatch):
+    network = speed.our_network("float32")
+    monkeypatch.setattr(speed, "our_network", lambda policy: network)
     images, labels = speed.random_images(2 * speed.BATCH)
-    epoch = speed.hand_written_epoch("float32", images[:600], labels[:600])
-    assert np.isfinite(epoch())
+    before = [weight.numpy() for weight in network.trainable_variables]
+    assert speed.hand_written_epoch("float32", images[:600], labels[:600])() > 0
+    assert not any(np.array_equal(old, new) for old, new in zip(before, network.trainable_variables, strict=True))
 
 
 def test_the_model_for_timing_decide_predicts_all_categories():
@@ -225,8 +231,17 @@ def test_tables_show_the_ratios():
     text = "\n".join(speed.table_time_to_accuracy({"light": False, "trainings": [whole, short]}))
     assert "| 0 | 40 | 99 | not reached | not reached |" in text
     assert text.index("| 0 | 4 | 90.23% | 40 |") < text.index("| 0 | 9 | 92.23% | 99 |")
-    growth = {"images": {"5000": [[1000.0, 1.0]]}, "categories": {"10": [[2.0, 1.0]], "50": [[2.2, 1.5]]}}
+    growth = {
+        "policy": "float32",
+        "images": {"5000": [[1000.0, 1.0]]},
+        "categories": {"10": [[2.0, 1.0]], "50": [[2.2, 1.5]]},
+    }
     assert "| 50 | 2.2 | 1.10 | 1.50 |" in speed.table_growth(growth)
+
+
+@pytest.mark.parametrize(("accuracies", "verdict"), [((0.08, 0.1, 0.125), "as it should be"), ((0.2, 0.21), "WRONG")])
+def test_shuffled_labels_have_to_give_chance_on_average(accuracies, verdict):
+    assert verdict in "\n".join(speed.table_control({"accuracies": accuracies}))
 
 
 def test_training_seconds_are_those_of_every_part():
@@ -291,7 +306,7 @@ def quick_figures(benchmark, tmp_path, monkeypatch) -> dict:
 def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
     figures = quick_figures(speed, tmp_path, monkeypatch)
     assert list(figures) == list(speed.MEASURES)
-    assert abs(figures["control"]["found"]["accuracy"] - 0.1) < 2 * figures["control"]["found"]["margin"]
+    assert abs(np.mean(figures["control"]["found"]["accuracies"]) - 0.1) < 0.04
 
 
 @pytest.mark.slow
