@@ -193,8 +193,15 @@ def test_gallery_says_what_was_decided_and_what_is_true():
     figure = mscnn.plot_gallery(pictures(2), decisions_of(2), np.array([8, 1]), NAMES, "title")
     assert [axis.get_title() for axis in figure.axes[:2]] == [
         "OTHER\nairplane? 5.0%\ntrue: ship",
-        "automobile 95%\ntrue: automobile",
+        "automobile 95.0%\ntrue: automobile",
     ]
+
+
+def test_no_confidence_short_of_certainty_is_shown_as_certain():
+    decisions = decisions_of(2)._replace(confidence=np.array([0.69999, 0.99996]))
+    figure = mscnn.plot_gallery(pictures(2), decisions, np.array([8, 1]), NAMES, "title")
+    titles = [axis.get_title() for axis in figure.axes[:2]]
+    assert titles[0].startswith("OTHER\nairplane? 69.9%") and titles[1].startswith("automobile 99.9%")
 
 
 def test_select_takes_all_fields_of_some_images():
@@ -211,8 +218,8 @@ def test_decision_traces_are_one_row_an_image():
     assert titles[1].startswith("Stage 1") and titles[2].startswith("Stage 2")
     read = "\n".join(texts(figure))
     assert "✗" not in read  # neither is wrong: one is rejected, of the other the truth is not known
-    assert "truck ✗\n55%" in texts(mscnn.plot_decision_traces([trace("ship", "truck")]))
-    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER, unsure\nship? 55%", "truck\n55%"):
+    assert "truck ✗\n55.0%" in texts(mscnn.plot_decision_traces([trace("ship", "truck")]))
+    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER, unsure\nship? 55.0%", "truck\n55.0%"):
         assert part in read
     strange = texts(mscnn.plot_decision_traces([trace(reason=mscnn.STRANGE)]))
     assert "OTHER\nlike nothing I know" in strange, "without a confidence, which means nothing there"
