@@ -2793,6 +2793,12 @@ def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3
     return figure, axes.ravel()
 
 
+def _legend_below(figure, axis) -> None:
+    """The legend of an axis in one row below the figure, where it hides no data."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+
+
 def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
     axis.set_title(title, fontsize=8, color=colour)
@@ -2931,7 +2937,7 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), frameon=False)
+    _legend_below(figure, axis)
     return figure
 
 
@@ -2982,8 +2988,7 @@ def plot_retraining(results: Sequence[Retraining]):
     labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
-    axis.margins(y=0.25)  # room for the legend
-    axis.legend(frameon=False)
+    _legend_below(figure, axis)
     return figure
 
 

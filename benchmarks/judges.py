@@ -1,25 +1,268 @@
-"""Measures whether ten specialised judges are worth it, against one for all, and writes judges.json and RESULTS.md.
+"""Measures which second opinion is worth having, ten specialised judges among them: judges.json and RESULTS.md.
 
-    python benchmarks/judges.py           seeds 0, 1, 2, after quality.py and selective.py: a quarter of an hour
-    python benchmarks/judges.py --quick   seed 0 in light mode, after selective.py --quick: a minute
+    python benchmarks/judges.py           three seeds: over an hour on two cores; can be interrupted
+    python benchmarks/judges.py --quick   one seed, a tenth of the data: minutes; shows that it works
 
-All give a second opinion on the answers of the same frozen Stage 1, which is combined with its margin as the model does
-it, and calibrated on the same split. All begin with the same companion, and are trained on as many further images:
+For each seed a whole model is trained on 30,000 of CIFAR-10's train images. All opinions are about the answers of its
+Stage 1, are combined with its margin as the model does it, and are calibrated on the same calibration split. The other
+15,000 train images judge them: nothing here sees the test split. What is trained is kept in runs/judges. Differences
+in the training of Stage 2 alone, each against ours:
 
-    ours                   ten Stage 2 CNNs, each on its own category and its hard negatives
-    one shared verifier    one CNN on all ten draws, mixed: each image with the category that is asked for
-    companion, longer      one CNN on all categories as Stage 1 learns them, in so many more epochs
-    companion              as it is
+    ours                                ten Stage 2 CNNs, copies of the companion, each on its category's hard negatives
+    companion                           none of the ten: the network that they begin as
+    companion, longer                   the same network in so many more epochs, as many images as the ten have seen
+    one shared verifier                 one CNN on all ten draws, mixed: each image with the category that is asked for
+    twice as many steps                 of each of the ten
+    wider: 48/96/96                     companion and the ten, with over twice the multiply-adds
+    negatives by both networks          drawn by the companion's softmax as much as by Stage 1's
+    negatives by cross-fitting          drawn by the softmax of networks that have not been trained on the image
+    blends as negatives                 further images to be called wrong: mostly c, a little of a hard negative of c
+    Stage 1's features as input         the last layer of each of the ten also sees those of Stage 1, which stays frozen
+    four shifted views more             the ten as they are asked about five views and their mirror images
+
+And in the decision alone, with the ten as they are:
+
+    no second opinion                   Stage 1's margin by itself, a row a category
+    one row for all                     of the calibration, in place of one a category
+    a third, fourth, ... sign           in the logistic regression: what else the networks say (see `all_signs`)
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import selective
-from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, spread, write
+from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, read_json, write
+
+POLICY = "mixed_bfloat16"
+BLENDS = 100  # a category
+SHIFTS = ((0, 2), (0, -2), (2, 0), (-2, 0))  # pixels, down and to the right
+
+
+class Form(NamedTuple):
+    """The full form or the quick one."""
+
+    seeds: tuple[int, ...]
+    train: int  # images
+    unseen: int  # images that judge
+    epochs: int  # 0: the recipe's own choice
+    name: str  # of its folder in runs/judges
+
+
+FULL = Form((0, 1, 2), 30_000, 15_000, 0, "full")
+QUICK = Form((0,), 2_000, 1_000, 2, "quick")
+
+
+@dataclasses.dataclass
+class Trial:
+    """A trained model and what an idea may train with."""
+
+    model: object  # mscnn.MultiStageCNN
+    data: object  # mscnn.Dataset; its test split are the unseen train images
+    recipe: object  # mscnn.Recipe
+    seed: int
+
+
+Opinion = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images, the category asked of each (N,) -> log-odds (N,)
+
+
+# ---- the base: a whole model for each seed
+
+
+def split_for(form: Form, seed: int):
+    """CIFAR-10, of whose train split some images train, and others take the place of the test split."""
+    import mscnn_helpers as mscnn
+
+    data = mscnn.load_dataset("cifar10", seed=seed)
+    order = np.random.default_rng(seed).permutation(len(data.train))
+    train, unseen = (data.train.take(one) for one in np.split(order, [form.train]))
+    unseen = unseen.take(np.arange(form.unseen))
+    return dataclasses.replace(data, train=train, certification=unseen.take(np.arange(0)), test=unseen)
+
+
+def trial_of(form: Form, seed: int) -> Trial:
+    """The whole model of a seed, trained if it is not there, and loaded afresh, so that an idea may change it."""
+    import mscnn_helpers as mscnn
+
+    path = ROOT / "runs" / "judges" / form.name / f"seed_{seed}.keras"
+    data, recipe = split_for(form, seed), mscnn.recipe_for(form.train, form.epochs)
+    if not path.is_file():
+        model = mscnn.MultiStageCNN.for_dataset(data, POLICY, seed)
+        mscnn.train_stage1(model, data, recipe, seed)
+        mscnn.train_companion(model, data, recipe, seed)
+        mscnn.train_stage2(model, data, recipe, seed)
+        model.calibrate(data.calibration)
+        model.save(path)
+    return Trial(mscnn.load_model(path), data, recipe, seed)
+
+
+# ---- second opinions
+
+
+def by_network(network) -> Opinion:
+    """Of one network for all categories, by both views."""
+    import tensorflow as tf
+
+    graph = tf.function(lambda images: network(images, training=False), reduce_retracing=True)
+
+    def opinion(images, category):
+        import mscnn_helpers as mscnn
+
+        return np.mean([mscnn.log_odds(view, category) for view in selective.both_views(graph, images)], axis=0)
+
+    return opinion
+
+
+def by_category(of_one: Callable[[np.ndarray, int], np.ndarray]) -> Opinion:
+    """Asks the network of each image's category: `of_one` takes images and their category."""
+
+    def opinion(images, category):
+        odds = np.zeros(len(images))
+        for c in np.unique(category):
+            odds[category == c] = of_one(images[category == c], int(c))
+        return odds
+
+    return opinion
+
+
+def ours(trial: Trial) -> Opinion:
+    return by_category(trial.model.stage2_log_odds)
+
+
+def companion(trial: Trial) -> Opinion:
+    return by_network(trial.model.companion)
+
+
+def train_ten(trial: Trial, probability: np.ndarray | None = None) -> Opinion:
+    """Trains the ten anew from the companion, with negatives drawn by the given probabilities (N, C)."""
+    import mscnn_helpers as mscnn
+
+    trainer = mscnn.Stage2Trainer(trial.model, trial.data, trial.recipe)
+    trainer.probability = trainer.probability if probability is None else probability
+    for c in range(len(trial.data.category_names)):
+        trainer.train(c, trial.model.companion, trial.seed + 100 + c)
+    return ours(trial)
+
+
+def twice_as_many_steps(trial: Trial) -> Opinion:
+    trial.recipe = dataclasses.replace(trial.recipe, stage2_share=2 * trial.recipe.stage2_share)
+    return train_ten(trial)
+
+
+def wider(trial: Trial) -> Opinion:
+    import mscnn_helpers as mscnn
+
+    model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_widths=(48, 96, 96))
+    model.stage1.set_weights(trial.model.stage1.get_weights())
+    mscnn.train_companion(model, trial.data, trial.recipe, trial.seed)
+    trial.model = model
+    return train_ten(trial)
+
+
+def softmax(network, images: np.ndarray) -> np.ndarray:
+    """Of the images as they are, (N, C)."""
+    from scipy.special import softmax
+
+    return softmax(np.concatenate([np.asarray(network(part)) for part in np.array_split(images, 100)]), axis=1)
+
+
+def negatives_by_both(trial: Trial) -> Opinion:
+    images = trial.data.train.images
+    squares = [softmax(network, images) ** 2 for network in (trial.model.stage1, trial.model.companion)]
+    return train_ten(trial, np.sqrt(np.mean(squares, axis=0)))
+
+
+def negatives_by_cross_fitting(trial: Trial) -> Opinion:
+    """Two networks of the companion's kind, each trained on one half of the train images, judge the other half."""
+    import mscnn_helpers as mscnn
+
+    train, probability = trial.data.train, np.zeros((len(trial.data.train), len(trial.data.category_names)))
+    halves = np.array_split(np.random.default_rng(trial.seed).permutation(len(train)), 2)
+    for number, (fitted, other) in enumerate((halves, halves[::-1])):
+        network = whitened_companion(trial.model)
+        recipe = dataclasses.replace(trial.recipe, epochs=trial.recipe.companion_epochs or trial.recipe.epochs)
+        half = dataclasses.replace(trial.data, train=train.take(fitted))
+        mscnn.train_classifier(network, half, recipe, trial.seed + 10 + number)
+        probability[other] = softmax(network, train.images[other])
+    return train_ten(trial, probability)
+
+
+def blends_as_negatives(trial: Trial) -> Opinion:
+    """The blends join the train images under no category; Stage 1's softmax makes them hard negatives by itself."""
+    import mscnn_helpers as mscnn
+
+    data, rng, blends = trial.data, np.random.default_rng(trial.seed), []
+    probability = softmax(trial.model.stage1, data.train.images)
+    for c in range(len(data.category_names)):
+        drawn = mscnn.draw_stage2_images(data.train.labels, probability[:, c], c, 2 * BLENDS, rng)
+        own, other = (data.train.images[drawn[half::2]].astype(np.float32) for half in (0, 1))
+        blends.append(np.round(0.65 * own + 0.35 * other).astype(np.uint8))
+    images, labels = np.concatenate([data.train.images, *blends]), np.full(BLENDS * len(blends), -1)
+    trial.data = dataclasses.replace(data, train=mscnn.Split(images, np.concatenate([data.train.labels, labels])))
+    return train_ten(trial)
+
+
+def features_as_input(trial: Trial) -> Opinion:
+    """Each of the ten gets a further dense layer, zero at first, on Stage 1's features of the image as it is."""
+    import keras
+    import tensorflow as tf
+
+    import mscnn_helpers as mscnn
+
+    model, data = trial.model, trial.data
+    usual = model.stage1_views(data.calibration.images).features
+    more = keras.layers.Dense(len(data.category_names), kernel_initializer="zeros")
+    more.build(usual.shape)
+
+    def features(images):
+        return (model.stage1_views(images).features - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6)
+
+    class WithFeatures(mscnn.Trainer):
+        def __init__(self, network, images, head=None):
+            super().__init__(network, images, head)
+            self.features, self.more = tf.constant(features(images)), more
+
+        def call(self, inputs, training=False):
+            logits = self.network(tf.gather(self.images, inputs), training=training)
+            return self.head(logits + self.more(tf.gather(self.features, inputs)))
+
+    plain, mscnn.Trainer = mscnn.Trainer, WithFeatures
+    try:
+        trainer = mscnn.Stage2Trainer(model, data, trial.recipe)
+    finally:
+        mscnn.Trainer = plain
+    trained = {}
+    for c in range(len(data.category_names)):
+        more.set_weights([np.zeros_like(one) for one in more.get_weights()])
+        trainer.train(c, model.companion, trial.seed + 100 + c)
+        trained[c] = more.get_weights()
+
+    def of_one(images, c):
+        kernel, bias = trained[c]
+        seen = features(images) @ kernel + bias  # (N, C)
+        category = np.full(len(images), c)
+        views = selective.both_views(model.stage2_of(c), images)
+        return np.mean([mscnn.log_odds(view + seen, category) for view in views], axis=0)
+
+    return by_category(of_one)
+
+
+def shifted_views(trial: Trial) -> Opinion:
+    def shifted(images, down, right):
+        padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+        height, width = images.shape[1:3]
+        return np.ascontiguousarray(padded[:, 2 + down : 2 + down + height, 2 + right : 2 + right + width])
+
+    def of_one(images, c):
+        return np.mean([trial.model.stage2_log_odds(shifted(images, *by), c) for by in ((0, 0), *SHIFTS)], axis=0)
+
+    return by_category(of_one)
+
+
+# ---- one network for all categories
 
 
 class Draw(NamedTuple):
@@ -53,24 +296,21 @@ def asked_log_odds(logits, asked):
     return tf.reduce_sum(logits * asked, axis=1) - tf.reduce_logsumexp(logits - 1e9 * asked, axis=1)
 
 
-def shared_verifier(model, data, recipe, seed: int):
-    """One CNN trained as the ten are, on all their images, in as many steps; the learning rate falls once.
-
-    Returns:
-        The network: uint8 (B, H, W, channels) -> logits (B, C).
-    """
+def shared_verifier(trial: Trial) -> Opinion:
+    """One CNN trained as the ten are, on all their images, in as many steps; the learning rate falls once."""
     import keras
     import tensorflow as tf
 
     import mscnn_helpers as mscnn
 
-    ten = mscnn.Stage2Trainer(model, data, recipe)
+    model, data = trial.model, trial.data
+    ten = mscnn.Stage2Trainer(model, data, trial.recipe)
     count = ten.ROUNDS * ten.steps * ten.batch_size
-    draw = mixed_draw(data.train.labels, ten.probability, count, np.random.default_rng(seed))
+    draw = mixed_draw(data.train.labels, ten.probability, count, np.random.default_rng(trial.seed))
     network = model.new_stage2(name="shared")
     network.set_weights(model.companion.get_weights())
-    keras.utils.set_random_seed(seed)
-    network.get_layer("augmentation").reseed(seed)
+    keras.utils.set_random_seed(trial.seed)
+    network.get_layer("augmentation").reseed(trial.seed)
     trainer = mscnn.Trainer(network, data.train.images)
     steps = len(draw.indices) // ten.batch_size
 
@@ -78,104 +318,220 @@ def shared_verifier(model, data, recipe, seed: int):
         odds = asked_log_odds(logits, truth[:, :-1])
         return tf.nn.sigmoid_cross_entropy_with_logits(truth[:, -1], odds)
 
-    trainer.compile(mscnn.stage2_muon_for(recipe, ten.batch_size, steps), loss, jit_compile=False)
+    trainer.compile(mscnn.stage2_muon_for(trial.recipe, ten.batch_size, steps), loss, jit_compile=False)
     truth = np.concatenate([draw.asked, draw.right[:, None]], axis=1)
     batches = tf.data.Dataset.from_tensor_slices((draw.indices, truth)).batch(ten.batch_size, drop_remainder=True)
     trainer.fit(batches.prefetch(2), epochs=1, shuffle=False, verbose=2)
+    return by_network(network)
+
+
+def whitened_companion(model):
+    """A new network of the companion's kind, with its whitening."""
+    network = model.new_stage2(name="companion")
+    network.get_layer("whitening").kernel.assign(model.companion.get_layer("whitening").kernel)
     return network
 
 
-def longer_companion(model, data, recipe, seed: int):
+def longer_companion(trial: Trial) -> Opinion:
     """The companion trained anew, in more epochs: those of itself and of the ten Stage 2 CNNs, counted in images."""
     import mscnn_helpers as mscnn
 
-    epochs = recipe.companion_epochs + round(len(data.category_names) * recipe.stage2_share * recipe.epochs)
-    network = model.new_stage2(name="companion")
-    kernel = model.companion.get_layer("whitening").kernel
-    network.get_layer("whitening").kernel.assign(kernel)
-    mscnn.train_classifier(network, data, dataclasses.replace(recipe, epochs=epochs), seed + 1)
-    return network
+    recipe = trial.recipe
+    of_ten = round(len(trial.data.category_names) * recipe.stage2_share * recipe.epochs)
+    epochs, network = (recipe.companion_epochs or recipe.epochs) + of_ten, whitened_companion(trial.model)
+    mscnn.train_classifier(network, trial.data, dataclasses.replace(recipe, epochs=epochs), trial.seed + 1)
+    return by_network(network)
 
 
-def _rivals(path: str, seed: int, light: bool, epochs: int) -> dict[str, np.ndarray]:
-    """Logits (2, N, C) of the two rivals on both views of calibration and test split."""
-    import tensorflow as tf
+OPINIONS: dict[str, Callable[[Trial], Opinion]] = {
+    "ours": ours,
+    "companion": companion,
+    "four shifted views more": shifted_views,
+    "one shared verifier": shared_verifier,
+    "companion, longer": longer_companion,
+    "negatives by cross-fitting": negatives_by_cross_fitting,
+    "twice as many steps": twice_as_many_steps,
+    "Stage 1's features as input": features_as_input,
+    "blends as negatives": blends_as_negatives,
+    "negatives by both networks": negatives_by_both,
+    "wider: 48/96/96": wider,
+}
 
+
+# ---- what each of them says, computed once
+
+
+def _first_opinion(form: Form, seed: int) -> dict[str, np.ndarray]:
+    """Stage 1's answers on both splits, and signs for the decision, see `all_signs`."""
     import mscnn_helpers as mscnn
 
-    data, model = mscnn.load_dataset("cifar10", light, seed=seed), mscnn.load_model(path)
-    model.check_matches(data)
-    model.companion.trainable = True
-    recipe, found = mscnn.recipe_for(len(data.train), epochs), {}
-    for name, make in (("one shared verifier", shared_verifier), ("companion, longer", longer_companion)):
-        network = tf.function(make(model, data, recipe, seed))
-        for split in ("calibration", "test"):
-            found[f"{split} {name}"] = selective.both_views(network, getattr(data, split).images)
+    trial, found = trial_of(form, seed), {}
+    model = trial.model
+    for name, split in (("calibration", trial.data.calibration), ("unseen", trial.data.test)):
+        views = model.stage1_views(split.images)
+        logits = views.logits.mean(axis=0).astype(np.float64)
+        category = logits.argmax(axis=1)
+        other = selective.both_views(model.companion, split.images).mean(axis=0)
+        ranked = np.sort(logits, axis=1)[:, ::-1]
+        found |= {
+            f"{name}_category": category, f"{name}_labels": split.labels,
+            f"{name}_margin": mscnn.margin(logits, category),
+            f"{name}_signs": np.column_stack([
+                *(mscnn.margin(view, category) for view in views.logits), ranked[:, :1] - ranked[:, 2:5],
+                mscnn.log_odds(logits, category), mscnn.log_odds(other, category), mscnn.margin(other, category),
+                np.logaddexp.reduce(logits, axis=1), np.logaddexp.reduce(other, axis=1),
+                np.linalg.norm(views.features, axis=1),
+            ]),
+        }  # fmt: skip
     return found
 
 
-def answers_of(form: selective.Form, seed: int) -> tuple[dict[str, selective.Answers], np.ndarray]:
-    """Every second opinion's answers on one seed's test split, and the true labels."""
-    outputs = selective.outputs(form, seed)
-    rivals = in_fresh_process(_rivals, str(selective.whole_path(form, seed)), seed, form.light, form.epochs)
-    calibration, test = (selective.split_of(outputs, name) for name in ("calibration", "test"))
-    category = test.category(2)
-    found = {"ours": selective.Answers(category, test.ours)}
-    for name in ("one shared verifier", "companion, longer", "companion"):
-        one, two = (
-            split._replace(companion=rivals.get(f"{kind} {name}", split.companion))
-            for kind, split in (("calibration", calibration), ("test", test))
-        )
-        found[name] = selective.Answers(category, selective.combined(selective.companion_odds, one, two))
-    return found, outputs["test_labels"]
+def _second_opinion(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
+    """Log-odds of Stage 1's answers on both splits."""
+    trial = trial_of(form, seed)
+    splits = {"calibration": trial.data.calibration, "unseen": trial.data.test}
+    category = {key: trial.model.stage1_views(split.images).logits.mean(axis=0) for key, split in splits.items()}
+    opinion = OPINIONS[name](trial)
+    return {key: opinion(split.images, category[key].argmax(axis=1)) for key, split in splits.items()}
+
+
+def kept(form: Form, seed: int, name: str, compute: Callable, *arguments) -> dict[str, np.ndarray]:
+    """What `compute` gives in a process of its own, from the file of an earlier call if there is one."""
+    path = ROOT / "runs" / "judges" / form.name / f"seed_{seed} {name.replace('/', '-')}.npz"
+    if not path.is_file():
+        print(f"seed {seed}: {name}", flush=True)
+        found = in_fresh_process(compute, form, seed, *arguments)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
+        partial.replace(path)
+    with np.load(path) as found:
+        return dict(found)
+
+
+# ---- decisions
+
+
+def one_row(first: dict, second: dict) -> np.ndarray:
+    """Confidences by the common row alone, (N,)."""
+    import mscnn_helpers as mscnn
+
+    right = first["calibration_category"] == first["calibration_labels"]
+    row = mscnn.fit_calibration_row(
+        first["calibration_margin"], second["calibration"], right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH
+    )
+    return mscnn.combined_confidence(row[None], 0 * first["unseen_category"], first["unseen_margin"], second["unseen"])
+
+
+def a_row_each(first: dict, second: dict) -> np.ndarray:
+    """Confidences as the model has them, (N,)."""
+    import mscnn_helpers as mscnn
+
+    category, labels = first["calibration_category"], first["calibration_labels"]
+    count = labels.max() + 1
+    rows = selective.rows_of(category, first["calibration_margin"], second["calibration"], category == labels, count)
+    return mscnn.combined_confidence(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
+
+
+def no_second_opinion(first: dict, second: dict) -> np.ndarray:
+    return a_row_each(first, {name: np.zeros_like(odds) for name, odds in second.items()})
+
+
+def all_signs(first: dict, second: dict) -> np.ndarray:
+    """Confidences by a regression of everything at hand, (N,).
+
+    Both stages' opinions; Stage 1's margin of each view, its lead over the third to fifth category and its log-odds;
+    the companion's log-odds and margin; the energies of both; the length of Stage 1's features; the category.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def table(split: str) -> np.ndarray:
+        one_hot = np.eye(first["calibration_category"].max() + 1)[first[f"{split}_category"]]
+        return np.column_stack([first[f"{split}_margin"], second[split], first[f"{split}_signs"], one_hot])
+
+    right = first["calibration_category"] == first["calibration_labels"]
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(table("calibration"), right)
+    return fitted.predict_proba(table("unseen"))[:, 1]
+
+
+DECISIONS = {
+    "no second opinion": no_second_opinion, "one row for all": one_row, "a third, fourth, ... sign": all_signs,
+}  # fmt: skip
+
+
+def answers_of(form: Form, seed: int, opinions: list[str]) -> tuple[dict[str, selective.Answers], np.ndarray]:
+    """Every idea's answers on the unseen images of one seed, and the true labels."""
+    first = kept(form, seed, "Stage 1", _first_opinion)
+    second = {name: kept(form, seed, name, _second_opinion, name) for name in opinions}
+    confidence = {name: a_row_each(first, odds) for name, odds in second.items()}
+    confidence |= {name: decide(first, second["ours"]) for name, decide in DECISIONS.items()}
+    category = first["unseen_category"]
+    return {name: selective.Answers(category, one) for name, one in confidence.items()}, first["unseen_labels"]
+
+
+# ---- RESULTS.md
 
 
 def table(figures: dict) -> str:
-    """Its section of RESULTS.md."""
-    methods, interval = figures["methods"], selective.intervals(figures["differences"])
+    """Its section of RESULTS.md: those that would be better than ours first."""
+    found, differences = figures["methods"], figures["differences"]
 
-    def column(name: str, measure: str, form: str) -> str:
-        return spread([one[measure] for one in methods[name]], form)
+    def against_ours(name: str, measure: str) -> list[float]:
+        """The relative difference to ours, and its interval: [lower, middle, upper]."""
+        return [1 / (1 + end) - 1 for end in reversed(differences[measure][name])]
+
+    def interval(name: str, measure: str) -> str:
+        if name == "ours":
+            return ""
+        low, middle, high = against_ours(name, measure)
+        return f"{middle:+.1%} ({low:+.1%} to {high:+.1%})"
+
+    def verdict(name: str) -> str:
+        low, _, high = (0, 0, 0) if name == "ours" else against_ours(name, "aurc")
+        return "better" if high < 0 else "worse" if low > 0 else ""
+
+    def mean(name: str, measure: str) -> float:
+        return float(np.mean([one[measure] for one in found[name]]))
 
     rows = [
-        [name, column(name, "aurc", "{:.5f}"), interval(name, "aurc"), column(name, "augrc", "{:.5f}"),
-         interval(name, "augrc"), column(name, "auroc_failure", "{:.2%}"), column(name, "fpr95", "{:.1%}")]
-        for name in methods
+        [name, f"{mean(name, 'aurc'):.5f}", interval(name, "aurc"), interval(name, "augrc"),
+         f"{mean(name, 'auroc_failure'):.2%}", f"{mean(name, 'fpr95'):.1%}", verdict(name)]
+        for name in sorted(found, key=lambda name: mean(name, "aurc"))
     ]  # fmt: skip
     lines = [
         "## Judges", "",
-        "Written by `python benchmarks/judges.py` (see its first lines): ten specialised judges against one for all,",
-        "on the same answers of the same Stage 1, on CIFAR-10's test split, seeds "
-        f"{', '.join(map(str, figures['seeds']))};",
-        "median, in brackets minimum and maximum. Ours against it: relative difference, median and 95 % interval of a",
-        "paired bootstrap over images and seeds; below 0 ours is better.", "",
-        *markdown(["second opinion", "AURC", "ours against it", "AUGRC", "ours against it", "AUROC of failure",
-                   "FPR at 95 % TPR"], rows),
+        "Written by `python benchmarks/judges.py` (see its first lines for the ideas). All are about the same answers",
+        f"of the same Stage 1, trained on {figures['images'][0]:,} of CIFAR-10's train images, and are judged by "
+        f"{figures['images'][1]:,} others;", f"seeds {', '.join(map(str, figures['seeds']))}, mean. Against ours: "
+        "relative difference, median and 95 % interval of a paired bootstrap over", "images and seeds; below 0 the "
+        "idea is better. The last column is empty where the interval of the AURC holds 0: no difference is proven.", "",
+        *markdown(["second opinion", "AURC", "against ours", "AUGRC, against ours", "AUROC of failure",
+                   "FPR at 95 % TPR", "proven"], rows),
         origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Trains the rivals, judges them, and writes judges.json."""
+    """Trains what is missing, judges, and writes judges.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="light mode, seed 0; writes nothing")
-    parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="of the whole runs (default: 0,1,2)")
+    parser.add_argument("--quick", action="store_true", help="one seed, few images; replaces no full figures")
+    parser.add_argument("--seeds", type=numbers, default=(), help="only these: before all have been trained")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    form = selective.QUICK._replace(seeds=(0,)) if options.quick else selective.some_seeds(options.seeds)
-    missing = [seed for seed in form.seeds if not selective.is_finished(form, seed)]
-    if missing:
-        parser.error(f"the whole run of seed {missing[0]} is not there: run quality.py first (--quick: selective.py)")
-    figures = {**origin("python benchmarks/judges.py"), "seeds": list(form.seeds)}
-    found, labels = zip(*(answers_of(form, seed) for seed in form.seeds), strict=True)
+    form = QUICK if options.quick else FULL._replace(seeds=options.seeds or FULL.seeds)
+    chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
+    figures = origin(f"python benchmarks/judges.py{chosen}")
+    figures |= {"seeds": list(form.seeds), "images": [form.train, form.unseen]}
+    found, labels = zip(*(answers_of(form, seed, list(OPINIONS)) for seed in form.seeds), strict=True)
     figures["methods"] = {
         name: [selective.measures(one[name], truth) for one, truth in zip(found, labels, strict=True)]
         for name in found[0]
     }
     figures["differences"] = selective.differences(list(found), list(labels), 1000)
     print(table(figures))
-    if not options.quick:
+    if selective.replaces(figures["command"], read_json("judges", figures)["command"]):
         write("judges", figures, table(figures))
 
 

@@ -372,6 +372,22 @@ def temperature(calibration: Split) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
+def rows_of(category: np.ndarray, one: np.ndarray, two: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
+    """Calibration rows, (C, 3), as the model fits them.
+
+    Args:
+        category, one, two, right: Stage 1's answer and margin, a second opinion's log-odds, and the truth, (N,) each.
+    """
+    import mscnn_helpers as mscnn
+
+    common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
+    of_category = [category == c for c in range(count)]
+    return np.array([
+        mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH)
+        for here in of_category
+    ])  # fmt: skip
+
+
 def combined(
     second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2, answer: int = 2
 ) -> np.ndarray:
@@ -383,13 +399,8 @@ def combined(
     import mscnn_helpers as mscnn
 
     one, two = calibration.margin(views, answer), second(calibration)
-    category, right = calibration.category(answer), calibration.right(answer)
-    common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
-    rows = []
-    for c in range(calibration.stage1.shape[-1]):
-        here = category == c
-        rows.append(mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH))
-    return mscnn.combined_confidence(np.array(rows), test.category(answer), test.margin(views, answer), second(test))
+    rows = rows_of(calibration.category(answer), one, two, calibration.right(answer), calibration.stage1.shape[-1])
+    return mscnn.combined_confidence(rows, test.category(answer), test.margin(views, answer), second(test))
 
 
 def companion_odds(split: Split) -> np.ndarray:

@@ -44,6 +44,15 @@ def random_images(count: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8), np.arange(count) % CATEGORIES
 
 
+def random_data(count: int, categories: int = CATEGORIES, flip: bool = True):
+    """A data set of such images, the first 500 of which are its calibration, certification and test split, too."""
+    import mscnn_helpers as mscnn
+
+    train = mscnn.Split(random_images(count)[0], np.arange(count) % categories)
+    few, names = train.take(np.arange(500)), tuple(f"category {i}" for i in range(categories))
+    return mscnn.Dataset("random", "none", names, train, few, few, few, flip=flip)
+
+
 def peak_memory_gb() -> float:
     """The largest resident memory of this process so far (Linux; getrusage would tell its parent's, if larger)."""
     (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM"))
@@ -305,12 +314,10 @@ def spread_model(flip: bool):
     """A calibrated model with random weights whose Stage 1 predicts every category about equally often."""
     import mscnn_helpers as mscnn
 
-    images, labels = random_images(2000)
-    split = mscnn.Split(images, labels)
-    data = mscnn.Dataset("random", "none", tuple("abcdefghij"), split, split, split, split, flip=flip)
+    data = random_data(2000, flip=flip)
     model = mscnn.MultiStageCNN.for_dataset(data)
     dense = model.stage1.get_layer("logits")
-    logits = model.stage1_logits(images)
+    logits = model.stage1_logits(data.train.images)
     # Standardised logits: each category is the largest about as often as any other.
     dense.kernel.assign(dense.kernel.numpy() / logits.std(axis=0))
     dense.bias.assign(-(logits / logits.std(axis=0)).mean(axis=0))
@@ -390,12 +397,11 @@ def _whole_runs(kind: str) -> list[dict]:
     import mscnn_helpers as mscnn
 
     kinds, here = {"light": ("light",), "full": ("full", "long")}[kind], (DATASET, mscnn.device_name())
-    runs = [run for run in read_json("quality", []) if run["kind"] in kinds]
-    runs = [run for run in runs if (run["dataset"]["name"], run["device"]) == here]
     return [
         {"seed": run["seed"], "epochs": run["epochs"], "accuracy": run["stage1"]["accuracy"],
          "saved_after": run["stage1_saved_after"]}
-        for run in runs
+        for run in read_json("quality", [])
+        if run["kind"] in kinds and (run["dataset"]["name"], run["device"]) == here
     ]  # fmt: skip
 
 
@@ -414,11 +420,8 @@ def _cost_of_images(count: int, policy: str) -> tuple[float, float]:
     """Training images/s of a whole epoch, when all is traced, and peak memory in GB, with `count` train images."""
     import mscnn_helpers as mscnn
 
-    split, names = mscnn.Split(*random_images(count)), tuple(f"category {i}" for i in range(CATEGORIES))
-    few = split.take(np.arange(500))
-    data = mscnn.Dataset("random", "none", names, split, few, few, few)
     recipe = mscnn.Recipe(2, BATCH, small_crops=0.0)
-    seconds = mscnn.train_classifier(our_network(policy), data, recipe)["seconds"]
+    seconds = mscnn.train_classifier(our_network(policy), random_data(count), recipe)["seconds"]
     return count / seconds[1], peak_memory_gb()
 
 
@@ -429,10 +432,7 @@ def _cost_of_categories(count: int, policy: str) -> tuple[float, float]:
     """
     import mscnn_helpers as mscnn
 
-    images, _ = random_images(5000)
-    split = mscnn.Split(images, np.arange(len(images)) % count)
-    names = tuple(f"category {i}" for i in range(count))
-    data = mscnn.Dataset("random", "none", names, split, split.take(np.arange(500)), split, split)
+    data = random_data(5000, count)
     model = mscnn.MultiStageCNN.for_dataset(data, policy)
     begun = time.perf_counter()
     trainer = mscnn.Stage2Trainer(model, data, mscnn.Recipe(20, 256))

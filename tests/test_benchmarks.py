@@ -78,7 +78,7 @@ def test_results_are_made_from_the_figures():
     text = common.RESULTS.read_text("utf-8")
     sections = {
         "quality": quality.table, "speed": speed.section, "ingredients": ingredients.table,
-        "selective": selective.table, "unknown": unknown.table,
+        "selective": selective.table, "unknown": unknown.table, "judges": judges.table,
     }  # fmt: skip
     for name, make in sections.items():
         figures = common.read_json(name, None)
@@ -118,16 +118,89 @@ def test_the_verifier_is_asked_by_log_odds():
     np.testing.assert_allclose(got, mscnn.log_odds(logits, category), rtol=1e-4, atol=1e-5)
 
 
-def test_the_rivals_of_ten_judges_learn(trained_model, tiny_data):
-    """Both begin where the judges do, or as the companion did, and tell right answers from wrong ones afterwards."""
-    trained_model.companion.trainable = True
+@pytest.fixture
+def trial(trained_model, tiny_data) -> judges.Trial:
     recipe = mscnn.Recipe(epochs=4, batch_size=32, companion_epochs=4, stage2_share=0.3)
-    before = trained_model.fingerprints()
-    for make in (judges.shared_verifier, judges.longer_companion):
-        network = make(trained_model, tiny_data, recipe, seed=0)
-        right = np.asarray(network(tiny_data.test.images)).argmax(axis=1) == tiny_data.test.labels
-        assert right.mean() > 0.5, make.__name__
-    assert trained_model.fingerprints() == before
+    return judges.Trial(trained_model, tiny_data, recipe, seed=0)
+
+
+LEARNING = ["one shared verifier", "companion, longer", "Stage 1's features as input", "blends as negatives"]
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_second_opinion_is_learned(trial, tiny_data, name):
+    """It tells right answers from wrong ones, and leaves Stage 1 and the companion as they are."""
+    before = trial.model.fingerprints()
+    images, labels = tiny_data.test.images, tiny_data.test.labels
+    odds = judges.OPINIONS[name](trial)
+    right, wrong = odds(images, labels), odds(images, (labels + 1) % 5)
+    assert right.shape == (100,) and (right[:, None] > wrong).mean() > 0.8, "an AUROC"
+    after = trial.model.fingerprints()
+    assert all(after[part] == before[part] for part in ("stage1", "companion"))
+
+
+def test_cross_fitted_probabilities_are_of_networks_that_have_not_seen_the_image(trial, monkeypatch):
+    seen, asked = [], []
+    monkeypatch.setattr(mscnn, "train_classifier", lambda network, data, *_: seen.append(data.train.images))
+
+    def softmax(network, images):
+        asked.append(images)
+        return np.full((len(images), 5), 0.2)
+
+    monkeypatch.setattr(judges, "softmax", softmax)
+    monkeypatch.setattr(judges, "train_ten", lambda trial, probability: probability)
+    probability = judges.negatives_by_cross_fitting(trial)
+    assert (probability == 0.2).all() and len(seen) == len(asked) == 2
+    for fitted, judged in zip(seen, asked, strict=True):
+        assert len(fitted) + len(judged) == len(trial.data.train)
+        assert not {one.tobytes() for one in fitted} & {one.tobytes() for one in judged}
+
+
+def test_more_views_are_the_mean_over_shifted_images(trial, tiny_data):
+    category = tiny_data.test.labels
+    same = judges.ours(trial)(tiny_data.test.images, category)
+    shifted = judges.shifted_views(trial)(tiny_data.test.images, category)
+    assert np.corrcoef(same, shifted)[0, 1] > 0.9 and np.abs(same - shifted).max() > 1e-3
+    flat = np.full((4, 32, 32, 3), 90, np.uint8)  # which looks the same from everywhere
+    both = (make(trial)(flat, category[:4]) for make in (judges.ours, judges.shifted_views))
+    np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def first_and_second(rng: np.random.Generator, count: int = 4000) -> tuple[dict, dict]:
+    """What `judges.answers_of` reads: both splits, five categories, a second opinion that knows something."""
+    first, second = {}, {}
+    for split in ("calibration", "unseen"):
+        category, right = rng.integers(0, 5, count), rng.uniform(size=count) < 0.9
+        first |= {
+            f"{split}_category": category, f"{split}_labels": np.where(right, category, (category + 1) % 5),
+            f"{split}_margin": rng.normal(2.0 * right, 1), f"{split}_signs": rng.normal(size=(count, 3)),
+        }  # fmt: skip
+        second[split] = rng.normal(2.0 * right, 1)
+    return first, second
+
+
+def test_decisions_differ_in_what_they_take_into_account():
+    first, second = first_and_second(np.random.default_rng(0))
+    right = first["unseen_category"] == first["unseen_labels"]
+    found = {"a row each": judges.a_row_each, **judges.DECISIONS}
+    aurc = {name: mscnn.aurc(decide(first, second), right) for name, decide in found.items()}
+    assert aurc.pop("no second opinion") > 1.5 * max(aurc.values())
+    assert max(aurc.values()) < 1.1 * min(aurc.values()), "where categories are alike and the signs say nothing"
+
+
+def test_the_table_of_judges_names_what_is_proven():
+    same = {"aurc": [-0.02, 0.0, 0.02], "augrc": [-0.02, 0.0, 0.02]}
+    figures = {
+        "images": [30_000, 15_000], "seeds": [0, 1], "command": "c", "commit": "d", "device": "e", "versions": {},
+        "methods": {name: [dict.fromkeys(("aurc", "auroc_failure", "fpr95"), value)] * 2
+                    for name, value in {"ours": 0.2, "worse idea": 0.4, "better idea": 0.1, "same": 0.2}.items()},
+        "differences": {measure: {"worse idea": [-0.6, -0.5, -0.4], "better idea": [0.5, 1.0, 1.5], "same": ends}
+                        for measure, ends in same.items()},
+    }  # fmt: skip
+    rows = [line for line in judges.table(figures).splitlines() if line.startswith("| ")][2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["better idea", "ours", "same", "worse idea"]
+    assert [row.split("|")[-2].strip() for row in rows] == ["better", "", "", "worse"]
+    assert "-50.0% (-60.0% to -33.3%)" in rows[0] and "+100.0% (+66.7% to +150.0%)" in rows[3]
 
 
 def full_run(accuracy: float, seconds: float) -> dict:
@@ -305,7 +378,7 @@ def quick_figures(benchmark, tmp_path, monkeypatch) -> dict:
 def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
     figures = quick_figures(speed, tmp_path, monkeypatch)
     assert list(figures) == list(speed.MEASURES)
-    assert abs(np.mean(figures["control"]["found"]["accuracies"]) - 0.1) < 0.04
+    assert abs(np.mean(figures["control"]["found"]["accuracies"]) - 0.1) < 0.037
 
 
 @pytest.mark.slow
