@@ -1058,15 +1058,13 @@ def build_cnn(
 
 
 def feature_extractor(stage1: keras.Model) -> keras.Model:
-    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + F + T).
+    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T).
 
-    Side by side: C logits; the F features that its dense layer sees; and its texture, the means of the T channels of
-    its first block.
+    Side by side: C logits, and the texture, the means of the T channels of the first block.
     """
     layers = keras.layers
     texture = layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer("block1").output)  # (B, T)
-    parts = [stage1.outputs[0], stage1.get_layer("pooled").output, texture]
-    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")(parts))
+    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")([stage1.outputs[0], texture]))
 
 
 def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
@@ -1195,14 +1193,14 @@ def fit_calibration_row(
     return minimize(loss, towards, jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None), (0, None)]).x
 
 
-def combined_confidence(rows: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray) -> np.ndarray:
-    """P(Stage 1 is right) of each image, float64 (B,), by calibration rows (C, 3).
+def combined_log_odds(rows: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray) -> np.ndarray:
+    """Log-odds that Stage 1 is right, float64 (B,), by calibration rows (C, 3): their sigmoid is the confidence.
 
     Args:
         stage1: Stage 1's margin, (B,). stage2: Stage 2's log-odds, (B,).
     """
     intercept, weight1, weight2 = rows[category].T  # (B,) each
-    return sigmoid(intercept + weight1 * stage1 + weight2 * stage2)
+    return intercept + weight1 * stage1 + weight2 * stage2
 
 
 def accept(category: np.ndarray, confidence: np.ndarray, threshold: float | np.ndarray, other: int) -> np.ndarray:
@@ -1347,67 +1345,63 @@ def threshold_for_costs(wrong: float, other: float) -> float:
 
 
 class Views(NamedTuple):
-    """What Stage 1 makes of B images: its logits on each view, and the means over the views of two of its layers."""
+    """What Stage 1 makes of B images: its logits on each view, and the mean over the views of its texture."""
 
     logits: np.ndarray  # float32 (views, B, C)
-    features: np.ndarray  # float32 (B, F), what its dense layer sees
     texture: np.ndarray  # float32 (B, T), the mean of each channel of its first block
 
 
 class Known(NamedTuple):
-    """What the train images look like to Stage 1, to notice what looks like none of them; all float64."""
+    """What images of the categories look like, to notice what looks like none of them; all float64."""
 
-    centres: np.ndarray  # (C, F): the mean features of each category
-    texture_mean: np.ndarray  # (T,)
+    texture_mean: np.ndarray  # (T,), of the train images
     texture_precision: np.ndarray  # (T, T), the inverse of the texture's covariance
-    scale: np.ndarray  # (2, 3): mean and standard deviation of each evidence on the calibration split
-    limit: float  # the sum of the three above which an image is like nothing known
+    scale: np.ndarray  # (2, 3): mean and standard deviation of each sign on the calibration split
+    limit: float  # the sum of the signs above which an image is like nothing known
 
 
-def novelty_evidence(views: Views, known: Known) -> np.ndarray:
+def signs_of_novelty(logits: np.ndarray, odds: np.ndarray, texture: np.ndarray, known: Known) -> np.ndarray:
     """Three signs that an image belongs to no category at all, float64 (B, 3); each grows with its strangeness.
 
-    That no category speaks up: the energy of the mean logits (Liu et al. 2020). That Stage 1's last features lie far
-    from every category: log squared Euclidean distance to the nearest centre. That its first block, which sees edges
-    and colours, sees others than usual: log squared Mahalanobis distance to the mean of all train images (Lee et al.
-    2018 use it for every layer and category; to add these three is our own).
-    """
-    energy = -np.logaddexp.reduce(views.logits.mean(axis=0).astype(np.float64), axis=1)  # (B,)
-    # By einsum, without BLAS, whose threads would compete with TensorFlow's: matrix products here took 20 ms, not 1.
-    squares = (views.features**2).sum(axis=1)[:, None] + (known.centres**2).sum(axis=1)  # (B, C)
-    nearest = (squares - 2 * np.einsum("bf,cf->bc", views.features, known.centres)).min(axis=1)  # (B,)
-    shifted = views.texture - known.texture_mean  # (B, T)
-    unusual = (np.einsum("bt,ts->bs", shifted, known.texture_precision) * shifted).sum(axis=1)  # (B,)
-    return np.stack([energy, *(np.log(np.maximum(one, 1e-12)) for one in (nearest, unusual))], axis=1)
-
-
-def known_from(train: Views, labels: np.ndarray, calibration: Views, novel: float = NOVEL_SHARE) -> Known:
-    """What is known, from what Stage 1 makes of train images and, for the scale and the limit, calibration images.
+    That no category speaks up: the energy of Stage 1's logits (Liu et al. 2020). That both stages doubt: the log-odds
+    of a wrong answer. That Stage 1's first block, which sees edges and colours, sees others than usual: log squared
+    Mahalanobis distance to the mean of the train images (Lee et al. 2018 use it for every layer and category).
 
     Args:
-        train: of N train images. labels: theirs, (N,); each category occurs.
-        calibration: of other images, which set the scale.
-        novel: share of the calibration images beyond the limit.
+        logits: Stage 1's mean over the views, (B, C). odds: of the confidence, (B,). texture: (B, T).
     """
-    from sklearn.covariance import LedoitWolf
-
-    centres = np.stack([train.features[labels == c].mean(axis=0, dtype=float) for c in range(train.logits.shape[-1])])
-    covariance = LedoitWolf(store_precision=False).fit(train.texture).covariance_  # shrunk, for few images
-    some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
-    usual, precision = train.texture.mean(axis=0, dtype=float), np.linalg.inv(covariance + some)
-    known = Known(centres, usual, precision, scale=np.array([[0.0] * 3, [1.0] * 3]), limit=0.0)
-    evidence = novelty_evidence(calibration, known)
-    known = known._replace(scale=np.stack([evidence.mean(axis=0), np.maximum(evidence.std(axis=0), 1e-6)]))
-    return known._replace(limit=float(np.quantile(novelty(calibration, known), 1 - novel)))
+    energy = -np.logaddexp.reduce(logits.astype(np.float64), axis=1)  # (B,)
+    shifted = texture - known.texture_mean  # (B, T)
+    # By einsum, without BLAS, whose threads would compete with TensorFlow's: a matrix product here took 20 ms, not 1.
+    unusual = (np.einsum("bt,ts->bs", shifted, known.texture_precision) * shifted).sum(axis=1)  # (B,)
+    return np.stack([energy, -odds, np.log(np.maximum(unusual, 1e-12))], axis=1)
 
 
-def novelty(views: Views, known: Known) -> np.ndarray:
+def novelty(signs: np.ndarray, known: Known) -> np.ndarray:
     """How strange images are, float64 (B,): a score for out-of-distribution detection, above 0 too strange.
 
-    The sum of the standardised evidences less the limit; NaN where nothing is known.
+    The sum of the standardised signs (B, 3) less the limit; NaN where nothing is known. The texture counts only where
+    it is stranger than the mean: a usual one is no sign of a known category, since nearly all photographs have it.
     """
     mean, deviation = known.scale
-    return ((novelty_evidence(views, known) - mean) / deviation).sum(axis=1) - known.limit
+    energy, doubt, texture = ((signs - mean) / deviation).T  # (B,) each
+    return energy + doubt + np.maximum(0, texture) - known.limit
+
+
+def known_texture(texture: np.ndarray) -> Known:
+    """What is known of train images from their texture (N, T) alone: scale and limit are not, see `known_scale`."""
+    from sklearn.covariance import LedoitWolf
+
+    covariance = LedoitWolf(store_precision=False).fit(texture).covariance_  # shrunk, for few images
+    some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
+    precision = np.linalg.inv(covariance + some)
+    return Known(texture.mean(axis=0, dtype=float), precision, np.full((2, 3), np.nan), np.nan)
+
+
+def known_scale(known: Known, signs: np.ndarray, novel: float = NOVEL_SHARE) -> Known:
+    """The same with scale and limit, from the signs (N, 3) of calibration images: so many will be beyond the limit."""
+    known = known._replace(scale=np.stack([signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-6)]), limit=0.0)
+    return known._replace(limit=float(np.quantile(novelty(signs, known), 1 - novel)))
 
 
 def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
@@ -1429,7 +1423,7 @@ class Opinions(NamedTuple):
     stage1: np.ndarray  # float64, Stage 1's margin for it
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
     logits: np.ndarray  # float32 (views, B, C), Stage 1's on each view
-    novelty: np.ndarray  # float64, above 0: like nothing known
+    texture: np.ndarray  # float32 (B, T), what its first block sees
 
 
 class Decisions(NamedTuple):
@@ -1445,7 +1439,7 @@ class Decisions(NamedTuple):
     stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
     stage1_logits: np.ndarray  # (B, C), the mean over both views
     one_view_logits: np.ndarray  # (B, C), of the image alone: what Stage 1 would say without a look in the mirror
-    novelty: np.ndarray  # float64, above 0: OTHER whatever the confidence is; NaN in a model that never learnt it
+    novelty: np.ndarray  # float64, above 0: OTHER at any threshold; NaN in a model that never learnt it
 
     @property
     def familiar(self) -> np.ndarray:
@@ -1525,8 +1519,8 @@ class MultiStageCNN(keras.Model):
         not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
         self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
         self.rows = self.add_weight(shape=(count, 3), name="rows", autocast=False, **not_yet)
-        first, last = stage1_widths[0], stage1_widths[-1]
-        shapes = zip(Known._fields, [(count, last), (first,), (first, first), (2, 3), ()], strict=True)
+        channels = stage1_widths[0]  # of the texture
+        shapes = zip(Known._fields, [(channels,), (channels, channels), (2, 3), ()], strict=True)
         self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
         self.built = True
 
@@ -1550,10 +1544,9 @@ class MultiStageCNN(keras.Model):
         return {**self._settings, "threshold": self.threshold, "certificate": certificate}
 
     def load_own_variables(self, store):
-        """As Keras does it; but a file from before the model knew what is novel has only the variables before those."""
+        """As Keras does it; but of a file from before `Known` as it is now, all but what is known is read."""
         variables = self._trainable_variables + self._non_trainable_variables
-        older = len(store.keys()) == len(variables) - len(self._known)
-        if not older:
+        if len(store.keys()) == len(variables):
             return super().load_own_variables(store)
         for i, variable in enumerate(variables[: -len(self._known)]):
             variable.assign(store[str(i)])
@@ -1700,12 +1693,12 @@ class MultiStageCNN(keras.Model):
 
     def stage1_views(self, images: np.ndarray, batch_size: int = 512) -> Views:
         """What Stage 1 makes of uint8 images (B, H, W, channels) and, if that keeps their category, mirrored ones."""
-        (count, features), (channels,) = self._known[0].shape, self._known[1].shape  # C, F, T
-        width = self._views * (count + features + channels)
+        count, channels = len(self.category_names), self._known[0].shape[0]  # C, T
+        width = self._views * (count + channels)
         both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, width)
-        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + F + T)
-        logits, features, texture = np.split(views, [count, count + features], axis=2)
-        return Views(logits, features.mean(axis=0), texture.mean(axis=0))
+        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + T)
+        logits, texture = np.split(views, [count], axis=2)
+        return Views(logits, texture.mean(axis=0))
 
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
         """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
@@ -1721,7 +1714,7 @@ class MultiStageCNN(keras.Model):
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return Opinions(category, margin(logits, category), stage2, views.logits, novelty(views, self.known))
+        return Opinions(category, margin(logits, category), stage2, *views)
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
@@ -1739,16 +1732,19 @@ class MultiStageCNN(keras.Model):
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
-        category, stage1, stage2, logits, strange = self.opinions(images, batch_size)
-        confidence = combined_confidence(self.rows.numpy(), category, stage1, stage2)
+        opinions, known = self.opinions(images, batch_size), self.known
+        category, mean = opinions.category, opinions.logits.mean(axis=0)  # (B,), (B, C)
+        combined = combined_log_odds(self.rows.numpy(), category, opinions.stage1, opinions.stage2)
+        strange = novelty(signs_of_novelty(mean, combined, opinions.texture, known), known)
+        confidence, odds = sigmoid(combined), log_odds(mean, category)
         threshold, count = check_threshold(self.threshold if threshold is None else threshold), len(self.category_names)
         if np.shape(threshold) not in ((), (count,)):
             raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
         final = np.where(strange > 0, count, accept(category, confidence, threshold, count))
-        mean = logits.mean(axis=0)  # (B, C)
-        odds = log_odds(mean, category)
-        own = sigmoid(odds), sigmoid(stage2)
-        return Decisions(final, category, *own, confidence, odds, stage1, stage2, mean, logits[0], strange)
+        return Decisions(
+            final, category, sigmoid(odds), sigmoid(opinions.stage2), confidence, odds, opinions.stage1,
+            opinions.stage2, mean, opinions.logits[0], strange,
+        )  # fmt: skip
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
@@ -1762,33 +1758,42 @@ class MultiStageCNN(keras.Model):
 
     @property
     def known(self) -> Known:
-        """What the train images look like to Stage 1; NaN until `learn_known`."""
+        """What images of the categories look like; NaN until `learn_known`, its scale and limit until `calibrate`."""
         *arrays, limit = (one.numpy() for one in self._known)
         return Known(*arrays, float(limit))
 
+    def _keep_known(self, known: Known) -> None:
+        for variable, value in zip(self._known, known, strict=True):
+            variable.assign(value)
+
     def learn_known(self, data: Dataset, images: int = 5000) -> None:
-        """Learns from Stage 1, as it is, what the images of its categories look like to it; see `novelty`.
+        """Learns what the images of the categories look like to Stage 1, as it is; see `novelty`.
 
         That changes which images are accepted, so it voids a guarantee.
 
         Args:
-            images: how many of the train split are looked at. The calibration split is looked at whole.
+            images: about how many of the train split are looked at. The calibration split is looked at whole, if the
+                model is calibrated; else `calibrate` does so.
         """
-        count = len(self.category_names)
-        of_category = [np.flatnonzero(data.train.labels == c) for c in range(count)]
-        strides = [-(-len(one) * count // images) for one in of_category]  # from all over: images may be sorted
-        train = data.train.take(np.concatenate([one[::s] for one, s in zip(of_category, strides, strict=True)]))
         self.certificate = None
-        known = known_from(self.stage1_views(train.images), train.labels, self.stage1_views(data.calibration.images))
-        for variable, value in zip(self._known, known, strict=True):
-            variable.assign(value)
+        some = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
+        self._keep_known(known_texture(self.stage1_views(some).texture))
+        if self.is_calibrated:
+            self._scale_known(self.opinions(data.calibration.images))
+
+    def _scale_known(self, opinions: Opinions) -> None:
+        """Sets scale and limit of what is known, from both stages' opinions of the calibration split."""
+        odds = combined_log_odds(self.rows.numpy(), opinions.category, opinions.stage1, opinions.stage2)
+        signs = signs_of_novelty(opinions.logits.mean(axis=0), odds, opinions.texture, self.known)
+        self._keep_known(known_scale(self.known, signs))
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
         """Fits calibration rows on the calibration split.
 
         Args:
             categories: fit only these rows, shrunk towards the common row as it is. None: fit the rows of all
-                trainable categories, and the common row before them if no category is frozen.
+                trainable categories and, if no category is frozen, the common row before them and the limit of what
+                is known behind them.
 
         Raises:
             MSCNNError: a category is frozen.
@@ -1800,9 +1805,11 @@ class MultiStageCNN(keras.Model):
             names = ", ".join(self.category_names[c] for c in frozen)
             raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
         self.certificate = None
-        category, stage1, stage2, *_ = self.opinions(split.images)
+        opinions = self.opinions(split.images)
+        category, stage1, stage2, *_ = opinions
         right, rows = category == split.labels, self.rows.numpy()
-        if categories is None and len(free) == len(self.category_names):
+        everything = categories is None and len(free) == len(self.category_names)
+        if everything:
             self.common_row.assign(fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH))
         for c in chosen:
             here = category == c
@@ -1810,6 +1817,8 @@ class MultiStageCNN(keras.Model):
                 stage1[here], stage2[here], right[here], self.common_row.numpy(), ROW_STRENGTH
             )
         self.rows.assign(rows)
+        if everything:
+            self._scale_known(opinions)
 
     def void_calibration(self, categories: Iterable[int] | None = None) -> None:
         """Marks rows as not calibrated, since what they were fitted to has been trained; None: all of them."""
@@ -3085,9 +3094,14 @@ def checked_data(run: Run) -> Dataset:
             f"{run.folder} holds a model of {earlier}, which this run of {data.name} would replace: "
             "give another run_dir, such as runs/mine, or delete that folder."
         )
+    _make_folders(run)
+    return data
+
+
+def _make_folders(run: Run) -> None:
+    """Makes the folders that a run writes into, or raises MSCNNError."""
     _make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
     _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
-    return data
 
 
 def start_data(run: Run) -> Dataset:
@@ -3142,8 +3156,8 @@ def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStage
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
     model = load_model(path)
     model.check_matches(data)
-    if np.isnan(model.known.limit):
-        print(f"{path.name} is older than the second reason for OTHER: what Stage 1 knows is learnt now.")
+    if np.isnan(model.known.texture_mean).any():
+        print(f"{path.name} is from before the second reason for OTHER as it is now: what is known is learnt anew.")
         model.learn_known(data)
     if not (run.settings.target_risk or run.settings.target_coverage):
         model.threshold = run.settings.threshold
@@ -3332,10 +3346,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = command_line().parse_args(arguments)
     try:
         settings = Settings(**vars(parsed))
+        run = Run("total", settings)
         if settings.dataset != "auto" or _find_cifar10():  # else a download that fails would be tried twice
-            checked_data(Run("total", settings))  # refused before a notebook takes the place of an older one
+            checked_data(run)  # refused before a notebook takes the place of an older one
+        else:
+            run.starting_model()
+            _make_folders(run)
         run_all(settings)
-        print_result(Run("total", settings))
+        print_result(run)
     except MSCNNError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

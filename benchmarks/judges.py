@@ -213,12 +213,13 @@ def features_as_input(trial: Trial) -> Opinion:
     import mscnn_helpers as mscnn
 
     model, data = trial.model, trial.data
-    usual = model.stage1_views(data.calibration.images).features
+    usual = selective.pooled_features(model.stage1, data.calibration.images).mean(axis=0)
     more = keras.layers.Dense(len(data.category_names), kernel_initializer="zeros")
     more.build(usual.shape)
 
     def features(images):
-        return (model.stage1_views(images).features - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6)
+        found = selective.pooled_features(model.stage1, images).mean(axis=0)
+        return np.float32((found - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6))
 
     class WithFeatures(mscnn.Trainer):
         def __init__(self, network, images, head=None):
@@ -380,7 +381,7 @@ def _first_opinion(form: Form, seed: int) -> dict[str, np.ndarray]:
                 *(mscnn.margin(view, category) for view in views.logits), ranked[:, :1] - ranked[:, 2:5],
                 mscnn.log_odds(logits, category), mscnn.log_odds(other, category), mscnn.margin(other, category),
                 np.logaddexp.reduce(logits, axis=1), np.logaddexp.reduce(other, axis=1),
-                np.linalg.norm(views.features, axis=1),
+                np.linalg.norm(selective.pooled_features(model.stage1, split.images).mean(axis=0), axis=1),
             ]),
         }  # fmt: skip
     return found
@@ -419,7 +420,8 @@ def one_row(first: dict, second: dict) -> np.ndarray:
     row = mscnn.fit_calibration_row(
         first["calibration_margin"], second["calibration"], right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH
     )
-    return mscnn.combined_confidence(row[None], 0 * first["unseen_category"], first["unseen_margin"], second["unseen"])
+    odds = mscnn.combined_log_odds(row[None], 0 * first["unseen_category"], first["unseen_margin"], second["unseen"])
+    return mscnn.sigmoid(odds)
 
 
 def a_row_each(first: dict, second: dict) -> np.ndarray:
@@ -429,7 +431,8 @@ def a_row_each(first: dict, second: dict) -> np.ndarray:
     category, labels = first["calibration_category"], first["calibration_labels"]
     count = labels.max() + 1
     rows = selective.rows_of(category, first["calibration_margin"], second["calibration"], category == labels, count)
-    return mscnn.combined_confidence(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
+    odds = mscnn.combined_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
+    return mscnn.sigmoid(odds)
 
 
 def no_second_opinion(first: dict, second: dict) -> np.ndarray:

@@ -1,6 +1,10 @@
 """Makes notebooks/pretrained/cifar10.keras, the model that load_model="pretrained" stands for, and its model card.
 
     python benchmarks/pretrained.py runs/quality/full_0    the folder of a finished run on all of CIFAR-10
+    python benchmarks/pretrained.py --renew                the model as it is, its weights and calibration untouched
+
+The second form is for changes of what the model does with its weights: what is known (see `novelty` in the module) and
+the certificate are made anew, and all figures measured anew.
 
 The kernels of the convolutions are stored in 16 bits, at half the size. The model is refused if that changes more than
 0.1 % of the decisions on the test split. Its threshold stays 0.7; a certificate for 1 % of errors is made where the
@@ -87,8 +91,8 @@ def card(record: dict) -> str:
     return f"""# The pretrained model
 
 `cifar10.keras` is what `load_model="pretrained"` stands for: both stages, calibration and certificate, trained on
-CIFAR-10's train split (45,000 of the 50,000 images, seed {record["seed"]}). Written by `{record["command"]}`
-at commit {record["commit"]}; the run was
+CIFAR-10's train split (45,000 of the 50,000 images, seed {record["seed"]}). Written by
+`{record["command"]}` at commit {record["commit"]}; the run, at commit {record["trained_at"]}, was
 
     {record["run"]}
 
@@ -110,42 +114,60 @@ Images", 2009. The licence is the project's.
 """
 
 
+def rounded(whole: Path, data, target: Path) -> float:
+    """Writes the model with rounded kernels and a certificate to `target`: the share of decisions that this changed."""
+    import mscnn_helpers as mscnn
+
+    before = mscnn.load_model(whole).decide(data.test.images).category
+    halve(whole, target)
+    model = mscnn.load_model(target)
+    certificate_of(model, data)  # of what the small file decides
+    model.save(certified := target.with_name("certified.keras"))
+    halve(certified, target)  # nothing is rounded a second time
+    return float((mscnn.load_model(target).decide(data.test.images).category != before).mean())
+
+
+def run_of(run_dir: Path) -> dict:
+    """What the card says of a finished run."""
+    told = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
+    arguments = f"--epochs {told['epochs']} --batch_size {told['batch_size']} --seed {told['seed']}"
+    run = f"python mscnn_helpers.py {arguments} --dataset cifar10"
+    return {"seed": told["seed"], "run": run, "trained_at": commit()}
+
+
 def main() -> None:
     """Makes the model and its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, help="folder of a finished run")
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument("run_dir", type=Path, nargs="?", help="folder of a finished run")
+    sources.add_argument("--renew", action="store_true", help="keep the model's weights and calibration")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import mscnn_helpers as mscnn
 
-    made = commit()
-    parameters = json.loads((options.run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
-    data = mscnn.load_dataset("cifar10", seed=parameters["seed"])
-    whole = options.run_dir / "multistage_cnn_model.keras"
-    model = mscnn.load_model(whole)
-    model.check_matches(data)
-    before = model.decide(data.test.images).category
     target = ROOT / mscnn.PRETRAINED
+    known = json.loads(target.with_suffix(".json").read_text(encoding="utf-8")) if options.renew else {}
+    run = {name: known[name] for name in ("seed", "run", "trained_at")} if known else run_of(options.run_dir)
+    argument = "--renew" if options.renew else os.path.relpath(options.run_dir, ROOT)
+    record = {**run, "command": f"python benchmarks/pretrained.py {argument}", "commit": commit()}
+    data = mscnn.load_dataset("cifar10", seed=run["seed"])
+    model = mscnn.load_model(target if options.renew else options.run_dir / "multistage_cnn_model.keras")
+    model.check_matches(data)
+    if options.renew:
+        model.learn_known(data)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        certified, small = Path(folder) / "certified.keras", Path(folder) / "small.keras"
-        halve(whole, small)
-        model = mscnn.load_model(small)
-        certificate = certificate_of(model, data)  # of what the small file decides
-        model.save(certified)
-        halve(certified, small)  # nothing is rounded a second time
-        model = mscnn.load_model(small)
-        changed = float((model.decide(data.test.images).category != before).mean())
+        whole, small = Path(folder) / "whole.keras", Path(folder) / "small.keras"
+        model.save(whole)
+        changed = rounded(whole, data, small)
         if changed > ALLOWED_CHANGE or small.stat().st_size > ALLOWED_BYTES:
             raise SystemExit(f"{changed:.2%} of the decisions changed, {small.stat().st_size:,} bytes: not kept.")
         os.replace(small, target)
-    arguments = f"--epochs {parameters['epochs']} --batch_size {parameters['batch_size']} --seed {parameters['seed']}"
-    record = {
-        "command": f"python benchmarks/pretrained.py {os.path.relpath(options.run_dir, ROOT)}",
-        "run": f"python mscnn_helpers.py {arguments} --dataset cifar10",
-        "commit": made, "seed": parameters["seed"], "device": mscnn.device_name(), "versions": mscnn.versions(),
-        "threshold": model.threshold, "figures": figures_of(model, data), "certificate": certificate,
-        "changed": changed, "fingerprints": model.fingerprints(),
+    model = mscnn.load_model(target)
+    record |= {
+        "device": mscnn.device_name(), "versions": mscnn.versions(), "threshold": model.threshold,
+        "figures": figures_of(model, data), "certificate": certificate_of(model, data),
+        "changed": known.get("changed", changed), "fingerprints": model.fingerprints(),
     }  # fmt: skip
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (target.parent / "README.md").write_text(card(record), encoding="utf-8")

@@ -176,6 +176,15 @@ def both_views(network, images: np.ndarray) -> np.ndarray:
     return np.stack([np.concatenate(part) for part in parts]).astype(np.float64)
 
 
+def pooled_features(stage1, images: np.ndarray) -> np.ndarray:
+    """What Stage 1's dense layer sees of the images and of their mirror images, (2, N, F)."""
+    import keras
+    import tensorflow as tf
+
+    pooled = keras.Model(stage1.inputs, stage1.get_layer("pooled").output)
+    return both_views(tf.function(pooled, reduce_retracing=True), images)
+
+
 def neighbour_distance(train: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Distance to the k-th nearest train feature, all of length 1, for each k of NEIGHBOURS: (len(NEIGHBOURS), N)."""
     train, features = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (train, features))
@@ -234,8 +243,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
         else load(single_path(form, one, dropout=False)) for one in others(form, seed)
     ]  # fmt: skip
-    pooled = keras.Model(model.stage1.inputs, model.stage1.get_layer("pooled").output)
-    train_features = both_views(pooled, data.train.images)[0]
+    train_features = pooled_features(model.stage1, data.train.images)[0]
     found = {}
     for name, split in (("calibration", data.calibration), ("test", data.test)):
         stage1, companion = (both_views(tf.function(one), split.images) for one in (model.stage1, model.companion))
@@ -251,7 +259,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
             f"{name}_one_stage2": stage2[0], f"{name}_stage2": stage2[1],
             f"{name}_ours": decisions.confidence, f"{name}_familiar": decisions.familiar,
-            f"{name}_distance": neighbour_distance(train_features, both_views(pooled, split.images)[0]),
+            f"{name}_distance": neighbour_distance(train_features, pooled_features(model.stage1, split.images)[0]),
         }  # fmt: skip
         if dropout is not None:
             found[f"{name}_dropout"] = dropout_softmax(dropout, split.images, seed)
@@ -400,7 +408,8 @@ def combined(
 
     one, two = calibration.margin(views, answer), second(calibration)
     rows = rows_of(calibration.category(answer), one, two, calibration.right(answer), calibration.stage1.shape[-1])
-    return mscnn.combined_confidence(rows, test.category(answer), test.margin(views, answer), second(test))
+    odds = mscnn.combined_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
+    return mscnn.sigmoid(odds)
 
 
 def companion_odds(split: Split) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Measures what the model does with images that belong to none of its categories, and writes unknown.json.
 
-    python benchmarks/unknown.py             the models of quality.py's full runs, seeds 0, 1, 2; two minutes each
-    python benchmarks/unknown.py --quick     the pretrained model on some hundred images of each kind: a minute
+    python benchmarks/unknown.py                the models of quality.py's full runs, seeds 0, 1, 2; two minutes each
+    python benchmarks/unknown.py --pretrained   the model that comes with the project: two minutes
+    python benchmarks/unknown.py --quick        the same on some hundred images of each kind; writes nothing
 
 The models have been trained on CIFAR-10, and nothing of them is chosen by the images here. The kinds:
 
@@ -13,7 +14,7 @@ The models have been trained on CIFAR-10, and nothing of them is chosen by the i
 Each is told from CIFAR-10's test split, and the AUROC says how well: the probability that an image of CIFAR-10 gets
 the higher score of two. The scores, all but the first of Stage 1's means over image and mirror image:
 
-    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017), of the image alone
+    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017), by one look
     softmax, 2 views  the same of both views
     energy            of Stage 1's logits (Liu et al. 2020)
     neighbours        distance to the 50th nearest train image in Stage 1's features (Sun et al. 2022)
@@ -63,14 +64,14 @@ def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
 def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
     """Every score, float64 (N,), larger for what is known."""
     from scipy.special import logsumexp
-    from selective import neighbour_distance, softmax_odds
+    from selective import neighbour_distance, pooled_features, softmax_odds
 
-    views, decisions = model.stage1_views(images), model.decide(images)
+    decisions, features = model.decide(images), pooled_features(model.stage1, images).mean(axis=0)
     return {
         "softmax": softmax_odds(decisions.one_view_logits),
         "softmax, 2 views": decisions.stage1_log_odds,
         "energy": logsumexp(decisions.stage1_logits, axis=1),
-        "neighbours": -neighbour_distance(train_features, views.features)[FIFTIETH],
+        "neighbours": -neighbour_distance(train_features, features)[FIFTIETH],
         "confidence": decisions.confidence,
         "novelty": -decisions.novelty,
     }
@@ -92,7 +93,7 @@ def shares_of_other(found: dict[str, np.ndarray], cut: float, threshold: float) 
 
 def measure(path: str, seed: int, most: int | None) -> dict:
     """One model's AUROC by kind and score, and the shares by kind."""
-    from selective import softmax_odds
+    from selective import pooled_features, softmax_odds
     from sklearn.metrics import roc_auc_score
 
     import mscnn_helpers as mscnn
@@ -100,7 +101,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     data, model = mscnn.load_dataset("cifar10", seed=seed), mscnn.load_model(path)
     model.check_matches(data)
     train = data.train.images if most is None else data.train.images[: 10 * most]
-    train_features = model.stage1_views(train).features
+    train_features = pooled_features(model.stage1, train).mean(axis=0)
     known = scores(model, train_features, data.test.images[:most])
     # The softmax' threshold accepts as many calibration images as the model does.
     tuning = model.decide(data.calibration.images)
@@ -132,8 +133,7 @@ def table(figures: dict) -> str:
     lines = [
         "## Unknown", "",
         "Written by `python benchmarks/unknown.py` (see its first lines for the kinds of images and the scores).",
-        f"Models trained on CIFAR-10, seeds {', '.join(map(str, figures['seeds']))}; median, in brackets minimum and",
-        "maximum. AUROC against CIFAR-10's test split: 50 % is guessing.", "",
+        f"{models_in_words(figures)} AUROC against CIFAR-10's test", "split: 50 % is guessing.", "",
         *markdown(["images", *next(iter(models[0]["auroc"].values()))], rows("auroc")),
         "The share that becomes OTHER: by Stage 1's softmax, at a threshold that accepts as many calibration images as",
         "ours; by both stages' confidence alone, at threshold 0.7; by the model, which has a second reason for OTHER;",
@@ -144,20 +144,28 @@ def table(figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def models_in_words(figures: dict) -> str:
+    if "--pretrained" in figures["command"]:
+        return "The model that comes with the project."
+    return f"Models trained on CIFAR-10, seeds {', '.join(map(str, figures['seeds']))}; median (minimum to maximum)."
+
+
 def main() -> None:
     """Measures each model in a process of its own, and writes unknown.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the pretrained model, few images; writes nothing")
+    parser.add_argument("--pretrained", action="store_true", help="the pretrained model, all images")
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="of quality.py's full runs (default: 0,1,2)")
     options = parser.parse_args()
+    chosen = " --quick" * options.quick + " --pretrained" * options.pretrained
     sys.path.insert(0, str(ROOT))
     folder, model = ROOT / "runs/quality", "multistage_cnn_model.keras"
     paths = {seed: str(folder / f"full_{seed}" / model) for seed in options.seeds}
-    paths = {0: "pretrained"} if options.quick else paths
+    paths = {0: "pretrained"} if chosen else paths
     for path in paths.values():
         if path != "pretrained" and not (ROOT / path).is_file():
-            parser.error(f"{path} is not there: run python benchmarks/quality.py first, or --quick")
-    figures = {**origin("python benchmarks/unknown.py" + " --quick" * options.quick), "seeds": list(paths)}
+            parser.error(f"{path} is not there: run python benchmarks/quality.py first, or --pretrained")
+    figures = {**origin(f"python benchmarks/unknown.py{chosen}"), "seeds": list(paths)}
     most = 300 if options.quick else None
     figures["models"] = [in_fresh_process(measure, path, seed, most) for seed, path in paths.items()]
     print(table(figures))

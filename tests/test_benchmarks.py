@@ -95,7 +95,7 @@ def test_shares_that_become_other():
 
 
 def test_scores_are_higher_for_what_is_known(trained_model, tiny_data):
-    train = trained_model.stage1_views(tiny_data.train.images).features
+    train = selective.pooled_features(trained_model.stage1, tiny_data.train.images).mean(axis=0)
     noise = mscnn.made_up_images(tiny_data.test.images)["uniform noise"]
     known, strange = (unknown.scores(trained_model, train, images) for images in (tiny_data.test.images, noise))
     for name in ("neighbours", "novelty"):

@@ -178,12 +178,12 @@ def test_a_category_without_a_counter_example_stays_finite(all_are):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_combined_confidence_uses_the_row_of_each_category():
+def test_both_opinions_are_combined_by_the_row_of_each_category():
     rows = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 2.0], [-1.0, 0.5, 0.25]])
     category, stage1, stage2 = np.array([2, 0, 1, 2]), np.array([4.0, -3.0, 9.0, 0.0]), np.array([8.0, 5.0, -0.5, 0.0])
-    got = mscnn.combined_confidence(rows, category, stage1, stage2)
-    np.testing.assert_allclose(got, expit([-1 + 2 + 2, -3, 1 - 1, -1]), rtol=1e-14)
-    assert mscnn.combined_confidence(rows, category[:0], stage1[:0], stage2[:0]).shape == (0,)
+    got = mscnn.combined_log_odds(rows, category, stage1, stage2)
+    np.testing.assert_array_equal(got, [-1 + 2 + 2, -3, 1 - 1, -1])
+    assert mscnn.combined_log_odds(rows, category[:0], stage1[:0], stage2[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -379,55 +379,68 @@ def test_thresholds_by_category_accept_the_same_share_of_each():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def views_of(count: int, seed: int, shift: float = 0.0, loud: float = 1.0) -> tuple[mscnn.Views, np.ndarray]:
-    """Three categories with features around a corner of a cube each, and textures of four correlated channels."""
+def looks_of(count: int, seed: int) -> dict[str, np.ndarray]:
+    """What `signs_of_novelty` needs of three categories: logits, log-odds, four correlated channels of texture."""
     rng, labels = np.random.default_rng(seed), np.arange(count) % 3
-    features = 3 * np.eye(3)[labels] + rng.normal(size=(count, 3)) + shift
     mixing = np.array([[1.0, 0.9, 0, 0], [0, 0.5, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 0]])  # the last is always 0
-    texture = rng.normal(size=(count, 4)) @ mixing
-    logits = np.stack([loud * 3 * np.eye(3)[labels] + rng.normal(size=(count, 3))] * 2)
-    return mscnn.Views(*(one.astype(np.float32) for one in (logits, features, texture))), labels
+    found = {
+        "logits": 3 * np.eye(3)[labels] + rng.normal(size=(count, 3)), "odds": rng.normal(4, 2, count),
+        "texture": rng.normal(size=(count, 4)) @ mixing,
+    }  # fmt: skip
+    return {name: one.astype(np.float32) for name, one in found.items()}
 
 
 def known_of(count: int = 3000) -> mscnn.Known:
-    (train, labels), (calibration, _) = views_of(count, 0), views_of(count, 1)
-    return mscnn.known_from(train, labels, calibration)
+    known = mscnn.known_texture(looks_of(count, 0)["texture"])
+    return mscnn.known_scale(known, mscnn.signs_of_novelty(**looks_of(count, 1), known=known))
+
+
+def novelty_of(looks: dict[str, np.ndarray], known: mscnn.Known) -> np.ndarray:
+    return mscnn.novelty(mscnn.signs_of_novelty(**looks, known=known), known)
 
 
 def test_a_hundredth_of_the_calibration_images_is_like_nothing_known():
     known = known_of()
-    assert (mscnn.novelty(views_of(3000, 1)[0], known) > 0).mean() == pytest.approx(0.01, abs=0.001)
-    assert (mscnn.novelty(views_of(20_000, 2)[0], known) > 0).mean() == pytest.approx(0.01, abs=0.004)
+    assert (novelty_of(looks_of(3000, 1), known) > 0).mean() == pytest.approx(0.01, abs=0.001)
+    assert (novelty_of(looks_of(20_000, 2), known) > 0).mean() == pytest.approx(0.01, abs=0.004)
 
 
-def test_each_of_the_three_signs_can_make_an_image_strange():
-    known, (usual, _) = known_of(), views_of(500, 3)
-    base = mscnn.novelty_evidence(usual, known)
-    against = np.where(np.arange(4) == 1, 3.0, 0.0) - np.where(np.arange(4) == 0, 3.0, 0.0)  # usual one by one
-    strange = {
-        0: usual._replace(logits=usual.logits - 20),
-        1: usual._replace(features=usual.features + np.float32([30, 30, 30])),
-        2: usual._replace(texture=usual.texture + np.float32(against * 3)),
-    }
-    for column, views in strange.items():
-        evidence = mscnn.novelty_evidence(views, known)
-        others = [k for k in range(3) if k != column]
-        np.testing.assert_array_equal(evidence[:, others], base[:, others])
-        assert (evidence[:, column] > base[:, column]).mean() > 0.99
-        assert (mscnn.novelty(views, known) > mscnn.novelty(usual, known)).mean() > 0.99
+AGAINST = np.where(np.arange(4) == 1, 9.0, 0.0) - np.where(np.arange(4) == 0, 9.0, 0.0)  # usual one by one
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "change"), [(0, "logits", -20), (1, "odds", -30), (2, "texture", np.float32(AGAINST))]
+)
+def test_each_of_the_three_signs_can_make_an_image_strange(column, name, change):
+    known, usual = known_of(), looks_of(500, 3)
+    strange = {**usual, name: usual[name] + change}
+    before, after = (mscnn.signs_of_novelty(**looks, known=known) for looks in (usual, strange))
+    others = [k for k in range(3) if k != column]
+    np.testing.assert_array_equal(after[:, others], before[:, others])
+    assert (after[:, column] > before[:, column]).mean() > 0.99
+    assert (novelty_of(strange, known) > 0).mean() > 0.95
+
+
+def test_a_usual_texture_does_not_excuse_a_doubt():
+    """An image at the mean of all textures, whose distance is next to nothing, is as strange as one at the usual."""
+    known, looks = known_of(), looks_of(500, 3)
+    signs = mscnn.signs_of_novelty(**looks, known=known)
+    signs[:, 2] = known.scale[0, 2]
+    calm = np.where([False, False, True], -100.0, signs)
+    np.testing.assert_array_equal(mscnn.novelty(calm, known), mscnn.novelty(signs, known))
 
 
 def test_the_texture_is_judged_by_its_mahalanobis_distance():
     from scipy.spatial.distance import mahalanobis
 
-    known, (views, _) = known_of(), views_of(20, 4)
-    expected = [2 * np.log(mahalanobis(one, known.texture_mean, known.texture_precision)) for one in views.texture]
-    np.testing.assert_allclose(mscnn.novelty_evidence(views, known)[:, 2], expected, rtol=1e-4)
-    covariance = np.cov(views_of(3000, 0)[0].texture[:, :3].T)
+    known, looks = known_of(), looks_of(20, 4)
+    expected = [2 * np.log(mahalanobis(one, known.texture_mean, known.texture_precision)) for one in looks["texture"]]
+    np.testing.assert_allclose(mscnn.signs_of_novelty(**looks, known=known)[:, 2], expected, rtol=1e-4)
+    covariance = np.cov(looks_of(3000, 0)["texture"][:, :3].T)
     np.testing.assert_allclose(known.texture_precision[:3, :3], np.linalg.inv(covariance), rtol=0.05, atol=0.05)
 
 
 def test_where_nothing_is_known_nothing_is_strange():
     blank = mscnn.Known(*(np.full_like(one, np.nan) for one in known_of(30)))
-    strange = mscnn.novelty(views_of(5, 0)[0], blank)
+    strange = novelty_of(looks_of(5, 0), blank)
     assert np.isnan(strange).all() and not (strange > 0).any()

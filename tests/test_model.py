@@ -77,28 +77,25 @@ def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -
     stage2, first = everything[rows, category], p[rows, category]
     margin = mscnn.margin(logits, category)
     row = model.rows.numpy()[category]
-    confidence = 1 / (1 + np.exp(-(row[:, 0] + row[:, 1] * margin + row[:, 2] * stage2)))
-    strange = plain_novelty(model, images)
+    combined = row[:, 0] + row[:, 1] * margin + row[:, 2] * stage2
+    confidence, strange = 1 / (1 + np.exp(-combined)), plain_novelty(model, images, combined)
     final = np.where((confidence >= threshold) & ~(strange > 0), category, len(model.category_names))
     odds, second = np.log(first / (1 - first)), 1 / (1 + np.exp(-stage2))
     return Decisions(final, category, first, second, confidence, odds, margin, stage2, logits, one, strange)
 
 
-def plain_novelty(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
+def plain_novelty(model: MultiStageCNN, images: np.ndarray, combined: np.ndarray) -> np.ndarray:
     """The same of `novelty`: image by image, layer by layer."""
     known, inputs, found = model.known, model.stage1.inputs[0], []
-    layers = [model.stage1.get_layer(name).output for name in ("logits", "pooled", "block1")]
-    logits, features, first = keras.Model(inputs, layers)(np.concatenate([images, images[:, :, ::-1]]), training=False)
+    layers = [model.stage1.get_layer(name).output for name in ("logits", "block1")]
+    logits, first = keras.Model(inputs, layers)(np.concatenate([images, images[:, :, ::-1]]), training=False)
     texture = np.asarray(first, np.float64).mean(axis=(1, 2))
     for i in range(len(images)):
-        z, f, t = (np.asarray(one, np.float64)[i :: len(images)].mean(axis=0) for one in (logits, features, texture))
+        z, t = (np.asarray(one, np.float64)[i :: len(images)].mean(axis=0) for one in (logits, texture))
         t = t - known.texture_mean
-        evidence = [
-            -np.log(np.exp(z).sum()),
-            np.log(min(((f - centre) ** 2).sum() for centre in known.centres)),
-            np.log(t @ known.texture_precision @ t),
-        ]
-        found.append(((np.array(evidence) - known.scale[0]) / known.scale[1]).sum() - known.limit)
+        signs = np.array([-np.log(np.exp(z).sum()), -combined[i], np.log(t @ known.texture_precision @ t)])
+        energy, doubt, unusual = (signs - known.scale[0]) / known.scale[1]
+        found.append(energy + doubt + max(0, unusual) - known.limit)
     return np.array(found)
 
 
@@ -159,7 +156,7 @@ def test_what_is_like_nothing_known_is_other_however_confident(trained_model, ti
     """At a threshold that everything passes; the certificate is one for what is left."""
     images = mscnn.made_up_images(tiny_data.test.images)["uniform noise"]
     decisions = trained_model.decide(images, threshold=0)
-    assert (decisions.novelty > 0).mean() > 0.9
+    assert (decisions.novelty > 0).mean() > 0.75
     np.testing.assert_array_equal(decisions.category == 5, decisions.novelty > 0)
     assert set(decisions.reasons()) <= {"accepted", mscnn.STRANGE}
     split = tiny_data.certification
@@ -189,19 +186,23 @@ def test_a_file_from_before_what_is_known_decides_by_confidence_alone(trained_mo
     np.testing.assert_array_equal(before.category, np.where(before.confidence >= 0.7, before.stage1_category, 5))
 
 
-def test_what_is_known_belongs_to_stage_1(trained_model, tiny_data):
-    """A training of it learns it anew, which voids a guarantee; nothing else moves it."""
+def test_what_is_known_is_learnt_from_the_whole_model_and_stays_when_a_category_is_retrained(trained_model, tiny_data):
     before, recipe = trained_model.fingerprints()["known"], mscnn.Recipe(1, 64)
-    mscnn.train_companion(trained_model, tiny_data, recipe)
-    trained_model.calibrate(tiny_data.calibration)
-    mscnn.retrain_stage2(trained_model, tiny_data, "ship", recipe)
-    assert trained_model.fingerprints()["known"] == before
     trained_model.certify(tiny_data.certification, risk=0.5, delta=0.2)
     trained_model.learn_known(tiny_data)
     assert trained_model.fingerprints()["known"] == before and trained_model.certificate is None
+    mscnn.retrain_stage2(trained_model, tiny_data, "ship", recipe)
+    assert trained_model.fingerprints()["known"] == before, "else images of other categories would be decided anew"
     trained_model.set_stage1_trainable(True)
-    mscnn.train_stage1(trained_model, tiny_data, mscnn.Recipe(1, 64))
-    assert trained_model.fingerprints()["known"] != before
+    trained_model.companion.trainable = True
+    trained_model.set_stage2_category_trainable("", True)
+    texture = trained_model.known.texture_mean
+    mscnn.train_companion(trained_model, tiny_data, recipe)
+    trained_model.calibrate(tiny_data.calibration)
+    assert trained_model.fingerprints()["known"] != before, "its scale is that of the confidences"
+    np.testing.assert_array_equal(trained_model.known.texture_mean, texture)
+    mscnn.train_stage1(trained_model, tiny_data, recipe)
+    assert (trained_model.known.texture_mean != texture).any() and np.isnan(trained_model.known.limit)
 
 
 def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
@@ -212,10 +213,11 @@ def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     opinions = model.opinions(images)
     assert len(opinions.logits) == 1
     np.testing.assert_array_equal(opinions.stage1, mscnn.margin(opinions.logits[0], opinions.category))
-    assert np.isnan(opinions.novelty).all()
+    model.calibrate(digits.calibration)
+    assert np.isnan(model.decide(images).novelty).all(), "it has not learnt what is known"
     model.learn_known(digits)
-    assert (model.opinions(digits.calibration.images).novelty > 0).mean() < 0.03
-    assert (model.opinions(mscnn.made_up_images(digits.test.images)["uniform noise"]).novelty > 0).mean() > 0.9
+    assert (model.decide(digits.calibration.images).novelty > 0).mean() < 0.03
+    assert (model.decide(mscnn.made_up_images(digits.test.images)["uniform noise"]).novelty > 0).mean() > 0.9
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
