@@ -1,12 +1,14 @@
 """Measures what each ingredient of the training recipe is worth, and writes ingredients.json and RESULTS.md.
 
-    python benchmarks/ingredients.py              three seeds each: three quarters of an hour on two cores
-    python benchmarks/ingredients.py --quick      one seed, little training: minutes; shows that it works
+    python benchmarks/ingredients.py                 three seeds each: three quarters of an hour on two cores
+    python benchmarks/ingredients.py --regularizers  only what is said to rank right above wrong: a quarter of an hour
+    python benchmarks/ingredients.py --quick         one seed, little training: minutes; shows that it works
 
 The network is the companion's, which has all the layers of Stage 1 at a seventh of its work. It is trained by the
 recipe for full data, scaled down: on 10,000 of CIFAR-10's train images, in 12 epochs and batches of 128. 20,000 others
 of the train split judge it: nothing here sees the test split. Each variant leaves one ingredient out, or adds one that
-the recipe does without, and is compared with the recipe seed by seed.
+the recipe does without, and is compared with the recipe seed by seed. The regularizers have a table of their own, with
+the recipe as it was when they were measured.
 """
 
 import argparse
@@ -168,6 +170,138 @@ def with_lookahead(training: Training) -> None:
     training.callbacks.append(Lookahead())
 
 
+def with_averaged_weights(training: Training) -> None:
+    """The mean of the weights over the last quarter of the steps (Izmailov et al. 2018, at a falling rate)."""
+    import keras
+
+    class Averaged(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.step, self.times = 0, 0
+            self.weights = [weight for weight in self.model.weights if weight.dtype == "float32"]
+            self.means = [np.zeros(weight.shape) for weight in self.weights]
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.step += 1
+            last = self.step == training.steps  # before the validation of the last epoch
+            if self.step < 0.75 * training.steps or (self.step % 5 and not last):
+                return
+            self.times += 1
+            for mean, weight in zip(self.means, self.weights, strict=True):
+                mean += (weight.numpy() - mean) / self.times
+                if last:
+                    weight.assign(mean)
+
+    training.callbacks.append(Averaged())
+
+
+def with_sharpness_aware_steps(training: Training) -> None:
+    """Each step by the gradient at a near point uphill, at twice the work (SAM, Foret et al. 2021)."""
+    import tensorflow as tf
+
+    import mscnn_helpers as mscnn
+
+    class SharpnessAware(mscnn.Trainer):
+        def train_step(self, data):
+            images, labels = data
+            weights = self.trainable_variables
+            gradients, *_ = self.gradients(images, labels)
+            length = tf.linalg.global_norm(gradients) + 1e-12
+            uphill = [0.05 * one / length for one in gradients]
+            for weight, by in zip(weights, uphill, strict=True):
+                weight.assign(weight + by)
+            gradients, predicted, loss = self.gradients(images, labels)
+            for weight, by in zip(weights, uphill, strict=True):
+                weight.assign(weight - by)
+            self.optimizer.apply(gradients, weights)
+            self._loss_tracker.update_state(loss)
+            return self.compute_metrics(images, labels, predicted)
+
+        def gradients(self, images, labels):
+            with tf.GradientTape() as tape:
+                predicted = self(images, training=True)
+                loss = self.compute_loss(images, labels, predicted)
+            return tape.gradient(loss, [one.value for one in self.trainable_variables]), predicted, loss
+
+    mscnn.Trainer = SharpnessAware
+
+
+def mixed(mix: Callable) -> None:
+    """Training sees mixtures of each image with another of the batch; the loss is mixed likewise.
+
+    Args:
+        mix: augmented images (B, H, W, channels) and the same in reverse order -> mixtures, and the share of the first.
+    """
+    import tensorflow as tf
+
+    import mscnn_helpers as mscnn
+
+    class Mixing(mscnn.Trainer):
+        def call(self, inputs, training=False):
+            if not training:
+                return super().call(inputs)
+            _, augmentation, *rest = self.network.layers
+            images = augmentation(tf.gather(self.images, inputs), training=True)
+            outputs, self.share = mix(images, tf.reverse(images, [0]))
+            for layer in rest:
+                outputs = layer(outputs, training=True)
+            return outputs
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            if training:
+                y = tf.cast(y, tf.float32)  # (B, C)
+                y = self.share * y + (1 - self.share) * tf.reverse(y, [0])
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    mscnn.Trainer = Mixing
+
+
+def with_mixup(training: Training) -> None:
+    """Weighted means of two images, the weight from Beta(0.2, 0.2) (Zhang et al. 2018)."""
+    import tensorflow as tf
+
+    def mix(images, others):
+        one, two = tf.unstack(tf.random.gamma((2,), 0.2) + 1e-6)
+        share = tf.maximum(one, two) / (one + two)
+        return share * images + (1 - share) * others, share
+
+    mixed(mix)
+
+
+def square_in(size, side):
+    """Where a random square of so many pixels a side lies: bool (size, size)."""
+    import tensorflow as tf
+
+    places = tf.range(size)
+    row, column = (tf.random.uniform((), 0, size - side + 1, tf.int32) for _ in range(2))
+    inside = [(places >= one) & (places < one + side) for one in (row, column)]
+    return inside[0][:, None] & inside[1]
+
+
+def with_cutmix(training: Training) -> None:
+    """In every second batch a square of up to half of each image comes from another image (Yun et al. 2019)."""
+    import tensorflow as tf
+
+    def mix(images, others):
+        size = tf.shape(images)[1]
+        whole = tf.cast(size, tf.float32)
+        taken = tf.random.uniform(()) * tf.cast(tf.random.uniform(()) < 0.5, tf.float32) / 2
+        side = tf.cast(tf.round(tf.sqrt(taken) * whole), tf.int32)
+        share = 1 - (tf.cast(side, tf.float32) / whole) ** 2
+        return tf.where(square_in(size, side)[..., None], others, images), share
+
+    mixed(mix)
+
+
+def with_cutout(training: Training) -> None:
+    """A random square of 8 pixels a side, the same for a batch, is grey (DeVries & Taylor 2017)."""
+    import tensorflow as tf
+
+    def mix(images, _):
+        return tf.where(square_in(tf.shape(images)[1], 8)[..., None], 128.0, images), 1.0
+
+    mixed(mix)
+
+
 VARIANTS: dict[str, Callable[[Training], None]] = {
     "the recipe": recipe_as_it_is,
     "without the whitening kernel": without_whitening,
@@ -186,6 +320,14 @@ VARIANTS: dict[str, Callable[[Training], None]] = {
     "with identity initialisation": with_identity,
     "with SiLU": with_silu,
     "with lookahead": with_lookahead,
+}
+REGULARIZERS: dict[str, Callable[[Training], None]] = {
+    "the recipe": recipe_as_it_is,
+    "with averaged weights": with_averaged_weights,
+    "with sharpness-aware steps, at twice the work": with_sharpness_aware_steps,
+    "with mixup": with_mixup,
+    "with CutMix": with_cutmix,
+    "with Cutout": with_cutout,
 }
 
 
@@ -208,7 +350,7 @@ def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]
     model = mscnn.MultiStageCNN.for_dataset(data, policy, seed)
     recipe = mscnn.Recipe(epochs, BATCH)
     training = Training(model.companion, recipe, -(-images // BATCH) * epochs, [])
-    VARIANTS[variant](training)
+    (VARIANTS | REGULARIZERS)[variant](training)
     mscnn.train_classifier(training.network, data, training.recipe, seed, callbacks=training.callbacks)
     logits = np.concatenate([training.network.predict_on_batch(part) for part in np.array_split(unseen.images, 20)])
     predicted = logits.argmax(axis=1)
@@ -220,10 +362,10 @@ def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]
 # ---- RESULTS.md
 
 
-def table(found: dict) -> str:
-    """Its section of RESULTS.md: each variant against the recipe, seed by seed."""
-    base, rows = found["variants"]["the recipe"], []
-    for name, runs in found["variants"].items():
+def rows_of(runs_of: dict[str, list[dict]]) -> list[str]:
+    """The lines of a table: each variant against the recipe, seed by seed."""
+    base, rows = runs_of["the recipe"], []
+    for name, runs in runs_of.items():
         pairs = list(zip(runs, base, strict=True))
         rows.append([
             name, spread([one["accuracy"] for one in runs], "{:.2%}"),
@@ -231,7 +373,11 @@ def table(found: dict) -> str:
             spread([one["aurc"] for one in runs], "{:.4f}"),
             spread([one["aurc"] / other["aurc"] - 1 for one, other in pairs], "{:+.1%}"),
         ])  # fmt: skip
-    header = ["training", "accuracy", "against the recipe, points", "AURC", "against the recipe"]
+    return markdown(["training", "accuracy", "against the recipe, points", "AURC", "against the recipe"], rows)
+
+
+def table(found: dict) -> str:
+    """Its section of RESULTS.md."""
     lines = [
         "## Ingredients", "",
         "Written by `python benchmarks/ingredients.py`. The companion's network, trained by the recipe for full data,",
@@ -239,30 +385,48 @@ def table(found: dict) -> str:
         "what Stage 1 would gain or lose on all images can differ. A lower AURC is better. Median over",
         "the seeds, in brackets minimum and maximum; differences are taken seed by seed. No variant is tuned anew, so",
         "a difference says what the recipe loses without an ingredient, not what the best recipe without it would.", "",
-        *markdown(header, rows),
+        *rows_of(found["variants"]),
         origin_line(found),
     ]  # fmt: skip
+    if regularizers := found.get("regularizers"):
+        lines += [
+            "", "What is said to help in ranking right answers above wrong ones, in the same trial:", "",
+            *rows_of(regularizers["variants"]), origin_line(regularizers),
+        ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measures all variants, in turn for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, little training; replaces no full figures")
-    options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+def measure(variants: dict[str, Callable], command: str, quick: bool) -> dict:
+    """All variants, in turn for each seed."""
     import mscnn_helpers as mscnn
 
-    command = "python benchmarks/ingredients.py" + " --quick" * options.quick
-    found = origin(command)
-    found["variants"], policy = {name: [] for name in VARIANTS}, mscnn.fastest_policy()  # one for all
-    for seed in (0,) if options.quick else (0, 1, 2):
+    found = {**origin(command), "variants": {name: [] for name in variants}}
+    policy = mscnn.fastest_policy()  # one for all
+    for seed in (0,) if quick else (0, 1, 2):
         for name, runs in found["variants"].items():
-            runs.append(in_fresh_process(train, name, seed, policy, options.quick))  # it may change the module
+            runs.append(in_fresh_process(train, name, seed, policy, quick))  # it may change the module
             print(f"seed {seed}, {name}: {runs[-1]['accuracy']:.2%}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Measures, and writes ingredients.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, little training; replaces no full figures")
+    parser.add_argument("--regularizers", action="store_true", help="only these, beside the recipe")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    quick, known = " --quick" * options.quick, read_json("ingredients", {})
+    if options.regularizers and not known:
+        parser.error("there is no ingredients.json to add them to: leave out --regularizers")
+    found = known
+    if not options.regularizers:
+        found = measure(VARIANTS, f"python benchmarks/ingredients.py{quick}", options.quick)
+    if options.regularizers or "regularizers" not in known:
+        own = measure(REGULARIZERS, f"python benchmarks/ingredients.py --regularizers{quick}", options.quick)
+        found = {**found, "regularizers": own}
     print(table(found))
-    known = read_json("ingredients", found)
-    if not options.quick or known["command"] == command:
+    if not options.quick or not known:
         write("ingredients", found, table(found))
 
 

@@ -338,8 +338,11 @@ def test_a_variant_is_compared_seed_by_seed():
 @pytest.fixture(autouse=True)
 def module_as_it_was(monkeypatch):
     """Some variants replace a function of the module, as they may in a process of their own."""
-    for name in ("muon_for", "learning_rate_schedule", "AlternatingFlip"):
+    for name in ("muon_for", "learning_rate_schedule", "AlternatingFlip", "Trainer"):
         monkeypatch.setattr(mscnn, name, getattr(mscnn, name))
+
+
+EVERY_VARIANT = ingredients.VARIANTS | ingredients.REGULARIZERS
 
 
 def trained_by(variant: str, tiny_data) -> np.ndarray:
@@ -348,7 +351,7 @@ def trained_by(variant: str, tiny_data) -> np.ndarray:
     widths = {"stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
     network = mscnn.MultiStageCNN.for_dataset(data, "float32", **widths).companion
     training = ingredients.Training(network, mscnn.Recipe(epochs=3, batch_size=16), steps=6, callbacks=[])
-    ingredients.VARIANTS[variant](training)
+    EVERY_VARIANT[variant](training)
     mscnn.train_classifier(network, data, training.recipe, callbacks=training.callbacks)
     return np.concatenate([weight.ravel() for weight in network.get_weights()])
 
@@ -358,10 +361,43 @@ def trained_by_the_recipe(tiny_data) -> np.ndarray:
     return trained_by("the recipe", tiny_data)
 
 
-@pytest.mark.parametrize("name", [name for name in ingredients.VARIANTS if name != "the recipe"])
+@pytest.mark.parametrize("name", [name for name in EVERY_VARIANT if name != "the recipe"])
 def test_each_variant_changes_the_training_and_it_still_runs(tiny_data, trained_by_the_recipe, name):
     weights = trained_by(name, tiny_data)
     assert np.isfinite(weights).all() and not np.array_equal(weights, trained_by_the_recipe)
+
+
+def test_averaged_weights_are_the_mean_of_the_last_quarter(tiny_data, monkeypatch):
+    """Of six steps the fifth, since it is a fifth one, and the last."""
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(self.model.network.get_layer("logits").kernel.numpy())
+
+    network = mscnn.MultiStageCNN.for_dataset(tiny_data, "float32", stage2_widths=(8, 8, 8)).companion
+    data = dataclasses.replace(tiny_data, train=tiny_data.train.take(np.arange(32)))
+    recipe = mscnn.Recipe(epochs=3, batch_size=16)
+    training = ingredients.Training(network, recipe, steps=6, callbacks=[Watch()])
+    ingredients.with_averaged_weights(training)
+    monkeypatch.setattr(mscnn, "KeepBestWeights", keras.callbacks.Callback)
+    mscnn.train_classifier(network, data, recipe, callbacks=training.callbacks)
+    mean = np.mean([seen[4], seen[5]], axis=0)
+    np.testing.assert_allclose(network.get_layer("logits").kernel.numpy(), mean, rtol=1e-5, atol=1e-7)
+
+
+def test_a_mixture_keeps_its_share_of_each_image():
+    images = np.arange(6 * 16 * 16 * 3, dtype=np.float32).reshape(6, 16, 16, 3)
+    mixtures = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingredients, "mixed", lambda mix: mixtures.update({len(mixtures): mix}))
+        ingredients.with_mixup(None)
+        ingredients.with_cutmix(None)
+    for number, mix in mixtures.items():
+        for seed in range(5):
+            keras.utils.set_random_seed(seed)
+            one, share = (np.asarray(part) for part in mix(np.zeros_like(images), np.ones_like(images)))
+            assert one.mean() == pytest.approx(1 - share, abs=1e-5) and 0.5 <= share <= 1, number
 
 
 def quick_figures(benchmark, tmp_path, monkeypatch) -> dict:
@@ -383,7 +419,9 @@ def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_quick_form_trains_every_variant(tmp_path, monkeypatch):
-    variants = quick_figures(ingredients, tmp_path, monkeypatch)["variants"]
+    found = quick_figures(ingredients, tmp_path, monkeypatch)
+    assert list(found["regularizers"]["variants"]) == list(ingredients.REGULARIZERS)
+    variants = found["variants"]
     assert list(variants) == list(ingredients.VARIANTS)
     assert all(0.05 < run["accuracy"] < 0.9 for runs in variants.values() for run in runs)
     assert variants["the recipe"][0]["accuracy"] > 0.2, "chance is 0.1"
