@@ -19,6 +19,8 @@ the higher score of two. The scores, all but the first of Stage 1's means over i
     energy            of Stage 1's logits (Liu et al. 2020)
     neighbours        distance to the 50th nearest train image in Stage 1's features (Sun et al. 2022)
     confidence        both stages', what the threshold is held against
+    texture           of Stage 1's first block, how far from what is usual: the third sign of the novelty
+    plain sum         of the three signs, also of a texture that is more usual than the mean
     novelty           ours, for 'like nothing I know'
 """
 
@@ -63,16 +65,23 @@ def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
 
 def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
     """Every score, float64 (N,), larger for what is known."""
-    from scipy.special import logsumexp
+    from scipy.special import logit
     from selective import neighbour_distance, pooled_features, softmax_odds
 
+    import mscnn_helpers as mscnn
+
     decisions, features = model.decide(images), pooled_features(model.stage1, images).mean(axis=0)
+    texture, (mean, deviation) = model.stage1_views(images).texture, model.known.scale
+    odds = logit(np.clip(decisions.confidence, 1e-15, 1 - 1e-15))
+    signs = mscnn.signs_of_novelty(decisions.stage1_logits, odds, texture, model.known)  # (N, 3)
     return {
         "softmax": softmax_odds(decisions.one_view_logits),
         "softmax, 2 views": decisions.stage1_log_odds,
-        "energy": logsumexp(decisions.stage1_logits, axis=1),
+        "energy": -signs[:, 0],
         "neighbours": -neighbour_distance(train_features, features)[FIFTIETH],
         "confidence": decisions.confidence,
+        "texture": -signs[:, 2],
+        "plain sum": -((signs - mean) / deviation).sum(axis=1),
         "novelty": -decisions.novelty,
     }
 
