@@ -27,7 +27,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ingredients bench-selective bench-unknown lint format lock badges clean distclean
+.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ingredients bench-selective bench-judges bench-unknown lint format lock badges clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ bench-ingredients: env ## Measure what each ingredient of the recipe is worth: 4
 
 bench-selective: env ## Measure our confidence against every rival's: hours the first time; BENCH=--quick
 	@$(RUN) benchmarks/selective.py $(BENCH)
+
+bench-judges: env ## Measure which second opinion is worth having: over an hour; BENCH=--quick
+	@$(RUN) benchmarks/judges.py $(BENCH)
 
 bench-unknown: env ## Measure what becomes of images that show no category: after bench-quality; BENCH=--quick
 	@$(RUN) benchmarks/unknown.py $(BENCH)

@@ -8,7 +8,7 @@ Stage 1 sorts an image into one of C categories. Stage 2 has one small CNN a cat
 predicted category judges whether Stage 1 is right. Both opinions are combined into one calibrated
 confidence, and an image whose confidence is below the threshold is OTHER. The field calls this selective
 classification, misclassification detection, or classification with a reject option. OTHER is also what looks like
-nothing that Stage 1 knows (out-of-distribution detection).
+nothing that the model knows (out-of-distribution detection).
 
 The sections follow the data: 1 Settings, 2 Data, 3 Networks, 4 Decision, 5 The model, 6 Training,
 7 Evaluation, 8 Explanation, 9 Figures, 10 Running. A section uses only itself and those above.
@@ -79,6 +79,7 @@ with _without_native_logs():
 
 OTHER = "OTHER"
 ACCEPTED, UNSURE, STRANGE = "accepted", "unsure", "like nothing I know"  # the latter two: the reasons for OTHER
+GIVEN = "as given"  # how a threshold was chosen, if nothing else is told of it
 PRETRAINED = "notebooks/pretrained/cifar10.keras"  # what load_model="pretrained" stands for
 FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 
@@ -1193,6 +1194,28 @@ def fit_calibration_row(
     return minimize(loss, towards, jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None), (0, None)]).x
 
 
+def fit_common_row(stage1: np.ndarray, stage2: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The calibration row of all categories, float64 (3,); see `fit_calibration_row`."""
+    return fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH)
+
+
+def fit_category_rows(
+    category: np.ndarray,
+    stage1: np.ndarray,
+    stage2: np.ndarray,
+    right: np.ndarray,
+    common: np.ndarray,
+    chosen: Iterable[int],
+) -> np.ndarray:
+    """The calibration rows of the chosen categories, float64 (len(chosen), 3), each shrunk towards the common one.
+
+    Args:
+        category: Stage 1's answer, (N,). stage1, stage2, right: see `fit_calibration_row`, (N,). common: (3,).
+    """
+    groups = [category == c for c in chosen]
+    return np.array([fit_calibration_row(stage1[g], stage2[g], right[g], common, ROW_STRENGTH) for g in groups])
+
+
 def combined_log_odds(rows: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray) -> np.ndarray:
     """Log-odds that Stage 1 is right, float64 (B,), by calibration rows (C, 3): their sigmoid is the confidence.
 
@@ -1425,6 +1448,11 @@ class Opinions(NamedTuple):
     logits: np.ndarray  # float32 (views, B, C), Stage 1's on each view
     texture: np.ndarray  # float32 (B, T), what its first block sees
 
+    @property
+    def mean_logits(self) -> np.ndarray:
+        """Stage 1's over the views, float32 (B, C)."""
+        return self.logits.mean(axis=0)
+
 
 class Decisions(NamedTuple):
     """What `MultiStageCNN.decide` says of B images; every field has B rows."""
@@ -1468,7 +1496,7 @@ class MultiStageCNN(keras.Model):
         flip: whether a mirrored image keeps its category. If so, training mirrors images, and a decision looks at
             the image and its mirror image.
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
-        threshold: confidence below which an image is OTHER.
+        threshold: confidence below which an image is OTHER. threshold_reason: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
 
@@ -1486,6 +1514,7 @@ class MultiStageCNN(keras.Model):
         dataset: str = "",
         data_fingerprint: str = "",
         threshold: float = 0.7,
+        threshold_reason: str = GIVEN,
         policy: str = "float32",
         stage1_widths: Sequence[int] = STAGE1_WIDTHS,
         stage2_widths: Sequence[int] = STAGE2_WIDTHS,
@@ -1504,7 +1533,8 @@ class MultiStageCNN(keras.Model):
         }  # fmt: skip
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
-        self.threshold, self.data_fingerprint = check_threshold(threshold), data_fingerprint
+        self.threshold, self.data_fingerprint = threshold, data_fingerprint
+        self.threshold_reason = threshold_reason
         self.certificate = Certificate(*certificate) if certificate else None
         count = len(self.category_names)
         build = functools.partial(
@@ -1541,7 +1571,8 @@ class MultiStageCNN(keras.Model):
 
     def get_config(self):
         certificate = None if self.certificate is None else list(self.certificate)
-        return {**self._settings, "threshold": self.threshold, "certificate": certificate}
+        chosen = {"threshold": self.threshold, "threshold_reason": self.threshold_reason}
+        return {**self._settings, **chosen, "certificate": certificate}
 
     def load_own_variables(self, store):
         """As Keras does it; but of a file from before `Known` as it is now, all but what is known is read."""
@@ -1550,6 +1581,7 @@ class MultiStageCNN(keras.Model):
             return super().load_own_variables(store)
         for i, variable in enumerate(variables[: -len(self._known)]):
             variable.assign(store[str(i)])
+        self.certificate = None  # it was given for what the other rule accepts
 
     @classmethod
     def from_config(cls, config):
@@ -1722,7 +1754,7 @@ class MultiStageCNN(keras.Model):
         """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
 
         OTHER is what the confidence does not reach the threshold for, and what is like nothing known: there a
-        confidence, which was learnt on images of the categories, means little.
+        confidence may be high and mean little, since it was learnt on images of the categories.
 
         Args:
             threshold: in place of the model's own; one for all, or one a category, (C,).
@@ -1732,19 +1764,35 @@ class MultiStageCNN(keras.Model):
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
-        opinions, known = self.opinions(images, batch_size), self.known
-        category, mean = opinions.category, opinions.logits.mean(axis=0)  # (B,), (B, C)
-        combined = combined_log_odds(self.rows.numpy(), category, opinions.stage1, opinions.stage2)
-        strange = novelty(signs_of_novelty(mean, combined, opinions.texture, known), known)
-        confidence, odds = sigmoid(combined), log_odds(mean, category)
-        threshold, count = check_threshold(self.threshold if threshold is None else threshold), len(self.category_names)
+        count = len(self.category_names)
+        threshold = check_threshold(self.threshold if threshold is None else threshold)
         if np.shape(threshold) not in ((), (count,)):
             raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
-        final = np.where(strange > 0, count, accept(category, confidence, threshold, count))
+        opinions = self.opinions(images, batch_size)
+        combined = self._combined(opinions)
+        confidence, strange = sigmoid(combined), novelty(self._signs(opinions, combined), self.known)
+        final = np.where(strange > 0, count, accept(opinions.category, confidence, threshold, count))
+        odds = log_odds(opinions.mean_logits, opinions.category)
         return Decisions(
-            final, category, sigmoid(odds), sigmoid(opinions.stage2), confidence, odds, opinions.stage1,
-            opinions.stage2, mean, opinions.logits[0], strange,
-        )  # fmt: skip
+            category=final,
+            stage1_category=opinions.category,
+            stage1_confidence=sigmoid(odds),
+            stage2_confidence=sigmoid(opinions.stage2),
+            confidence=confidence,
+            stage1_log_odds=odds,
+            stage1_margin=opinions.stage1,
+            stage2_log_odds=opinions.stage2,
+            stage1_logits=opinions.mean_logits,
+            one_view_logits=opinions.logits[0],
+            novelty=strange,
+        )
+
+    def _combined(self, opinions: Opinions) -> np.ndarray:
+        """Log-odds of the confidence, float64 (B,)."""
+        return combined_log_odds(self.rows.numpy(), opinions.category, opinions.stage1, opinions.stage2)
+
+    def _signs(self, opinions: Opinions, combined: np.ndarray) -> np.ndarray:
+        return signs_of_novelty(opinions.mean_logits, combined, opinions.texture, self.known)  # (B, 3)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
@@ -1783,9 +1831,7 @@ class MultiStageCNN(keras.Model):
 
     def _scale_known(self, opinions: Opinions) -> None:
         """Sets scale and limit of what is known, from both stages' opinions of the calibration split."""
-        odds = combined_log_odds(self.rows.numpy(), opinions.category, opinions.stage1, opinions.stage2)
-        signs = signs_of_novelty(opinions.logits.mean(axis=0), odds, opinions.texture, self.known)
-        self._keep_known(known_scale(self.known, signs))
+        self._keep_known(known_scale(self.known, self._signs(opinions, self._combined(opinions))))
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
         """Fits calibration rows on the calibration split.
@@ -1805,17 +1851,13 @@ class MultiStageCNN(keras.Model):
             names = ", ".join(self.category_names[c] for c in frozen)
             raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
         self.certificate = None
-        opinions = self.opinions(split.images)
-        category, stage1, stage2, *_ = opinions
-        right, rows = category == split.labels, self.rows.numpy()
+        opinions, rows = self.opinions(split.images), self.rows.numpy()
+        pair, right = (opinions.stage1, opinions.stage2), opinions.category == split.labels
         everything = categories is None and len(free) == len(self.category_names)
         if everything:
-            self.common_row.assign(fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH))
-        for c in chosen:
-            here = category == c
-            rows[c] = fit_calibration_row(
-                stage1[here], stage2[here], right[here], self.common_row.numpy(), ROW_STRENGTH
-            )
+            self.common_row.assign(fit_common_row(*pair, right))
+        if chosen:
+            rows[list(chosen)] = fit_category_rows(opinions.category, *pair, right, self.common_row.numpy(), chosen)
         self.rows.assign(rows)
         if everything:
             self._scale_known(opinions)
@@ -1846,13 +1888,27 @@ class MultiStageCNN(keras.Model):
         found = threshold_for_risk(decisions.confidence[familiar], right[familiar], risk, delta)
         self.certificate = found._replace(images=len(split))
         self.threshold = self.certificate.threshold
+        self.threshold_reason = f"for at most {risk:.2%} errors"
         return self.certificate
+
+    @property
+    def threshold(self) -> float:
+        """Confidence below which an image is OTHER; setting it makes it one that was given."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._threshold, self.threshold_reason = check_threshold(value), GIVEN
 
     @property
     def valid_certificate(self) -> Certificate | None:
         """The certificate, if it is for the model's threshold."""
         certified = self.certificate is not None and self.certificate.threshold == self.threshold
         return self.certificate if certified else None
+
+    def threshold_text(self) -> str:
+        """What the threshold is, how it was chosen, and what is guaranteed of it; printable."""
+        return f"Threshold {self.threshold:.4f}, {self.threshold_reason}. {self.guarantee()}"
 
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
@@ -2257,7 +2313,7 @@ def train_stage1(
     log_dir: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
-    """Trains Stage 1 where it stands, see `train_classifier`, and learns what is known to it.
+    """Trains Stage 1 where it stands, see `train_classifier`, and learns the texture that it knows.
 
     What was calibrated to it is void.
     """
@@ -2436,6 +2492,9 @@ def retrain_stage2(
     keep_worse: bool = False,
 ) -> tuple[list[Retraining], dict[str, dict[str, list[float]]]]:
     """Retrains the Stage 2 CNNs and calibration rows of some categories; all else stays bit for bit.
+
+    So does the limit of what is like nothing known: with other confidences in the chosen categories, somewhat more or
+    less than one in a hundred of their images may now be beyond it.
 
     A category whose log loss on the calibration split did not fall is put back as it was, unless
     `keep_worse`. Everything but the chosen categories is left frozen.
@@ -3178,15 +3237,15 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
     """
     if settings.target_risk:
         model.certify(data.certification, settings.target_risk)
-        reason = f"for at most {settings.target_risk:.2%} errors"
     elif settings.target_coverage:
         decisions = model.decide(data.calibration.images)
         familiar, count = decisions.confidence[decisions.familiar], len(decisions.confidence)
         model.threshold = threshold_for_coverage(familiar, min(1.0, settings.target_coverage * count / len(familiar)))
-        reason = f"accepts {(familiar >= model.threshold).sum() / count:.0%} of the calibration split"
+        accepted = (familiar >= model.threshold).sum() / count
+        model.threshold_reason = f"accepts {accepted:.0%} of the calibration split"
     else:
-        model.threshold, reason = settings.threshold, "as given"
-    return f"Threshold {model.threshold:.4f}, {reason}. {model.guarantee()}"
+        model.threshold = settings.threshold
+    return model.threshold_text()
 
 
 def in_notebook_of_a_person() -> bool:

@@ -1,6 +1,7 @@
 """What the benchmarks share: repeats in turn, the commit and the device, and RESULTS.md, a section a benchmark."""
 
 import concurrent.futures
+import hashlib
 import json
 import multiprocessing
 import random
@@ -10,6 +11,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -87,6 +90,29 @@ def origin_line(figures: dict) -> str:
     """The line below a table: what `origin` has said of its figures."""
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     return f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, {versions}"
+
+
+def model_for(data, path: str | Path):
+    """The model of a file, which has to be of this data; one from before what is known learns it now."""
+    import mscnn_helpers as mscnn
+
+    model = mscnn.load_model(path)
+    model.check_matches(data)
+    if np.isnan(model.known.limit):
+        print(f"{path} learns anew what is like nothing known.", flush=True)
+        model.learn_known(data)
+    return model
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def models_in_words(figures: dict) -> str:
+    """Which models the figures of unknown.py are of."""
+    if "--pretrained" in figures["command"]:
+        return "The model that comes with the project."
+    return f"Models trained on CIFAR-10, seeds {', '.join(map(str, figures['seeds']))}; median (minimum to maximum)."
 
 
 def read_json(name: str, default):

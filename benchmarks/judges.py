@@ -15,9 +15,9 @@ in the training of Stage 2 alone, each against ours:
     twice as many steps                 of each of the ten
     wider: 48/96/96                     companion and the ten, with over twice the multiply-adds
     negatives by both networks          drawn by the companion's softmax as much as by Stage 1's
-    negatives by cross-fitting          drawn by the softmax of networks that have not been trained on the image
+    negatives by cross-fitting          drawn by the softmax of companions that have not been trained on the image
     blends as negatives                 further images to be called wrong: mostly c, a little of a hard negative of c
-    Stage 1's features as input         the last layer of each of the ten also sees those of Stage 1, which stays frozen
+    Stage 1's features as input         a further dense layer of each of the ten sees those of the frozen Stage 1
     four shifted views more             the ten as they are asked about five views and their mirror images
 
 And in the decision alone, with the ten as they are:
@@ -31,11 +31,12 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import selective
-from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, read_json, write
+from common import ROOT, commit, in_fresh_process, markdown, numbers, origin, origin_line, read_json, sha256, write
 
 POLICY = "mixed_bfloat16"
 BLENDS = 100  # a category
@@ -83,11 +84,15 @@ def split_for(form: Form, seed: int):
     return dataclasses.replace(data, train=train, certification=unseen.take(np.arange(0)), test=unseen)
 
 
+def base_path(form: Form, seed: int) -> Path:
+    return ROOT / "runs" / "judges" / form.name / f"seed_{seed}.keras"
+
+
 def trial_of(form: Form, seed: int) -> Trial:
     """The whole model of a seed, trained if it is not there, and loaded afresh, so that an idea may change it."""
     import mscnn_helpers as mscnn
 
-    path = ROOT / "runs" / "judges" / form.name / f"seed_{seed}.keras"
+    path = base_path(form, seed)
     data, recipe = split_for(form, seed), mscnn.recipe_for(form.train, form.epochs)
     if not path.is_file():
         model = mscnn.MultiStageCNN.for_dataset(data, POLICY, seed)
@@ -206,7 +211,7 @@ def blends_as_negatives(trial: Trial) -> Opinion:
 
 
 def features_as_input(trial: Trial) -> Opinion:
-    """Each of the ten gets a further dense layer, zero at first, on Stage 1's features of the image as it is."""
+    """Each of the ten gets a further dense layer, zero at first, on Stage 1's features of both views of the image."""
     import keras
     import tensorflow as tf
 
@@ -397,46 +402,49 @@ def _second_opinion(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
 
 
 def kept(form: Form, seed: int, name: str, compute: Callable, *arguments) -> dict[str, np.ndarray]:
-    """What `compute` gives in a process of its own, from the file of an earlier call if there is one."""
-    path = ROOT / "runs" / "judges" / form.name / f"seed_{seed} {name.replace('/', '-')}.npz"
-    if not path.is_file():
-        print(f"seed {seed}: {name}", flush=True)
-        found = in_fresh_process(compute, form, seed, *arguments)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
-        partial.replace(path)
-    with np.load(path) as found:
-        return dict(found)
+    """What `compute` gives in a process of its own, from the file of an earlier call on the same model if there is one.
+
+    With `commit`, that of the code which computed it.
+    """
+    path, model = base_path(form, seed).with_name(f"seed_{seed} {name.replace('/', '-')}.npz"), base_path(form, seed)
+    if path.is_file() and model.is_file():
+        with np.load(path) as found:
+            if str(found["model"]) == sha256(model):
+                return dict(found)
+    print(f"seed {seed}: {name}", flush=True)
+    found = in_fresh_process(compute, form, seed, *arguments)  # which makes the model, if it is not there
+    found |= {"model": sha256(model), "commit": commit()}
+    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
+    partial.replace(path)
+    return found
 
 
 # ---- decisions
 
 
-def one_row(first: dict, second: dict) -> np.ndarray:
-    """Confidences by the common row alone, (N,)."""
-    import mscnn_helpers as mscnn
+def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
+    """Confidences by rows that are fitted on the calibration split as the model does it, (N,).
 
-    right = first["calibration_category"] == first["calibration_labels"]
-    row = mscnn.fit_calibration_row(
-        first["calibration_margin"], second["calibration"], right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH
-    )
-    odds = mscnn.combined_log_odds(row[None], 0 * first["unseen_category"], first["unseen_margin"], second["unseen"])
-    return mscnn.sigmoid(odds)
-
-
-def a_row_each(first: dict, second: dict) -> np.ndarray:
-    """Confidences as the model has them, (N,)."""
+    Args:
+        a_row_each: a row a category; else the common row for all.
+    """
     import mscnn_helpers as mscnn
 
     category, labels = first["calibration_category"], first["calibration_labels"]
-    count = labels.max() + 1
-    rows = selective.rows_of(category, first["calibration_margin"], second["calibration"], category == labels, count)
+    seen = first["calibration_margin"], second["calibration"], category == labels
+    rows = np.tile(mscnn.fit_common_row(*seen), (labels.max() + 1, 1))
+    if a_row_each:
+        rows = mscnn.fit_category_rows(category, *seen, rows[0], range(len(rows)))
     odds = mscnn.combined_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
     return mscnn.sigmoid(odds)
 
 
+def one_row(first: dict, second: dict) -> np.ndarray:
+    return fitted(first, second, a_row_each=False)
+
+
 def no_second_opinion(first: dict, second: dict) -> np.ndarray:
-    return a_row_each(first, {name: np.zeros_like(odds) for name, odds in second.items()})
+    return fitted(first, {name: np.zeros_like(odds) for name, odds in second.items()})
 
 
 def all_signs(first: dict, second: dict) -> np.ndarray:
@@ -463,14 +471,24 @@ DECISIONS = {
 }  # fmt: skip
 
 
-def answers_of(form: Form, seed: int, opinions: list[str]) -> tuple[dict[str, selective.Answers], np.ndarray]:
-    """Every idea's answers on the unseen images of one seed, and the true labels."""
+class Judged(NamedTuple):
+    """What all ideas say of one seed's unseen images."""
+
+    answers: dict[str, selective.Answers]
+    labels: np.ndarray  # (N,)
+    commits: set[str]  # of the code that trained and asked
+
+
+def judged(form: Form, seed: int) -> Judged:
     first = kept(form, seed, "Stage 1", _first_opinion)
-    second = {name: kept(form, seed, name, _second_opinion, name) for name in opinions}
-    confidence = {name: a_row_each(first, odds) for name, odds in second.items()}
+    second = {name: kept(form, seed, name, _second_opinion, name) for name in OPINIONS}
+    commits = {str(one.pop("commit")) for one in (first, *second.values())}
+    second = {name: {split: one[split] for split in ("calibration", "unseen")} for name, one in second.items()}
+    confidence = {name: fitted(first, odds) for name, odds in second.items()}
     confidence |= {name: decide(first, second["ours"]) for name, decide in DECISIONS.items()}
     category = first["unseen_category"]
-    return {name: selective.Answers(category, one) for name, one in confidence.items()}, first["unseen_labels"]
+    answers = {name: selective.Answers(category, one) for name, one in confidence.items()}
+    return Judged(answers, first["unseen_labels"], commits)
 
 
 # ---- RESULTS.md
@@ -492,7 +510,7 @@ def table(figures: dict) -> str:
 
     def verdict(name: str) -> str:
         low, _, high = (0, 0, 0) if name == "ours" else against_ours(name, "aurc")
-        return "better" if high < 0 else "worse" if low > 0 else ""
+        return "below 0" if high < 0 else "above 0" if low > 0 else ""
 
     def mean(name: str, measure: str) -> float:
         return float(np.mean([one[measure] for one in found[name]]))
@@ -508,9 +526,11 @@ def table(figures: dict) -> str:
         f"of the same Stage 1, trained on {figures['images'][0]:,} of CIFAR-10's train images, and are judged by "
         f"{figures['images'][1]:,} others;", f"seeds {', '.join(map(str, figures['seeds']))}, mean. Against ours: "
         "relative difference, median and 95 % interval of a paired bootstrap over", "images and seeds; below 0 the "
-        "idea is better. The last column is empty where the interval of the AURC holds 0: no difference is proven.", "",
+        "idea is better. The last column is empty where the interval of the AURC holds 0. Of so many comparisons one",
+        "may miss 0 by chance; and the seeds share a third of the images that judge, which the bootstrap takes for",
+        "different ones.", "",
         *markdown(["second opinion", "AURC", "against ours", "AUGRC, against ours", "AUROC of failure",
-                   "FPR at 95 % TPR", "proven"], rows),
+                   "FPR at 95 % TPR", "interval"], rows),
         origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -527,7 +547,8 @@ def main() -> None:
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
     figures = origin(f"python benchmarks/judges.py{chosen}")
     figures |= {"seeds": list(form.seeds), "images": [form.train, form.unseen]}
-    found, labels = zip(*(answers_of(form, seed, list(OPINIONS)) for seed in form.seeds), strict=True)
+    found, labels, commits = zip(*(judged(form, seed) for seed in form.seeds), strict=True)
+    figures["commit"] = ", ".join(sorted(set.union(*commits)))
     figures["methods"] = {
         name: [selective.measures(one[name], truth) for one, truth in zip(found, labels, strict=True)]
         for name in found[0]

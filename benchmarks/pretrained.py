@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from common import ROOT, commit
+from common import ROOT, commit, read_json
 
 RISK = 0.01
 ALLOWED_CHANGE = 0.001  # share of the decisions on the test split
@@ -132,7 +132,11 @@ def run_of(run_dir: Path) -> dict:
     told = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
     arguments = f"--epochs {told['epochs']} --batch_size {told['batch_size']} --seed {told['seed']}"
     run = f"python mscnn_helpers.py {arguments} --dataset cifar10"
-    return {"seed": told["seed"], "run": run, "trained_at": commit()}
+    folder = os.path.relpath(run_dir, ROOT)
+    trained_at = [one["commit"] for one in read_json("quality", []) if one["command"].endswith(f"--run_dir {folder}")]
+    if not trained_at:
+        raise SystemExit(f"quality.json does not say at which commit {folder} was made: let quality.py make the run.")
+    return {"seed": told["seed"], "run": run, "trained_at": trained_at[0]}
 
 
 def main() -> None:

@@ -25,13 +25,14 @@ The definitions and sources of the measures stand in the module, section Evaluat
     neighbours        distance to the k-th nearest train image in Stage 1's features, k by calibration (Sun et al. 2022)
     companion         Stage 1's margin and the companion's log-odds, combined as ours: an opinion without ten judges
     one-vs-rest       Stage 2's own sigmoid, the classic rule
-    ensemble of 2, 5  mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017)
+    ensemble of 2, 5  mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017); also the margin of their
+                      mean logits
     ours              Stage 1 and the Stage 2 CNN of its answer, combined; also on one view alone; and on two views, but
-                      for the answers by one look, whose easiest errors a second look would not have made
+                      for the answers by one look, whose easiest errors a second look would not have made; and with
+                      the second reason: what is like nothing known is accepted last, in no order
 """
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
@@ -41,7 +42,19 @@ from typing import NamedTuple
 
 import numpy as np
 import targets
-from common import ROOT, in_fresh_process, markdown, numbers, origin, origin_line, read_json, spread, write
+from common import (
+    ROOT,
+    in_fresh_process,
+    markdown,
+    model_for,
+    numbers,
+    origin,
+    origin_line,
+    read_json,
+    sha256,
+    spread,
+    write,
+)
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -49,6 +62,7 @@ NEIGHBOURS = (1, 10, 50)
 NORMS = (2, 3, 4, 5, 6, 8)
 DROPOUT, PASSES = 0.3, 10
 RISK = 0.01  # that a certificate is asked for
+THRESHOLD = 0.7  # the classic rule's, and the model's own default
 ENOUGH = 200  # test images of a predicted category, to say how well it is calibrated
 
 
@@ -217,13 +231,13 @@ def others(form: Form, seed: int) -> list[int]:
 
 
 def sources(form: Form, seed: int) -> list[str]:
-    """SHA-256 of each model file that one seed's outputs are of."""
-    paths = [whole_path(form, seed)]
+    """SHA-256 of what one seed's outputs are of: the module, and each model file."""
+    paths = [ROOT / "mscnn_helpers.py", whole_path(form, seed)]
     paths += [single_path(form, seed, dropout=True)] if form.dropout else []
     paths += [
         whole_path(form, one) if one in form.seeds else single_path(form, one, False) for one in others(form, seed)
     ]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return [sha256(path) for path in paths]
 
 
 def _outputs(form: Form, seed: int, path: Path) -> None:
@@ -236,8 +250,8 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     def load(path: Path):
         return keras.models.load_model(path, compile=False)
 
-    data, model = mscnn.load_dataset("cifar10", form.light, seed=seed), mscnn.load_model(whole_path(form, seed))
-    model.check_matches(data)
+    data = mscnn.load_dataset("cifar10", form.light, seed=seed)
+    model = model_for(data, whole_path(form, seed))
     dropout = load(single_path(form, seed, dropout=True)) if form.dropout else None
     pool = [
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
@@ -279,7 +293,7 @@ def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     path = store(form) / f"outputs_{seed}.npz"
     if path.is_file():
         with np.load(path) as found:
-            if "test_familiar" in found and found["sources"].tolist() == sources(form, seed):
+            if found["sources"].tolist() == sources(form, seed):
                 return dict(found)
     in_fresh_process(_outputs, form, seed, path)
     with np.load(path) as found:
@@ -380,22 +394,6 @@ def temperature(calibration: Split) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-def rows_of(category: np.ndarray, one: np.ndarray, two: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
-    """Calibration rows, (C, 3), as the model fits them.
-
-    Args:
-        category, one, two, right: Stage 1's answer and margin, a second opinion's log-odds, and the truth, (N,) each.
-    """
-    import mscnn_helpers as mscnn
-
-    common = mscnn.fit_calibration_row(one, two, right, mscnn.COMMON_PRIOR, mscnn.COMMON_STRENGTH)
-    of_category = [category == c for c in range(count)]
-    return np.array([
-        mscnn.fit_calibration_row(one[here], two[here], right[here], common, mscnn.ROW_STRENGTH)
-        for here in of_category
-    ])  # fmt: skip
-
-
 def combined(
     second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2, answer: int = 2
 ) -> np.ndarray:
@@ -407,7 +405,9 @@ def combined(
     import mscnn_helpers as mscnn
 
     one, two = calibration.margin(views, answer), second(calibration)
-    rows = rows_of(calibration.category(answer), one, two, calibration.right(answer), calibration.stage1.shape[-1])
+    category, right = calibration.category(answer), calibration.right(answer)
+    common, everyone = mscnn.fit_common_row(one, two, right), range(calibration.stage1.shape[-1])
+    rows = mscnn.fit_category_rows(category, one, two, right, common, everyone)
     odds = mscnn.combined_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
     return mscnn.sigmoid(odds)
 
@@ -422,6 +422,15 @@ def ensemble(found: dict[str, np.ndarray], size: int) -> np.ndarray:
     from scipy.special import softmax
 
     return softmax(found["test_pool"][:size], axis=-1).mean(axis=0)
+
+
+def ensemble_margin(found: dict[str, np.ndarray], size: int) -> Answers:
+    """By the mean logits of so many Stage 1 networks."""
+    import mscnn_helpers as mscnn
+
+    logits = found["test_pool"][:size].mean(axis=0)  # (N, C)
+    category = logits.argmax(axis=1)
+    return Answers(category, mscnn.margin(logits, category))
 
 
 def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -454,7 +463,9 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
         "companion": Answers(both, companion, companion),
         "one-vs-rest": by_odds(both, test.second(2, 2)),
         "ours": Answers(both, test.ours, test.ours),
+        "ours, with the second reason": Answers(both, np.where(found["test_familiar"], test.ours, -1.0)),
     }
+    result |= {f"ensemble of {size}, margin": ensemble_margin(found, size) for size in form.sizes}
     result |= {f"{name}, our answers": by_odds(both, probability_odds(p, both)) for name, p in averaged.items()}
     for name, p in {**averaged, **({} if test.dropout is None else {"dropout": test.dropout})}.items():
         result[name] = by_odds(own := p.argmax(axis=1), probability_odds(p, own))
@@ -465,12 +476,13 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 WORK = {
     "dropout": (1, 0), "companion": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror's margin": (2, 0),
     "ours, one view": (1, 1), "ours, answers by one look": (2, 2), "ours": (2, 2),
+    "ours, with the second reason": (2, 2),
 }  # fmt: skip
 
 
 def work(method: str, stage1: float, companion: float) -> float:
     """Multiply-adds an image, as a multiple of Stage 1's."""
-    method = method.removesuffix(", our answers")
+    method = method.removesuffix(", our answers").removesuffix(", margin")
     size = int(method.rsplit(" ", 1)[1]) if method.startswith("ensemble") else 1
     one, two = WORK.get(method, (size, 0))
     return one + two * companion / stage1
@@ -495,6 +507,9 @@ def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
     if answer.probability is not None:
         found["ece"] = mscnn.calibration_error(answer.probability, right, bins=15, equal_mass=True)
         found["brier"] = mscnn.brier_score(answer.probability, right)
+        accepted = answer.probability >= THRESHOLD
+        found["coverage at the threshold"] = accepted.mean()
+        found["error at the threshold"] = 1 - right[accepted].mean() if accepted.any() else 0.0
     return {name: float(value) for name, value in found.items()}
 
 
@@ -675,6 +690,11 @@ def table(figures: dict) -> str:
          column(name, "e_aurc", "{:.5f}"), column(name, "ece", "{:.2%}"), column(name, "brier", "{:.4f}")]
         for name in order
     ]  # fmt: skip
+    rules = [
+        [name, f"{methods[name]['work']:.2f}", column(name, "coverage at the threshold", "{:.1%}"),
+         column(name, "error at the threshold", "{:.2%}")]
+        for name in order if "coverage at the threshold" in methods[name]["seeds"][0]
+    ]  # fmt: skip
     third = [
         [str(seed), *(f"{one[name]:.2%}" if name in one else "none" for name in PROMISES)]
         for seed, one in zip(figures["found"]["seeds"], figures["found"]["promises"], strict=True)
@@ -692,6 +712,8 @@ def table(figures: dict) -> str:
         "equal mass) and Brier score; the last two where the confidence is a probability.", "",
         *markdown(["method", *(f"error at {share:.0%}" for share in COVERAGES),
                    *(f"coverage at {error:.1%}" for error in ERRORS), "E-AURC", "ECE", "Brier"], second),
+        *([f"The classic rule, 'at least {THRESHOLD}', with each of these probabilities.", "",
+           *markdown(["method", "work", "coverage", "error rate"], rules)] if rules else []),
         "What our confidence promises: its expected calibration error, over all images and the largest within a",
         f"predicted category of at least {ENOUGH} images, each beside what a perfectly calibrated confidence shows on",
         f"as many images; and at the threshold that is certified for {RISK:.0%} errors, with probability 95 %, by the",

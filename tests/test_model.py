@@ -166,20 +166,27 @@ def test_what_is_like_nothing_known_is_other_however_confident(trained_model, ti
     assert found.images == 190
 
 
-def test_a_file_from_before_what_is_known_decides_by_confidence_alone(trained_model_path, tiny_data, tmp_path):
-    """Its variables end before those of `Known`."""
-    older = shutil.copy(trained_model_path, tmp_path / "older.keras")
+@pytest.mark.parametrize("kept", [2, 7])
+def test_a_file_from_before_what_is_known_decides_by_confidence_alone(trained_model_path, tiny_data, tmp_path, kept):
+    """Its variables end before those of `Known`, or it has five of them; a guarantee went for what it accepted."""
+    model, older = mscnn.load_model(trained_model_path), tmp_path / "older.keras"
+    model.certify(tiny_data.certification, risk=0.5, delta=0.2)
+    model.threshold = 0.7
+    model.save(older)
     with zipfile.ZipFile(older) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     weights = tmp_path / "weights.h5"
     weights.write_bytes(members["model.weights.h5"])
     with h5py.File(weights, "a") as file:
-        for name in [name for name in file["vars"] if int(name) >= 2]:
+        for name in [name for name in file["vars"] if int(name) >= kept]:
             del file["vars"][name]
+        for number in range(len(file["vars"]), kept):
+            file["vars"][str(number)] = np.zeros(3)
     members["model.weights.h5"] = weights.read_bytes()
     with zipfile.ZipFile(older, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
+    assert mscnn.load_model(older).certificate is None
     before, after = (mscnn.load_model(path).decide(tiny_data.test.images) for path in (older, trained_model_path))
     assert np.isnan(before.novelty).all()
     np.testing.assert_array_equal(before.confidence, after.confidence)
