@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from common import ROOT, commit, read_json
 
@@ -127,16 +128,47 @@ def rounded(whole: Path, data, target: Path) -> float:
     return float((mscnn.load_model(target).decide(data.test.images).category != before).mean())
 
 
-def run_of(run_dir: Path) -> dict:
-    """What the card says of a finished run."""
-    told = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
-    arguments = f"--epochs {told['epochs']} --batch_size {told['batch_size']} --seed {told['seed']}"
-    run = f"python mscnn_helpers.py {arguments} --dataset cifar10"
+class Source(NamedTuple):
+    """A model, and what the card says of where it comes from."""
+
+    model: object  # mscnn.MultiStageCNN
+    data: object  # mscnn.Dataset, which it was trained on
+    told: dict  # seed, run, trained_at, command
+    changed: float | None = None  # by rounding the kernels, if that has been done already
+
+
+def finished_run(run_dir: Path) -> Source:
+    """The model of a run that quality.py has measured: it knows at which commit.
+
+    Raises:
+        SystemExit: it has not.
+    """
+    import mscnn_helpers as mscnn
+
+    parameters = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
     folder = os.path.relpath(run_dir, ROOT)
     trained_at = [one["commit"] for one in read_json("quality", []) if one["command"].endswith(f"--run_dir {folder}")]
     if not trained_at:
         raise SystemExit(f"quality.json does not say at which commit {folder} was made: let quality.py make the run.")
-    return {"seed": told["seed"], "run": run, "trained_at": trained_at[0]}
+    arguments = f"--epochs {parameters['epochs']} --batch_size {parameters['batch_size']} --seed {parameters['seed']}"
+    told = {
+        "seed": parameters["seed"], "run": f"python mscnn_helpers.py {arguments} --dataset cifar10",
+        "trained_at": trained_at[0], "command": f"python benchmarks/pretrained.py {folder}",
+    }  # fmt: skip
+    data = mscnn.load_dataset("cifar10", seed=told["seed"])
+    return Source(mscnn.load_model(run_dir / "multistage_cnn_model.keras"), data, told)
+
+
+def pretrained_as_it_is() -> Source:
+    """The committed model, which learns anew what is known."""
+    import mscnn_helpers as mscnn
+
+    card = json.loads((ROOT / mscnn.PRETRAINED).with_suffix(".json").read_text(encoding="utf-8"))
+    told = {name: card[name] for name in ("seed", "run", "trained_at")}
+    told["command"] = "python benchmarks/pretrained.py --renew"
+    data, model = mscnn.load_dataset("cifar10", seed=card["seed"]), mscnn.load_model("pretrained")
+    model.learn_known(data)
+    return Source(model, data, told, card["changed"])
 
 
 def main() -> None:
@@ -149,29 +181,23 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import mscnn_helpers as mscnn
 
-    target = ROOT / mscnn.PRETRAINED
-    known = json.loads(target.with_suffix(".json").read_text(encoding="utf-8")) if options.renew else {}
-    run = {name: known[name] for name in ("seed", "run", "trained_at")} if known else run_of(options.run_dir)
-    argument = "--renew" if options.renew else os.path.relpath(options.run_dir, ROOT)
-    record = {**run, "command": f"python benchmarks/pretrained.py {argument}", "commit": commit()}
-    data = mscnn.load_dataset("cifar10", seed=run["seed"])
-    model = mscnn.load_model(target if options.renew else options.run_dir / "multistage_cnn_model.keras")
-    model.check_matches(data)
-    if options.renew:
-        model.learn_known(data)
+    made, target = commit(), ROOT / mscnn.PRETRAINED
+    source = pretrained_as_it_is() if options.renew else finished_run(options.run_dir)
+    source.model.check_matches(source.data)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         whole, small = Path(folder) / "whole.keras", Path(folder) / "small.keras"
-        model.save(whole)
-        changed = rounded(whole, data, small)
+        source.model.save(whole)
+        changed = rounded(whole, source.data, small)
         if changed > ALLOWED_CHANGE or small.stat().st_size > ALLOWED_BYTES:
             raise SystemExit(f"{changed:.2%} of the decisions changed, {small.stat().st_size:,} bytes: not kept.")
         os.replace(small, target)
     model = mscnn.load_model(target)
-    record |= {
-        "device": mscnn.device_name(), "versions": mscnn.versions(), "threshold": model.threshold,
-        "figures": figures_of(model, data), "certificate": certificate_of(model, data),
-        "changed": known.get("changed", changed), "fingerprints": model.fingerprints(),
+    record = {
+        **source.told, "commit": made, "device": mscnn.device_name(), "versions": mscnn.versions(),
+        "threshold": model.threshold, "figures": figures_of(model, source.data),
+        "certificate": certificate_of(model, source.data),
+        "changed": changed if source.changed is None else source.changed, "fingerprints": model.fingerprints(),
     }  # fmt: skip
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (target.parent / "README.md").write_text(card(record), encoding="utf-8")

@@ -48,6 +48,23 @@ def test_only_kernels_of_convolutions_are_halved(trained_model_path, tmp_path):
             np.testing.assert_array_equal(now[name], was[name])
 
 
+def test_rounding_keeps_the_decisions_and_certifies_what_is_in_the_file(
+    trained_model_path, tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pretrained, "RISK", 0.5)
+    changed = pretrained.rounded(trained_model_path, tiny_data, tmp_path / "small.keras")
+    model = mscnn.load_model(tmp_path / "small.keras")
+    assert 0 <= changed < 0.05 and model.threshold == 0.7
+    kept = model.certificate
+    assert kept is not None and kept == model.certify(tiny_data.certification, 0.5), "of the rounded kernels"
+
+
+def test_a_run_that_was_not_measured_makes_no_pretrained_model(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"parameters": {"epochs": 0, "batch_size": 0, "seed": 0}}')
+    with pytest.raises(SystemExit, match=r"let quality\.py make the run"):
+        pretrained.finished_run(tmp_path)
+
+
 @made
 def test_the_pretrained_model_is_what_its_card_says():
     record = json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))
