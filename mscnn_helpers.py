@@ -148,8 +148,10 @@ def _did_you_mean(text: str, names: Iterable[str]) -> str:
 def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
     """Returns the threshold, or thresholds, or raises MSCNNError if one is not a confidence from 0 to 1."""
     for one in np.ravel(threshold):
-        if not 0 <= one <= 1:  # so that NaN is refused, too
-            raise MSCNNError(f"threshold is {one:g}: it is a confidence, so use 0 to 1 (default 0.7).")
+        number = np.issubdtype(type(one), np.number)
+        if not (number and 0 <= one <= 1):  # so that NaN is refused, too
+            shown = f"{one:g}" if number else repr(str(one))
+            raise MSCNNError(f"threshold is {shown}: it is a confidence, so use 0 to 1 (default 0.7).")
     return threshold
 
 
@@ -1282,7 +1284,7 @@ def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tu
     if images < needed:
         raise MSCNNError(
             f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, and the "
-            f"certification split has {images:,}: ask for a larger risk, or use more images (no light mode)."
+            f"certification split has {images:,} to count: ask for a larger risk, or use more images (no light mode)."
         )
     return steps, needed
 
@@ -1798,7 +1800,8 @@ class MultiStageCNN(keras.Model):
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
             raise MSCNNError(
                 f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
-                f"uint8 (B, {', '.join(map(str, self.image_shape))}). read_image() and load_dataset() give that."
+                f"uint8 (B, {', '.join(map(str, self.image_shape))}). load_dataset() gives that, and read_image() one "
+                "of them: image[None] makes a batch of it."
             )
         return images
 
@@ -1917,7 +1920,7 @@ class MultiStageCNN(keras.Model):
         if self.valid_certificate is None:
             return (
                 f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for "
-                f"{self.certificate.threshold:g}."
+                f"{self.certificate.threshold:g} (model.threshold = model.certificate.threshold takes that one)."
             )
         return self.certificate.text()
 
@@ -3367,7 +3370,8 @@ def print_result(run: Run) -> None:
     print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
     if metrics.get("certificate"):
         print(Certificate(**metrics["certificate"]).text())
-    print(f"Area under the risk-coverage curve: {two['aurc']:.4f}, by Stage 1's softmax alone {one['aurc']:.4f}.")
+    alone = f"of Stage 1 alone, by one look and its softmax, {one['aurc']:.4f}"
+    print(f"Area under the risk-coverage curve: {two['aurc']:.4f}; {alone}.")
     if data["sizes"]["calibration"] < 20 * len(data["category_names"]):
         print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")

@@ -224,7 +224,7 @@ def table(measured: Measured) -> str:
         "Written by `python benchmarks/targets.py` from the figures below. Median, in brackets minimum and maximum.",
         "Three targets were set for a processor with AMX, as measured here: those against stock Keras in float32,",
         "against stock Keras in bfloat16, and the minutes of a full run. Behind ratios of AURC or AUGRC stands the",
-        "95 % interval, which has to lie below 1, too. The models of the last four rows:",
+        "95 % interval, which has to lie below 1, too. Behind the last four rows:",
         *([models_in_words(measured.unknown)] if measured.unknown else []), "",
         *markdown(["figure", "target", "measured", "reached"], rows),
         *GLOSSARY,

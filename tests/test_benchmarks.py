@@ -265,7 +265,7 @@ def test_a_target_is_reached_by_the_median():
     unknown = {"models": models, "command": "python benchmarks/unknown.py", "seeds": [0, 1, 2]}
     text = targets.table(targets.Measured(speed, runs, {"found": selective}, unknown))
     assert "novelty, less that by Stage 1's softmax, one look | at least +3.0% | +7.0% (+7.0% to +7.0%) | yes |" in text
-    assert "last four rows:\nModels trained on CIFAR-10, seeds 0, 1, 2; median" in text
+    assert "the last four rows:\nModels trained on CIFAR-10, seeds 0, 1, 2; median" in text
     assert "MNIST and of both kinds of noise, the least | at least 95.0% | 96.0% (90.0% to 97.0%) | yes" in text
     assert "| Stage 1 training, times stock Keras' in float32 | at least 3.50 | 3.50 (3.00 to 4.00) | yes |" in text
     assert "times PyTorch's in its fastest mode | at least 1.00 | 0.95 (0.90 to 1.00) | no |" in text
