@@ -117,7 +117,9 @@ As loaded the model decides at threshold {record["threshold"]:g}, where nothing 
 {record["certified_coverage"]:.1%} of the test images are accepted there.
 
 AURC, the area under the risk-coverage curve: accept the surest image, then the next, and so on; the mean of the error
-rates on the way. Kernels of convolutions are stored in 16 bits: against float32 this changed {changed} of the decisions on the test set.
+rates on the way.
+
+Kernels of convolutions are stored in 16 bits: against float32 this changed {changed} of the decisions on the test set.
 Made on {record["device"]} with {", ".join(f"{name} {version}" for name, version in record["versions"].items())}.
 
 **What it is for.** To look at notebooks 04 and 05 before training anything. **What it is not for.** It knows ten
