@@ -1770,9 +1770,9 @@ class MultiStageCNN(keras.Model):
         threshold = check_threshold(self.threshold if threshold is None else threshold)
         if np.shape(threshold) not in ((), (count,)):
             raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
-        opinions = self.opinions(images, batch_size)
+        opinions, known = self.opinions(images, batch_size), self.known
         combined = self._combined(opinions)
-        confidence, strange = sigmoid(combined), novelty(self._signs(opinions, combined), self.known)
+        confidence, strange = sigmoid(combined), novelty(self._signs(opinions, combined, known), known)
         final = np.where(strange > 0, count, accept(opinions.category, confidence, threshold, count))
         odds = log_odds(opinions.mean_logits, opinions.category)
         return Decisions(
@@ -1793,8 +1793,9 @@ class MultiStageCNN(keras.Model):
         """Log-odds of the confidence, float64 (B,)."""
         return combined_log_odds(self.rows.numpy(), opinions.category, opinions.stage1, opinions.stage2)
 
-    def _signs(self, opinions: Opinions, combined: np.ndarray) -> np.ndarray:
-        return signs_of_novelty(opinions.mean_logits, combined, opinions.texture, self.known)  # (B, 3)
+    @staticmethod
+    def _signs(opinions: Opinions, combined: np.ndarray, known: Known) -> np.ndarray:
+        return signs_of_novelty(opinions.mean_logits, combined, opinions.texture, known)  # (B, 3)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
@@ -1834,7 +1835,8 @@ class MultiStageCNN(keras.Model):
 
     def _scale_known(self, opinions: Opinions) -> None:
         """Sets scale and limit of what is known, from both stages' opinions of the calibration split."""
-        self._keep_known(known_scale(self.known, self._signs(opinions, self._combined(opinions))))
+        known = self.known
+        self._keep_known(known_scale(known, self._signs(opinions, self._combined(opinions), known)))
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
         """Fits calibration rows on the calibration split.
@@ -2002,6 +2004,22 @@ def load_model(path: str | Path) -> MultiStageCNN:
         raise MSCNNError(f"{path} is damaged or not a model of this project: {reason}") from error
     if not isinstance(model, MultiStageCNN):
         raise MSCNNError(f"{path} holds a {type(model).__name__}, not a MultiStageCNN.")
+    return model
+
+
+def load_model_for(data: Dataset, path: str | Path) -> MultiStageCNN:
+    """Loads a model file to use it on the data set it was trained on; an older one learns what is known as it is now.
+
+    Raises:
+        MSCNNError: as `load_model`, or the model is for other data.
+    """
+    model = load_model(path)
+    model.check_matches(data)
+    known = model.known
+    if np.isnan(known.texture_mean).any() or (model.is_calibrated and np.isnan(known.limit)):
+        older = f"{Path(path).name} is from before the second reason for OTHER as it is now"
+        print(f"{older}: what is known is learnt anew.", flush=True)
+        model.learn_known(data)
     return model
 
 
@@ -3216,11 +3234,7 @@ def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStage
     """
     if not path.is_file():
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
-    model = load_model(path)
-    model.check_matches(data)
-    if np.isnan(model.known.texture_mean).any():
-        print(f"{path.name} is from before the second reason for OTHER as it is now: what is known is learnt anew.")
-        model.learn_known(data)
+    model = load_model_for(data, path)
     if not (run.settings.target_risk or run.settings.target_coverage):
         model.threshold = run.settings.threshold
     return model
@@ -3346,6 +3360,7 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     started, run = time.time(), Run("total", settings)
     os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
     run.starting_model()  # a missing model is refused before anything runs
+    _make_folders(run)  # and so is a folder that cannot be written
     with concurrent.futures.ThreadPoolExecutor(1) as pages:  # a page is made while the next notebook runs
         for name in notebooks:
             run_notebook(name, settings, pages)
@@ -3409,14 +3424,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = command_line().parse_args(arguments)
     try:
         settings = Settings(**vars(parsed))
-        run = Run("total", settings)
         if settings.dataset != "auto" or _find_cifar10():  # else a download that fails would be tried twice
-            checked_data(run)  # refused before a notebook takes the place of an older one
-        else:
-            run.starting_model()
-            _make_folders(run)
+            checked_data(Run("total", settings))  # refused before a notebook takes the place of an older one
         run_all(settings)
-        print_result(run)
+        print_result(Run("total", settings))
     except MSCNNError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "RESULTS.md"
@@ -90,18 +88,6 @@ def origin_line(figures: dict) -> str:
     """The line below a table: what `origin` has said of its figures."""
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     return f"`{figures['command']}`, commit {figures['commit']}, {figures['device']}, {versions}"
-
-
-def model_for(data, path: str | Path):
-    """The model of a file, which has to be of this data; one from before what is known learns it now."""
-    import mscnn_helpers as mscnn
-
-    model = mscnn.load_model(path)
-    model.check_matches(data)
-    if np.isnan(model.known.limit):
-        print(f"{path} learns anew what is like nothing known.", flush=True)
-        model.learn_known(data)
-    return model
 
 
 def sha256(path: Path) -> str:

@@ -46,7 +46,6 @@ from common import (
     ROOT,
     in_fresh_process,
     markdown,
-    model_for,
     numbers,
     origin,
     origin_line,
@@ -251,7 +250,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
         return keras.models.load_model(path, compile=False)
 
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
-    model = model_for(data, whole_path(form, seed))
+    model = mscnn.load_model_for(data, whole_path(form, seed))
     dropout = load(single_path(form, seed, dropout=True)) if form.dropout else None
     pool = [
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds

@@ -39,7 +39,6 @@ from common import (
     ROOT,
     in_fresh_process,
     markdown,
-    model_for,
     models_in_words,
     numbers,
     origin,
@@ -128,7 +127,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     import mscnn_helpers as mscnn
 
     data = mscnn.load_dataset("cifar10", seed=seed)
-    model = model_for(data, path)
+    model = mscnn.load_model_for(data, path)
     train = data.train.images if most is None else data.train.images[: 10 * most]
     train_features = pooled_features(model.stage1, train).mean(axis=0)
     known = scores(model, train_features, data.test.images[:most])

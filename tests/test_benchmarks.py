@@ -176,7 +176,7 @@ def test_a_model_from_before_what_is_known_learns_it_before_it_is_measured(train
     before = model.known.limit
     model._known[-1].assign(np.nan)
     monkeypatch.setattr(mscnn, "load_model", lambda _: model)
-    assert common.model_for(tiny_data, "any").known.limit == pytest.approx(before)
+    assert mscnn.load_model_for(tiny_data, "any").known.limit == pytest.approx(before)
 
 
 def test_cross_fitted_probabilities_are_of_networks_that_have_not_seen_the_image(trial, monkeypatch):
