@@ -18,6 +18,7 @@ in the training of Stage 2 alone, each against ours:
     negatives by cross-fitting          drawn by the softmax of companions that have not been trained on the image
     blends as negatives                 further images to be called wrong: mostly c, a little of a hard negative of c
     Stage 1's features as input         a further dense layer of each of the ten sees those of the frozen Stage 1
+    Stage 1's sorted logits as input    the same with its ten logits, the largest first
     four shifted views more             the ten as they are asked about five views and their mirror images
 
 And in the decision alone, with the ten as they are:
@@ -210,21 +211,20 @@ def blends_as_negatives(trial: Trial) -> Opinion:
     return train_ten(trial)
 
 
-def features_as_input(trial: Trial) -> Opinion:
-    """Each of the ten gets a further dense layer, zero at first, on Stage 1's features of both views of the image."""
+def with_input(trial: Trial, given: Callable[[np.ndarray], np.ndarray]) -> Opinion:
+    """Each of the ten gets a further dense layer, zero at first, on what is given of the images, (N, F)."""
     import keras
     import tensorflow as tf
 
     import mscnn_helpers as mscnn
 
     model, data = trial.model, trial.data
-    usual = selective.pooled_features(model.stage1, data.calibration.images).mean(axis=0)
+    usual = given(data.calibration.images)
     more = keras.layers.Dense(len(data.category_names), kernel_initializer="zeros")
     more.build(usual.shape)
 
     def features(images):
-        found = selective.pooled_features(model.stage1, images).mean(axis=0)
-        return np.float32((found - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6))
+        return np.float32((given(images) - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6))
 
     class WithFeatures(mscnn.Trainer):
         def __init__(self, network, images, head=None):
@@ -254,6 +254,18 @@ def features_as_input(trial: Trial) -> Opinion:
         return np.mean([mscnn.log_odds(view + seen, category) for view in views], axis=0)
 
     return by_category(of_one)
+
+
+def features_as_input(trial: Trial) -> Opinion:
+    """Those of both views, in the mean."""
+    stage1 = trial.model.stage1
+    return with_input(trial, lambda images: selective.pooled_features(stage1, images).mean(axis=0))
+
+
+def sorted_logits_as_input(trial: Trial) -> Opinion:
+    """Those of both views, in the mean."""
+    model = trial.model
+    return with_input(trial, lambda images: -np.sort(-model.stage1_views(images).logits.mean(axis=0), axis=1))
 
 
 def shifted_views(trial: Trial) -> Opinion:
@@ -358,6 +370,7 @@ OPINIONS: dict[str, Callable[[Trial], Opinion]] = {
     "negatives by cross-fitting": negatives_by_cross_fitting,
     "twice as many steps": twice_as_many_steps,
     "Stage 1's features as input": features_as_input,
+    "Stage 1's sorted logits as input": sorted_logits_as_input,
     "blends as negatives": blends_as_negatives,
     "negatives by both networks": negatives_by_both,
     "wider: 48/96/96": wider,

@@ -27,6 +27,8 @@ the higher score of two. The scores, all but the first of Stage 1's means over i
     confidence        both stages', what the threshold is held against
     texture           of Stage 1's first block, how far from what is usual: the third sign of the novelty
     plain sum         of the three signs, also of a texture that is more usual than the mean
+    fitted sum        of the three signs, weighted by logistic regression: the model's calibration images against
+                      blends, halves and turned images made of them, three kinds it then meets again below
     novelty           ours, for 'like nothing I know'
 """
 
@@ -69,32 +71,56 @@ def cifar100() -> tuple[np.ndarray, np.ndarray]:
         return file["x_test"], file["y_test"].ravel()
 
 
+def distorted_images(one: np.ndarray, two: np.ndarray) -> dict[str, np.ndarray]:
+    """Three kinds of images made of as many images each, which are half known."""
+    halves = np.concatenate([one[:, :, : one.shape[2] // 2], two[:, :, one.shape[2] // 2 :]], axis=2)
+    return {
+        "blends": ((one.astype(np.uint16) + two) // 2).astype(np.uint8), "halves": halves,
+        "a quarter turned": np.ascontiguousarray(np.rot90(one, axes=(1, 2))),
+    }  # fmt: skip
+
+
 def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
-    """Images of each kind; those to be scrambled are given."""
+    """Images of each kind; those to be distorted or scrambled are given."""
     import mscnn_helpers as mscnn
 
     images, labels = cifar100()
     digits = np.repeat(mscnn.load_dataset("mnist").test.images, 3, axis=-1)
     one, two = known[:MADE_UP], known[MADE_UP : 2 * MADE_UP]
-    halves = np.concatenate([one[:, :, : one.shape[2] // 2], two[:, :, one.shape[2] // 2 :]], axis=2)
     return {
         "CIFAR-100": images[~np.isin(labels, list(OVERLAPPING.values()))], "CIFAR-100, all": images, "MNIST": digits,
-        "blends": ((one.astype(np.uint16) + two) // 2).astype(np.uint8), "halves": halves,
-        "a quarter turned": np.ascontiguousarray(np.rot90(one, axes=(1, 2))), **mscnn.made_up_images(one),
+        **distorted_images(one, two), **mscnn.made_up_images(one),
     }  # fmt: skip
 
 
-def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Every score, float64 (N,), larger for what is known."""
+def signs_of(model, images: np.ndarray, decisions) -> np.ndarray:
+    """The three signs of the novelty, float64 (N, 3), each in its calibration images' standard deviations."""
     from scipy.special import logit
-    from selective import neighbour_distance, pooled_features, softmax_odds
 
     import mscnn_helpers as mscnn
 
-    decisions, features = model.decide(images), pooled_features(model.stage1, images).mean(axis=0)
     texture, (mean, deviation) = model.stage1_views(images).texture, model.known.scale
     odds = logit(np.clip(decisions.confidence, 1e-15, 1 - 1e-15))
-    signs = mscnn.signs_of_novelty(decisions.stage1_logits, odds, texture, model.known)  # (N, 3)
+    return (mscnn.signs_of_novelty(decisions.stage1_logits, odds, texture, model.known) - mean) / deviation
+
+
+def fitted_weights(model, images: np.ndarray) -> np.ndarray:
+    """How much each sign counts against outliers made of these images, (3,)."""
+    from sklearn.linear_model import LogisticRegression
+
+    half = len(images) // 2
+    kinds = distorted_images(images[:half], images[half : 2 * half])
+    signs = [signs_of(model, one, model.decide(one)) for one in (images, *kinds.values())]
+    made_up = np.repeat([0, 1], [len(images), sum(map(len, signs[1:]))])
+    return LogisticRegression().fit(np.concatenate(signs), made_up).coef_[0]
+
+
+def scores(model, train_features: np.ndarray, weights: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Every score, float64 (N,), larger for what is known."""
+    from selective import neighbour_distance, pooled_features, softmax_odds
+
+    decisions, features = model.decide(images), pooled_features(model.stage1, images).mean(axis=0)
+    signs = signs_of(model, images, decisions)
     return {
         "softmax": softmax_odds(decisions.one_view_logits),
         "softmax, 2 views": decisions.stage1_log_odds,
@@ -102,7 +128,8 @@ def scores(model, train_features: np.ndarray, images: np.ndarray) -> dict[str, n
         "neighbours": -neighbour_distance(train_features, features)[FIFTIETH],
         "confidence": decisions.confidence,
         "texture": -signs[:, 2],
-        "plain sum": -((signs - mean) / deviation).sum(axis=1),
+        "plain sum": -signs.sum(axis=1),
+        "fitted sum": -signs @ weights,
         "novelty": -decisions.novelty,
     }
 
@@ -130,14 +157,15 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     model = mscnn.load_model_for(data, path)
     train = data.train.images if most is None else data.train.images[: 10 * most]
     train_features = pooled_features(model.stage1, train).mean(axis=0)
-    known = scores(model, train_features, data.test.images[:most])
+    weights = fitted_weights(model, data.calibration.images)
+    known = scores(model, train_features, weights, data.test.images[:most])
     # The rivals' thresholds accept as many calibration images as the model does.
     share = (model.decide(data.calibration.images).category < len(model.category_names)).mean()
-    tuning = scores(model, train_features, data.calibration.images)
+    tuning = scores(model, train_features, weights, data.calibration.images)
     cuts = {name: mscnn.threshold_for_coverage(tuning[name], share) for name in ("softmax", "neighbours")}
     result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares_of_other(known, cuts, model.threshold)}}
     for kind, images in unknown_images(data.test.images).items():
-        found = scores(model, train_features, images[:most])
+        found = scores(model, train_features, weights, images[:most])
         truth = np.concatenate([np.ones(len(known["softmax"])), np.zeros(len(found["softmax"]))])
         result["auroc"][kind] = {
             name: float(roc_auc_score(truth, np.concatenate([known[name], found[name]]))) for name in known

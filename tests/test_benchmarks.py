@@ -97,10 +97,24 @@ def test_shares_that_become_other():
 def test_scores_are_higher_for_what_is_known(trained_model, tiny_data):
     train = selective.pooled_features(trained_model.stage1, tiny_data.train.images).mean(axis=0)
     noise = mscnn.made_up_images(tiny_data.test.images)["uniform noise"]
-    known, strange = (unknown.scores(trained_model, train, images) for images in (tiny_data.test.images, noise))
+    weights = unknown.fitted_weights(trained_model, tiny_data.calibration.images)
+    known, strange = (
+        unknown.scores(trained_model, train, weights, images) for images in (tiny_data.test.images, noise)
+    )
     for name in ("neighbours", "novelty"):
         assert np.median(known[name]) > np.median(strange[name]), name
     assert {name: one.shape for name, one in known.items()} == dict.fromkeys(strange, (100,))
+
+
+def test_signs_are_weighted_by_how_well_they_tell_distorted_images(trained_model, tiny_data):
+    images = tiny_data.calibration.images
+    half = len(images) // 2
+    made_up = np.concatenate([*unknown.distorted_images(images[:half], images[half : 2 * half]).values()])
+    weights = unknown.fitted_weights(trained_model, images)
+    known, strange = (
+        unknown.signs_of(trained_model, one, trained_model.decide(one)) @ weights for one in (images, made_up)
+    )
+    assert weights.shape == (3,) and known.mean() < strange.mean()
 
 
 def test_one_verifier_is_trained_on_the_draws_of_all_categories():
