@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ROOT, commit, read_json
+from common import ROOT, commit, commit_of_run
 
 RISK = 0.01
 ALLOWED_CHANGE = 0.001  # share of the decisions on the test split
@@ -66,9 +66,9 @@ def figures_of(model, data) -> dict[str, float]:
     measured = mscnn.evaluate(decisions, data.test.labels, model.threshold)
     one, two = measured["stage1"], measured["two_stage"]
     return {
-        "accuracy of Stage 1": one["accuracy"], "accuracy of all answers": two["accuracy"], "coverage": two["coverage"],
-        "accuracy of the accepted": two["selective_accuracy"], "AURC of Stage 1's softmax": one["aurc"],
-        "AURC of two stages": two["aurc"],
+        "accuracy of Stage 1, one look": one["accuracy"], "accuracy of all answers": two["accuracy"],
+        "coverage": two["coverage"], "accuracy of the accepted": two["selective_accuracy"],
+        "AURC of Stage 1's softmax, one look": one["aurc"], "AURC of two stages": two["aurc"],
     }  # fmt: skip
 
 
@@ -119,13 +119,14 @@ As loaded the model decides at threshold {record["threshold"]:g}, where nothing 
 AURC, the area under the risk-coverage curve: accept the surest image, then the next, and so on; the mean of the error
 rates on the way.
 
-Kernels of convolutions are stored in 16 bits: against float32 this changed {changed} of the decisions on the test set.
+Kernels of convolutions are stored in 16 bits: against float32 this changed {changed} of the decisions on the test set,
+when the model was made.
 Made on {record["device"]} with {", ".join(f"{name} {version}" for name, version in record["versions"].items())}.
 
-**What it is for.** To look at notebooks 04 and 05 before training anything. **What it is not for.** It knows ten
-categories in pictures of 32 x 32 pixels, and its confidences hold for images such as CIFAR-10's. On other pictures
-neither accuracy nor the guarantee has been shown. The data: Krizhevsky, "Learning Multiple Layers of Features from Tiny
-Images", 2009. The licence is the project's.
+**What it is for.** To look at notebook 05 without any training, or to begin a retraining with, in notebook 04.
+**What it is not for.** It knows ten categories in pictures of 32 x 32 pixels, and its confidences hold for images such
+as CIFAR-10's. On other pictures neither accuracy nor the guarantee has been shown. The data: Krizhevsky, "Learning
+Multiple Layers of Features from Tiny Images", 2009. The licence is the project's.
 """
 
 
@@ -161,13 +162,13 @@ def finished_run(run_dir: Path) -> Source:
 
     parameters = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
     folder = os.path.relpath(run_dir, ROOT)
-    trained_at = [one["commit"] for one in read_json("quality", []) if one["command"].endswith(f"--run_dir {folder}")]
-    if not trained_at:
+    trained_at = commit_of_run(run_dir)
+    if trained_at is None:
         raise SystemExit(f"quality.json does not say at which commit {folder} was made: let quality.py make the run.")
     arguments = f"--epochs {parameters['epochs']} --batch_size {parameters['batch_size']} --seed {parameters['seed']}"
     told = {
         "seed": parameters["seed"], "run": f"python mscnn_helpers.py {arguments} --dataset cifar10",
-        "trained_at": trained_at[0], "command": f"python benchmarks/pretrained.py {folder}",
+        "trained_at": trained_at, "command": f"python benchmarks/pretrained.py {folder}",
     }  # fmt: skip
     data = mscnn.load_dataset("cifar10", seed=told["seed"])
     return Source(mscnn.load_model(run_dir / "multistage_cnn_model.keras"), data, told)
