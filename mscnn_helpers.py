@@ -23,6 +23,9 @@ References
     Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024 (the steps of their kernels).
     Tan & Le, "EfficientNetV2: Smaller Models and Faster Training", ICML 2021 (small images first).
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    Hendrycks & Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017.
+    Jaeger et al., "A Call to Reflect on Evaluation Practices for Failure Detection", ICLR 2023.
+    Traub et al., "Overcoming Common Flaws in the Evaluation of Selective Classification", NeurIPS 2024 (AUGRC).
     Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples", NeurIPS 2018.
     Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
     Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (CAM).
@@ -1294,8 +1297,9 @@ def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, d
 
     Source: selection with guaranteed risk (Geifman & El-Yaniv 2017, algorithm 1). A binary search asks for the bound of
     the error rate at no more than ceil(log2 N) thresholds, which share `delta` (Bonferroni); it finds the largest
-    coverage where the bound grows with the coverage. The guarantee holds for
-    images of the same distribution, if neither the model nor its calibration has seen the ones given here.
+    coverage where the bound grows with the coverage. The guarantee holds for images of the same distribution, if
+    neither the model nor its calibration has seen the ones given here, and if accepting more does not lower the true
+    error rate: then all thresholds on the way to a wrong one are fixed beforehand, and the sharing is exact.
 
     Args:
         confidence: (N,). right: bool (N,), whether the prediction is right.
@@ -2548,11 +2552,15 @@ def retrain_stage2(
 def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The risk-coverage curve: the error rate among the k most confident images, for k = 1..N.
 
-    Images of equal confidence cannot be told apart, so each counts with the group's mean error: the curve
-    does not depend on the order of the images.
+    Images of equal confidence cannot be told apart, so each counts with the group's mean error, what a random order
+    of them gives in the mean: the curve does not depend on the order of the images. Source: Geifman & El-Yaniv 2017,
+    section 2.
+
+    Args:
+        confidence: float (N,), any scale. right: bool (N,).
 
     Returns:
-        coverage (N,), ascending to 1, and selective risk (N,).
+        coverage float64 (N,), ascending to 1, and selective risk float64 (N,).
     """
     confidence, wrong = np.asarray(confidence), 1.0 - np.asarray(right, np.float64)
     _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident
@@ -2591,19 +2599,27 @@ def brier_score(confidence: np.ndarray, right: np.ndarray) -> float:
 
 
 def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
-    """Error rate among the most confident images, at least this share of all."""
+    """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
     covered, risk = risk_coverage(confidence, right)
     return float(risk[np.searchsorted(covered, coverage - 1e-9)])
 
 
 def coverage_at_error(confidence: np.ndarray, right: np.ndarray, error: float) -> float:
-    """The largest share of images that can be accepted with at most this error rate among them; 0: none."""
+    """The largest share of images that can be accepted with at most this error rate among them; 0: none.
+
+    Among images of equal confidence some can be accepted by lot: ties as in `risk_coverage`.
+    """
     covered, risk = risk_coverage(confidence, right)
     return float(covered[risk <= error].max(initial=0.0))
 
 
 def failure_metrics(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """How well a confidence tells right from wrong predictions.
+    """How well a confidence tells right from wrong predictions: misclassification detection, or failure prediction.
+
+    Sources: Hendrycks & Gimpel 2017 (AUROC), Jaeger et al. 2023 (why the AURC belongs beside it).
+
+    Args:
+        confidence: float (N,), any scale. right: bool (N,).
 
     Returns:
         aurc; auroc_failure: probability that a right image has the higher confidence; fpr95: share of the
@@ -2771,10 +2787,12 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10,
 
     Args:
         equal_mass: bins that hold equally many images (Nixon et al. 2019, "Measuring calibration in deep learning"),
-            else equally wide ones, of which most may be empty.
+            else equally wide ones, of which most may be empty. Images of equal confidence that fall into two bins
+            count in both with their mean accuracy, so that their order does not matter.
     """
     if equal_mass:
-        confidence, right = np.asarray(confidence), np.asarray(right)
+        confidence, (_, group) = np.asarray(confidence), np.unique(confidence, return_inverse=True)
+        right = (np.bincount(group, weights=right) / np.bincount(group))[group]
         parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
         gaps = [abs(confidence[part].mean() - right[part].mean()) * len(part) for part in parts if len(part)]
         return float(sum(gaps) / len(confidence))

@@ -292,9 +292,10 @@ def test_a_certificate_for_nonsense_is_refused(risk, delta, named):
         mscnn.threshold_for_risk(*sorted_images((250, True)), risk, delta)
 
 
-def test_a_certificate_fails_no_more_often_than_delta_by_enumeration():
+@pytest.mark.parametrize("tenths", [(9, 6, 1), (6, 9, 1)])  # the second: accepting more lowers the error rate first
+def test_a_certificate_fails_no_more_often_than_delta_by_enumeration(tenths):
     """All samples of 9 images of three kinds: confidence and chance of being right are known for each."""
-    kinds = ((0.9, Fraction(9, 10)), (0.6, Fraction(6, 10)), (0.3, Fraction(1, 10)))
+    kinds = tuple((confidence, Fraction(p, 10)) for confidence, p in zip((0.9, 0.6, 0.3), tenths, strict=True))
     risk, delta, share = 0.45, 0.3, Fraction(1, 3)
     failing = total = Fraction(0)
     for counts in itertools.product(range(10), repeat=6):  # right and wrong images of each kind

@@ -154,16 +154,28 @@ def test_brier_score_by_hand():
     assert mscnn.brier_score(np.array([1.0, 0.5, 0.2]), np.array([True, False, False])) == pytest.approx(0.29 / 3)
 
 
-@pytest.mark.parametrize("levels", [4, 10_000])
-def test_errors_and_coverages_against_a_plain_loop(levels):
-    confidence, right = noisy(levels)
-    covered, risk = mscnn.risk_coverage(confidence, right)
+def test_errors_and_coverages_against_a_loop_over_thresholds():
+    confidence, right = noisy(10_000_000)
+    taken = [confidence >= threshold for threshold in sorted(confidence, reverse=True)]
+    points = [(one.mean(), 1 - right[one].mean()) for one in taken]  # coverage and risk, without ties
     for wanted in (0.005, 0.3, 0.7, 1.0):
-        first = next(r for c, r in zip(covered, risk, strict=True) if c >= wanted - 1e-12)
-        assert mscnn.error_at_coverage(confidence, right, wanted) == first
-    for allowed in (0.0, 0.1, 0.2, 1.0):
-        fits = [c for c, r in zip(covered, risk, strict=True) if r <= allowed]
-        assert mscnn.coverage_at_error(confidence, right, allowed) == max(fits, default=0)
+        first = next(risk for covered, risk in points if covered >= wanted - 1e-12)
+        assert mscnn.error_at_coverage(confidence, right, wanted) == pytest.approx(first)
+    for allowed in (0.0, 0.101, 0.201, 1.0):
+        fits = [covered for covered, risk in points if risk <= allowed]
+        assert mscnn.coverage_at_error(confidence, right, allowed) == pytest.approx(max(fits, default=0))
+
+
+def test_ties_are_what_a_random_order_of_them_gives_in_the_mean():
+    confidence, right = noisy(4)
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(2_000):
+        order = np.lexsort((rng.random(len(confidence)), -confidence))
+        errors.append((~right[order])[: len(order) // 3].mean())
+    assert mscnn.error_at_coverage(confidence, right, (len(right) // 3) / len(right)) == pytest.approx(
+        np.mean(errors), abs=0.005
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -304,6 +316,14 @@ def test_calibration_error_is_small_for_honest_confidences_and_large_for_boastin
     right = rng.random(len(p)) < p
     assert mscnn.calibration_error(p, right) < 0.01
     assert mscnn.calibration_error(np.ones(len(p)), right) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("levels", [1, 4, 10_000])
+def test_calibration_error_in_bins_of_equal_mass_does_not_depend_on_the_order(levels):
+    confidence, right = noisy(levels)
+    order = np.argsort(right, kind="stable")
+    errors = [mscnn.calibration_error(confidence[o], right[o], 15, equal_mass=True) for o in (order, order[::-1])]
+    assert errors[0] == pytest.approx(errors[1])
 
 
 def test_calibration_error_in_bins_of_equal_mass_by_hand():
