@@ -4,6 +4,7 @@ import concurrent.futures
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import re
 import statistics
@@ -92,6 +93,12 @@ def origin_line(figures: dict) -> str:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def commit_of_run(folder: Path) -> str | None:
+    """The commit at which quality.py has made a run folder; None: quality.json does not know it."""
+    run_dir = f"--run_dir {os.path.relpath(folder, ROOT)}"
+    return next((one["commit"] for one in read_json("quality", []) if one["command"].endswith(run_dir)), None)
 
 
 def models_in_words(figures: dict) -> str:

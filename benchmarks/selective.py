@@ -14,19 +14,23 @@ mirror image. Ensembles give answers of their own, and are also asked about thos
 
 The definitions and sources of the measures stand in the module, section Evaluation. The methods:
 
-    softmax           largest softmax probability, as log-odds in float64 (Hendrycks & Gimpel 2017)
+    softmax           maximum softmax probability (MSP), as log-odds in float64 (Hendrycks & Gimpel 2017)
     margin            largest minus second largest logit
     entropy           negative entropy of the softmax
-    p-norm            largest centred logit over the logits' p-norm, p by calibration (Cattelan & Silva 2024)
-    temperature       softmax at a temperature fitted on calibration (Guo et al. 2017)
-    mirror            logits averaged over the image and its mirror image; by softmax and by margin
-    dropout           mean softmax of ten passes with dropout before the dense layer (Gal & Ghahramani 2016), by a
-                      Stage 1 of its own, which was trained with it
-    neighbours        distance to the k-th nearest train image in Stage 1's features, k by calibration (Sun et al. 2022)
+    p-norm            MaxLogit-pNorm: largest centred logit over the logits' p-norm, p by calibration (Cattelan & Silva
+                      2024)
+    temperature       softmax at a temperature fitted on calibration (temperature scaling, Guo et al. 2017)
+    mirror            test-time augmentation: logits averaged over the image and its mirror image; by softmax, by
+                      softmax at a fitted temperature, by p-norm, by margin, and by that margin combined as ours
+                      without a second opinion (a logistic regression of one sign, a row a category)
+    dropout           Monte-Carlo dropout: mean softmax of ten passes with dropout before the dense layer (Gal &
+                      Ghahramani 2016), by a Stage 1 of its own, which was trained with it
+    neighbours        deep nearest neighbours: distance to the k-th nearest train image in Stage 1's features, k by
+                      calibration (Sun et al. 2022)
     companion         Stage 1's margin and the companion's log-odds, combined as ours: an opinion without ten judges
     one-vs-rest       Stage 2's own sigmoid, the classic rule
-    ensemble of 2, 5  mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017); also the margin of their
-                      mean logits
+    ensemble of 2, 5  deep ensembles: mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017); also the
+                      margin of their mean logits
     ours              Stage 1 and the Stage 2 CNN of its answer, combined; also on one view alone; and on two views, but
                       for the answers by one look, whose easiest errors a second look would not have made; and with
                       the second reason: what is like nothing known is accepted last, in no order
@@ -36,7 +40,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +48,8 @@ import numpy as np
 import targets
 from common import (
     ROOT,
+    commit,
+    commit_of_run,
     in_fresh_process,
     markdown,
     numbers,
@@ -127,6 +133,19 @@ def untrained(form: Form) -> list[Path]:
     return whole + [path for path in single if not path.is_file()]
 
 
+def note_commit(model: Path, trained: str) -> None:
+    """Writes beside a model the commit at which it was trained."""
+    model.with_suffix(".commit").write_text(trained + "\n", encoding="utf-8")
+
+
+def trained_at(model: Path) -> str:
+    """The commit at which a model was trained, here or by quality.py."""
+    note = model.with_suffix(".commit")
+    if note.is_file():
+        return note.read_text(encoding="utf-8").strip()
+    return commit_of_run(model.parent) or "unknown"
+
+
 def whole_model(form: Form, seed: int) -> Path:
     """The model file of a whole run, which quality.py may have made already; else it is made."""
     path = whole_path(form, seed)
@@ -134,8 +153,9 @@ def whole_model(form: Form, seed: int) -> Path:
         arguments = f"{form.arguments} --seed {seed} --dataset cifar10 --run_dir {form.runs.format(seed)}"
         print(f"python mscnn_helpers.py {arguments}", flush=True)
         command = [sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()]
-        command[-1] = str(form.root / command[-1])
+        command[-1], trained = str(form.root / command[-1]), commit()
         subprocess.run(command, cwd=ROOT, check=True)
+        note_commit(path, trained)
     return path
 
 
@@ -164,7 +184,9 @@ def single_network(form: Form, seed: int, dropout: bool) -> Path:
     path = single_path(form, seed, dropout)
     if not path.is_file():
         print(f"Stage 1 of seed {seed}{' with dropout' * dropout}", flush=True)
+        trained = commit()
         in_fresh_process(_train_stage1, form, seed, dropout, path)
+        note_commit(path, trained)
     return path
 
 
@@ -224,19 +246,27 @@ def dropout_softmax(network, images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def others(form: Form, seed: int) -> list[int]:
-    """The seeds of the Stage 1 networks that join this seed's in ensembles."""
+    """The seeds of the Stage 1 networks that join this seed's in ensembles.
+
+    In steps of five: so the pairs of five seeds out of a pool of nine share but one network, and the bootstrap, which
+    takes seeds for independent, does not see the same networks again.
+    """
     here = form.pool.index(seed)
-    return [form.pool[(here + i) % len(form.pool)] for i in range(1, max(form.sizes, default=1))]
+    return [form.pool[(here + 5 * i) % len(form.pool)] for i in range(1, max(form.sizes, default=1))]
+
+
+def models_of(form: Form, seed: int) -> list[Path]:
+    """The model files that one seed's outputs are of."""
+    paths = [whole_path(form, seed)]
+    paths += [single_path(form, seed, dropout=True)] if form.dropout else []
+    return paths + [
+        whole_path(form, one) if one in form.seeds else single_path(form, one, False) for one in others(form, seed)
+    ]
 
 
 def sources(form: Form, seed: int) -> list[str]:
     """SHA-256 of what one seed's outputs are of: the module, and each model file."""
-    paths = [ROOT / "mscnn_helpers.py", whole_path(form, seed)]
-    paths += [single_path(form, seed, dropout=True)] if form.dropout else []
-    paths += [
-        whole_path(form, one) if one in form.seeds else single_path(form, one, False) for one in others(form, seed)
-    ]
-    return [sha256(path) for path in paths]
+    return [sha256(path) for path in (ROOT / "mscnn_helpers.py", *models_of(form, seed))]
 
 
 def _outputs(form: Form, seed: int, path: Path) -> None:
@@ -249,6 +279,7 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     def load(path: Path):
         return keras.models.load_model(path, compile=False)
 
+    asked = commit()
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     model = mscnn.load_model_for(data, whole_path(form, seed))
     dropout = load(single_path(form, seed, dropout=True)) if form.dropout else None
@@ -283,7 +314,8 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
     found["certification_ours"] = certified.confidence[familiar]
     found["certification_right"] = (certified.stage1_category == data.certification.labels)[familiar]
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), sources=sources(form, seed), **found)
+    found |= {"sources": sources(form, seed), "commit": asked}
+    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
     partial.replace(path)
 
 
@@ -374,20 +406,27 @@ def p_norm(logits: np.ndarray, p: float) -> np.ndarray:
     return centred.max(axis=1) / np.linalg.norm(centred, ord=p, axis=1)
 
 
-def best_on_calibration(candidates: list[Callable[[Split], np.ndarray]], calibration: Split) -> Callable:
-    """The confidence in answers by one view with the least AURC on the calibration split."""
+def best_on_calibration(
+    candidates: list[Callable[[Split], np.ndarray]], calibration: Split, views: int = 1
+) -> Callable:
+    """The confidence in answers by so many views with the least AURC on the calibration split."""
     import mscnn_helpers as mscnn
 
-    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.right(1)))
+    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.right(views)))
 
 
-def temperature(calibration: Split) -> float:
+def best_p_norm(calibration: Split, views: int) -> Callable[[Split], np.ndarray]:
+    """With p by the calibration split."""
+    return best_on_calibration([lambda s, p=p: p_norm(s.logits(views), p) for p in NORMS], calibration, views)
+
+
+def temperature(calibration: Split, views: int = 1) -> float:
     """The temperature of least log loss on the calibration split."""
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
 
     def loss(log_t: float) -> float:
-        log_p = log_softmax(calibration.stage1[0] / np.exp(log_t), axis=1)
+        log_p = log_softmax(calibration.logits(views) / np.exp(log_t), axis=1)
         return -log_p[np.arange(len(log_p)), calibration.labels].mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
@@ -409,6 +448,11 @@ def combined(
     rows = mscnn.fit_category_rows(category, one, two, right, common, everyone)
     odds = mscnn.combined_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
     return mscnn.sigmoid(odds)
+
+
+def no_odds(split: Split) -> np.ndarray:
+    """Of a second opinion that has none, (N,)."""
+    return np.zeros(len(split.labels))
 
 
 def companion_odds(split: Split) -> np.ndarray:
@@ -442,10 +486,9 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     calibration, test = (split_of(found, name) for name in ("calibration", "test"))
     logits, mirrored = test.logits(1), test.logits(2)
     one, both = test.category(1), test.category(2)
-    norm = best_on_calibration([lambda s, p=p: p_norm(s.stage1[0], p) for p in NORMS], calibration)
     near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
-    companion = combined(companion_odds, calibration, test)
+    companion, unaided = (combined(second, calibration, test) for second in (companion_odds, no_odds))
     alone = combined(lambda split: split.second(1, 1), calibration, test, 1, 1)
     same = combined(lambda split: split.second(2, 1), calibration, test, 2, 1)
     result = {
@@ -453,12 +496,15 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
         "temperature": by_odds(one, softmax_odds(logits / temperature(calibration))),
         "margin": Answers(one, test.margin(1, 1)),
         "entropy": Answers(one, negative_entropy(logits)),
-        "p-norm": Answers(one, norm(test)),
+        "p-norm": Answers(one, best_p_norm(calibration, 1)(test)),
         "neighbours": Answers(one, near(test)),
         "ours, one view": Answers(one, alone, alone),
         "ours, answers by one look": Answers(one, same, same),
         "mirror": by_odds(both, softmax_odds(mirrored)),
+        "mirror, temperature": by_odds(both, softmax_odds(mirrored / temperature(calibration, 2))),
+        "mirror's p-norm": Answers(both, best_p_norm(calibration, 2)(test)),
         "mirror's margin": Answers(both, test.margin(2, 2)),
+        "mirror's margin, combined": Answers(both, unaided, unaided),
         "companion": Answers(both, companion, companion),
         "one-vs-rest": by_odds(both, test.second(2, 2)),
         "ours": Answers(both, test.ours, test.ours),
@@ -473,7 +519,8 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 
 # Multiply-adds of each method, in units of Stage 1's and of the companion's.
 WORK = {
-    "dropout": (1, 0), "companion": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror's margin": (2, 0),
+    "companion": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror, temperature": (2, 0),
+    "mirror's p-norm": (2, 0), "mirror's margin": (2, 0), "mirror's margin, combined": (2, 0),
     "ours, one view": (1, 1), "ours, answers by one look": (2, 2), "ours": (2, 2),
     "ours, with the second reason": (2, 2),
 }  # fmt: skip
@@ -527,8 +574,8 @@ def calibration_errors(confidence: np.ndarray, category: np.ndarray, right: np.n
 def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     """What our confidence promises on one seed's test split: its calibration, and a certificate of RISK.
 
-    Beside the calibration errors stands what a perfect confidence would show on as many images: the mean over 100
-    simulations, in which each answer is right with exactly the probability that ours claims.
+    Beside the calibration errors stands what a perfect confidence would show on as many images: mean and 95 % quantile
+    of 100 simulations, in which each answer is right with exactly the probability that ours claims.
     """
     import mscnn_helpers as mscnn
 
@@ -539,7 +586,8 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     ]
     names = ("calibration", "worst calibration")
     result = dict(zip(names, calibration_errors(confidence, category, right), strict=True))
-    result |= {f"{name}, simulated": mean for name, mean in zip(names, np.mean(simulated, axis=0), strict=True)}
+    for kind, values in (("mean", np.mean(simulated, axis=0)), ("95 %", np.quantile(simulated, 0.95, axis=0))):
+        result |= {f"{name}, simulated {kind}": value for name, value in zip(names, values, strict=True)}
     try:
         certificate = mscnn.threshold_for_risk(found["certification_ours"], found["certification_right"], RISK)
     except mscnn.MSCNNError:  # none can be given
@@ -581,30 +629,36 @@ def resampled(answer: Answers, labels: np.ndarray, counts: np.ndarray) -> Resamp
     return Resampled(aurc, (undetected - errors.sum(axis=1) / total / 2) / total)
 
 
-def resamples_of(all_labels: list[np.ndarray], resamples: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """How often each image is drawn, parts of 50 resamples (50, N), for each seed.
-
-    Seeds that have the same images have the same draws: what chance does to them, it does to all at once.
-    """
-
-    def draw(count: int) -> list[np.ndarray]:
-        return [rng.multinomial(count, np.full(count, 1 / count), 50) for _ in range(resamples // 50)]
-
-    first = draw(len(all_labels[0]))
-    return [first if np.array_equal(one, all_labels[0]) else draw(len(one)) for one in all_labels]
+def resamples_of(count: int, resamples: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """How often each of so many images is drawn, parts of 50 resamples, uint8 (50, count)."""
+    equal = np.full(count, 1 / count)
+    return [rng.multinomial(count, equal, 50).astype(np.uint8) for _ in range(resamples // 50)]
 
 
-def differences(all_answers: list[dict[str, Answers]], all_labels: list[np.ndarray], resamples: int) -> dict:
+def differences(
+    all_answers: list[dict[str, Answers]],
+    all_labels: list[np.ndarray],
+    resamples: int,
+    all_images: Sequence[np.ndarray] | None = None,
+) -> dict:
     """Paired bootstrap of the relative difference of AURC and AUGRC, ours against each method.
 
-    Images are resampled, the same for all methods and for all seeds that share them, and so are the seeds.
+    Images are resampled, and so are the seeds. An image is drawn equally often for all methods and for all seeds that
+    share it: what chance does to one, it does to all at once. Percentiles of few resampled seeds are a little too near
+    to each other: the spread between S seeds comes out smaller by the root of (S - 1) / S.
+
+    Args:
+        all_labels: (N,) for each seed. all_images: int (N,) for each seed, which image each one is, from 0 without
+            gaps; None: the seeds have the same images.
 
     Returns:
         {measure: {method: [lower end of the 95 % interval, median, upper end]}}; negative: ours is better.
     """
     rng = np.random.default_rng(0)
-    draws = resamples_of(all_labels, resamples, rng)
-    seeds = rng.integers(0, len(all_labels), (len(all_labels), len(draws[0]) * 50))  # (S, R)
+    all_images = [np.arange(len(one)) for one in all_labels] if all_images is None else all_images
+    drawn = resamples_of(1 + max(one.max() for one in all_images), resamples, rng)
+    draws = [[part[:, images] for part in drawn] for images in all_images]
+    seeds = rng.integers(0, len(all_labels), (len(all_labels), len(drawn) * 50))  # (S, R)
     means: dict[str, dict[str, np.ndarray]] = {measure: {} for measure in Resampled._fields}
     for name in all_answers[0]:
         parts = [
@@ -645,6 +699,8 @@ def judge(form: Form) -> dict:
     kept = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
     return {
         "seeds": list(form.seeds), "methods": methods, "promises": kept,
+        "trained_at": sorted({trained_at(path) for seed in form.seeds for path in models_of(form, seed)}),
+        "asked_at": sorted({str(one["commit"]) for one in found}),
         "differences": differences(all_answers, labels, 1000),
     }  # fmt: skip
 
@@ -652,8 +708,9 @@ def judge(form: Form) -> dict:
 # ---- RESULTS.md
 
 PROMISES = {  # name: heading
-    "calibration": "ECE", "calibration, simulated": "of a perfect one",
-    "worst calibration": "largest of a category", "worst calibration, simulated": "of perfect ones",
+    "calibration": "ECE", "calibration, simulated mean": "of a perfect one", "calibration, simulated 95 %": "95 %",
+    "worst calibration": "largest of a category", "worst calibration, simulated mean": "of perfect ones",
+    "worst calibration, simulated 95 %": "95 %",
     "certified coverage": "coverage, certified", "certified error": "errors",
 }  # fmt: skip
 
@@ -708,16 +765,21 @@ def table(figures: dict) -> str:
         *markdown(["method", "work", "accuracy", "AURC", "ours against it", "AUGRC", "ours against it",
                    "AUROC of failure", "FPR at 95 % TPR"], first),
         "Error rate at a coverage, coverage at an error rate, excess AURC, expected calibration error (15 bins of",
-        "equal mass) and Brier score; the last two where the confidence is a probability.", "",
+        "equal mass) and Brier score; the last two where the confidence is a probability. Softmax, mirror, dropout,",
+        "one-vs-rest and the ensembles claim theirs as they are; the others have been fitted on the calibration split.",
+        "",
         *markdown(["method", *(f"error at {share:.0%}" for share in COVERAGES),
                    *(f"coverage at {error:.1%}" for error in ERRORS), "E-AURC", "ECE", "Brier"], second),
         *([f"The classic rule, 'at least {THRESHOLD}', with each of these probabilities.", "",
            *markdown(["method", "work", "coverage", "error rate"], rules)] if rules else []),
         "What our confidence promises: its expected calibration error, over all images and the largest within a",
         f"predicted category of at least {ENOUGH} images, each beside what a perfectly calibrated confidence shows on",
-        f"as many images; and at the threshold that is certified for {RISK:.0%} errors, with probability 95 %, by the",
-        "certification split: coverage and errors on the test split.", "",
+        "as many images (mean, and what 95 % of simulations stay below); and at the threshold that is certified for",
+        f"{RISK:.0%} errors, with probability 95 %, by the certification split: coverage and errors on the test split.",
+        "",
         *markdown(["seed", *PROMISES.values()], third),
+        f"Models trained at commit {', '.join(figures['found']['trained_at'])}, and asked at "
+        f"{', '.join(figures['found']['asked_at'])}. The tables:",
         origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -747,13 +809,13 @@ def main() -> None:
         return train(form, options.train)
     if options.tables and (absent := untrained(form)):
         parser.error(f"{absent[0].relative_to(form.root)} is not there: leave out --tables, or name trained --seeds")
-    train(form, form.pool)
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, form.seeds))}" if options.seeds else ""
-    command = f"python benchmarks/selective.py{chosen}"
-    figures = {**origin(command), "found": judge(form)}
+    figures = origin(f"python benchmarks/selective.py{chosen}")
+    train(form, form.pool)
+    figures["found"] = judge(form)
     print(table(figures))
     known = read_json("selective", figures)
-    if replaces(command, known["command"]):
+    if replaces(figures["command"], known["command"]):
         write("selective", figures, table(figures))
         targets.main()
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-from common import markdown, models_in_words, read_json, spread, write_section
+from common import markdown, read_json, spread, write_section
 
 
 class Measured(NamedTuple):
@@ -30,6 +30,7 @@ class Target(NamedTuple):
     form: str  # of the figures
     values: Callable[[Measured], list[float]]  # KeyError: not measured
     below_one: bool = False  # whether all of the values have to be below 1, too
+    each: bool = False  # whether each of the values has to reach it, not only their median
 
 
 def faster(rival: str, ours: str = "ours") -> Callable:
@@ -112,14 +113,25 @@ def promised(name: str) -> Callable:
     return values
 
 
-def told_apart(kinds: tuple[str, ...], above: str = "") -> Callable:
+def both_reasons_against(rival: str) -> Callable:
+    """The AURC with the second reason for OTHER as a multiple of a rival's, seed by seed."""
+
+    def values(measured: Measured) -> list[float]:
+        methods = measured.selective["found"]["methods"]
+        seeds = (methods[name]["seeds"] for name in ("ours, with the second reason", rival))
+        return [ours["aurc"] / other["aurc"] for ours, other in zip(*seeds, strict=True)]
+
+    return values
+
+
+def told_apart(kinds: tuple[str, ...], above: str = "", models: str = "runs") -> Callable:
     """AUROC of our novelty, the least of the kinds of unknown images; above: less that of another score."""
 
     def of_model(auroc: dict[str, dict[str, float]]) -> float:
         return min(auroc[kind]["novelty"] - (auroc[kind][above] if above else 0) for kind in kinds)
 
     def values(measured: Measured) -> list[float]:
-        return [of_model(model["auroc"]) for model in measured.unknown["models"]]
+        return [of_model(model["auroc"]) for model in measured.unknown[models]["models"]]
 
     return values
 
@@ -167,22 +179,35 @@ TARGETS = [
     ratio_of_areas("AURC, times that of mirror-image averaging of Stage 1", 1.0, "mirror"),
     ratio_of_areas("AURC, times that of the same by its margin", 1.0, "mirror's margin"),
     ratio_of_areas("AUGRC, times that of the same by its margin", 1.0, "mirror's margin", "augrc"),
+    ratio_of_areas("AURC, times that of the same by p-norm", 1.0, "mirror's p-norm"),
+    ratio_of_areas("AURC, times that of the same by its margin, combined as ours", 1.0, "mirror's margin, combined"),
     ratio_of_areas("AURC, times that of a deep ensemble of 2", 1.0, "ensemble of 2"),
     ratio_of_areas("AUGRC, times that of a deep ensemble of 2", 1.0, "ensemble of 2", "augrc"),
     ratio_of_areas("AURC, times that of a deep ensemble of 2 by its margin", 1.0, "ensemble of 2, margin"),
-    ratio_of_areas("AURC, times that of a deep ensemble of 5 (stretch)", 1.0, "ensemble of 5"),
+    ratio_of_areas("AUGRC, times that of a deep ensemble of 2 by its margin", 1.0, "ensemble of 2, margin", "augrc"),
+    ratio_of_areas("AURC, times that of a deep ensemble of 2 about our answers", 1.0, "ensemble of 2, our answers"),
+    ratio_of_areas("AURC, times that of a deep ensemble of 5 (stretch, and at a third of its work: ours is 0.46)", 1.0,
+                   "ensemble of 5"),
+    Target("AURC with the second reason for OTHER, times that of Stage 1's softmax", 0.75, False, "{:.3f}",
+           both_reasons_against("softmax")),
     Target("AUROC of failure prediction", 0.945, True, "{:.1%}", of_ours("auroc_failure")),
     Target("FPR at 95 % TPR", 0.3, False, "{:.1%}", of_ours("fpr95")),
     Target("expected calibration error", 0.01, False, "{:.2%}", promised("calibration")),
-    Target("calibration error of the worst predicted category", 0.03, False, "{:.2%}", promised("worst calibration")),
+    Target("calibration error of the worst predicted category", 0.03, False, "{:.2%}", promised("worst calibration"),
+           each=True),
     Target("coverage certified for 1 % errors", 0.65, True, "{:.1%}", promised("certified coverage")),
     Target("AUROC of CIFAR-100's images by novelty", 0.905, True, "{:.1%}", told_apart(("CIFAR-100",))),
     Target("AUROC of CIFAR-100's images by novelty, less that by Stage 1's softmax, one look", 0.03, True, "{:+.1%}",
            told_apart(("CIFAR-100",), "softmax")),
-    Target("AUROC of CIFAR-100's images by novelty, less that by Stage 1's softmax, two looks", 0.0, True, "{:+.1%}",
+    Target("AUROC of CIFAR-100's images by novelty, less that by Stage 1's softmax, two looks", 0.03, True, "{:+.1%}",
            told_apart(("CIFAR-100",), "softmax, 2 views")),
-    Target("AUROC of MNIST and of both kinds of noise, the least", 0.95, True, "{:.1%}",
-           told_apart(("MNIST", "uniform noise", "Gaussian noise"))),
+    Target("AUROC of both kinds of noise, the less", 0.95, True, "{:.1%}",
+           told_apart(("uniform noise", "Gaussian noise"))),
+    Target("AUROC of MNIST (looked at when novelty took its form)", 0.95, True, "{:.1%}", told_apart(("MNIST",))),
+    Target("the pretrained model: AUROC of CIFAR-100's images by novelty", 0.905, True, "{:.1%}",
+           told_apart(("CIFAR-100",), models="pretrained")),
+    Target("the pretrained model: the same, less that by Stage 1's softmax, one look", 0.03, True, "{:+.1%}",
+           told_apart(("CIFAR-100",), "softmax", "pretrained")),
 ]  # fmt: skip
 
 
@@ -191,18 +216,20 @@ GLOSSARY = [
     "- *Stock Keras*: the same network of Keras' own layers, trained by plain `fit`. *Hand-written step*: our network",
     "  and optimizer in a bare loop, the limit of the framework.",
     "- *By work*: divided by how many times Stage 1's multiply-adds a decision takes.",
-    "- *Softmax, companion, mirror-image averaging, ensemble*: rival confidences; see the section of selective.py.",
+    "- *Softmax, companion, mirror-image averaging, ensemble*: rival confidences; see the section of selective.py. In",
+    "  the field's words: maximum softmax probability (MSP), test-time augmentation, deep ensembles.",
     "- *AURC*: accept the surest image, then the next, and so on; the mean of the error rates on the way.",
     "- *AUGRC*: on the same way, the mean share of *all* images that are accepted and wrong.",
     "- *AUROC of failure prediction*: how often a right answer has a higher confidence than a wrong one.",
     "- *FPR at 95 % TPR*: the share of wrong answers accepted where 95 % of the right ones are.",
     "- *Expected calibration error*: the mean gap between confidence and share of right answers, in 15 equal groups.",
-    "- *Novelty*: how little an image is like what the model knows; above its limit an image is OTHER.", "",
+    "- *Novelty*: how little an image is like what the model knows, a score for out-of-distribution detection (OOD);",
+    "  above its limit an image is OTHER.", "",
 ]  # fmt: skip
 
 
 def row(target: Target, measured: Measured) -> list[str]:
-    """Its row of the table; a target is reached if the median is, and the whole interval where that is asked for."""
+    """Its row of the table; a target is reached if the median is, or each value, or an interval, as it asks."""
     bound = f"at {'least' if target.at_least else 'most'} {target.form.format(target.bound)}"
     try:
         values = target.values(measured)
@@ -210,10 +237,11 @@ def row(target: Target, measured: Measured) -> list[str]:
         values = []
     if not values:
         return [target.what, bound, "not measured", ""]
-    median = statistics.median(values)
-    reached = median >= target.bound if target.at_least else median <= target.bound
+    worst = min(values) if target.at_least else max(values)
+    judged = worst if target.each else statistics.median(values)
+    reached = judged >= target.bound if target.at_least else judged <= target.bound
     reached = reached and not (target.below_one and max(values) >= 1)
-    return [target.what, bound, spread(values, target.form), "yes" if reached else "no"]
+    return [target.what, bound + ", each" * target.each, spread(values, target.form), "yes" if reached else "no"]
 
 
 def table(measured: Measured) -> str:
@@ -224,8 +252,7 @@ def table(measured: Measured) -> str:
         "Written by `python benchmarks/targets.py` from the figures below. Median, in brackets minimum and maximum.",
         "Three targets were set for a processor with AMX, as measured here: those against stock Keras in float32,",
         "against stock Keras in bfloat16, and the minutes of a full run. Behind ratios of AURC or AUGRC stands the",
-        "95 % interval, which has to lie below 1, too. Behind the last four rows:",
-        *([models_in_words(measured.unknown)] if measured.unknown else []), "",
+        "95 % interval, which has to lie below 1, too.", "",
         *markdown(["figure", "target", "measured", "reached"], rows),
         *GLOSSARY,
     ]  # fmt: skip

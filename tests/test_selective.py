@@ -143,18 +143,19 @@ def test_promises_of_a_calibrated_and_of_a_boasting_confidence():
     found = {"test_labels": np.where(right, category, 9)}
     found |= {"test_familiar": np.full(20_000, True), "certification_ours": confidence, "certification_right": right}
     got = selective.promises(found, selective.Answers(category, confidence))
-    assert got["calibration"] == pytest.approx(got["calibration, simulated"], abs=0.005)
-    assert got["worst calibration"] == pytest.approx(got["worst calibration, simulated"], abs=0.01)
+    assert got["calibration"] == pytest.approx(got["calibration, simulated mean"], abs=0.005)
+    assert got["worst calibration"] == pytest.approx(got["worst calibration, simulated mean"], abs=0.01)
     assert 0.5 <= got["certified coverage"] < 0.55 and got["certified error"] < 0.01
-    boasting = selective.Answers(category, confidence**0.2)
-    assert selective.promises(found, boasting)["calibration"] > 0.1
+    assert got["calibration, simulated mean"] < got["calibration, simulated 95 %"]
+    boasting = selective.promises(found, selective.Answers(category, confidence**0.2))
+    assert boasting["calibration"] > 0.1 > boasting["calibration, simulated 95 %"]
 
 
 def test_a_small_category_is_not_judged():
     category = np.array([0] * 1_000 + [1] * (selective.ENOUGH - 1))
     right = category == 0
     overall, worst = selective.calibration_errors(np.full(len(category), 0.9), category, right)
-    assert worst == pytest.approx(0.1) and overall > 0.1
+    assert worst == pytest.approx(0.1) and overall == pytest.approx(0.9 - 1_000 / len(category))
 
 
 def test_a_resample_of_each_image_once_is_the_split():
@@ -188,6 +189,43 @@ def test_seeds_that_share_their_images_are_not_independent():
     np.testing.assert_allclose(copies, single, rtol=1e-6)
 
 
+def test_an_image_that_two_seeds_share_is_drawn_for_both():
+    """Seeds with the same images in another order tell no more than one of them; with other images they do."""
+    rng = np.random.default_rng(7)
+    labels, order = (rng.uniform(size=500) < 0.2).astype(int), rng.permutation(500)
+    scores = {name: rng.normal(size=500) + 2 * (labels == 0) for name in ("ours", "rival")}
+    one = {name: selective.Answers(np.zeros(500, int), score) for name, score in scores.items()}
+    other = {name: selective.Answers(np.zeros(500, int), score[order]) for name, score in scores.items()}
+    six = [one, *[other] * 5], [labels, *[labels[order]] * 5]
+
+    def interval(*images: np.ndarray) -> list[float]:
+        return selective.differences(*six, 400, images)["aurc"]["rival"]
+
+    single = selective.differences([one], [labels], 400)["aurc"]["rival"]
+    np.testing.assert_allclose(interval(np.arange(500), *[order] * 5), single, rtol=1e-6)
+    low, _, high = interval(*np.arange(3000).reshape(6, 500))
+    assert high - low < 0.8 * (single[2] - single[0])
+
+
+def test_pairs_of_networks_share_as_few_as_they_can():
+    pairs = [{seed, selective.others(selective.FULL, seed)[0]} for seed in selective.FULL.seeds]
+    assert len(set.union(*pairs)) == 9, "ten places, nine networks"
+    for seed in selective.FULL.seeds:
+        assert len({seed, *selective.others(selective.FULL, seed)}) == 5
+
+
+def test_a_model_says_at_which_commit_it_was_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(selective, "in_fresh_process", lambda _, form, seed, dropout, path: path.touch())
+    monkeypatch.setattr(selective, "commit", lambda: "abc+")
+    form = selective.FULL._replace(root=tmp_path)
+    selective.store(form).mkdir(parents=True)
+    assert selective.trained_at(selective.single_network(form, 7, dropout=False)) == "abc+"
+    known = [{"command": "python mscnn_helpers.py --run_dir runs/quality/full_3", "commit": "def"}]
+    monkeypatch.setattr(common, "read_json", lambda *_: known)
+    assert selective.trained_at(selective.whole_path(selective.FULL, 3)) == "def"
+    assert selective.trained_at(selective.whole_path(selective.FULL, 4)) == "unknown"
+
+
 def test_the_bootstrap_tells_better_worse_and_equal():
     rng = np.random.default_rng(0)
     all_answers, all_labels = [], []
@@ -217,7 +255,7 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
         for name in answers[0]
     }
     promised = [selective.promises(found_for(seed), one["ours"]) for seed, one in enumerate(answers)]
-    found = {"seeds": [0, 1], "methods": methods, "promises": promised}
+    found = {"seeds": [0, 1], "methods": methods, "promises": promised, "trained_at": ["abc"], "asked_at": ["def"]}
     found["differences"] = selective.differences(answers, labels, 100)
     figures = {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
     text = selective.table({**figures, "found": found})
