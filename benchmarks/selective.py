@@ -77,7 +77,7 @@ class Form(NamedTuple):
     seeds: tuple[int, ...]
     pool: tuple[int, ...]  # seeds of the Stage 1 networks that ensembles are drawn from, the form's own among them
     sizes: tuple[int, ...]  # of ensembles
-    dropout: bool  # whether a Stage 1 with dropout is trained for each seed
+    dropout: tuple[int, ...]  # seeds for which a Stage 1 with dropout is trained
     arguments: str  # of the command line
     light: bool
     epochs: int  # 0: the recipe's own choice
@@ -88,11 +88,11 @@ class Form(NamedTuple):
 
 SIZES = (2, 5)
 FULL = Form(
-    (0, 1, 2, 3, 4), tuple(range(9)), SIZES, True,
+    (0, 1, 2, 3, 4), tuple(range(9)), SIZES, (0, 1, 2, 3, 4),
     "--epochs 0 --batch_size 0", False, 0, "full", "runs/quality/full_{}",
 )  # fmt: skip
 QUICK = Form(
-    (0, 1), (0, 1, 2), (2,), True,
+    (0, 1), (0, 1, 2), (2,), (0, 1),
     "--epochs 2 --batch_size 0 --light_mode", True, 2, "light", "runs/selective/light/seed_{}",
 )  # fmt: skip
 
@@ -101,7 +101,7 @@ def some_seeds(seeds: tuple[int, ...]) -> Form:
     """The full form on these seeds alone, for a result before hours have gone by."""
     sizes = tuple(size for size in SIZES if size <= len(seeds))
     name = "_".join(["seeds", *map(str, seeds)])
-    return FULL._replace(seeds=seeds, pool=seeds, sizes=sizes, dropout=False, name=name)
+    return FULL._replace(seeds=seeds, pool=seeds, sizes=sizes, dropout=(), name=name)
 
 
 # ---- training: each model once
@@ -129,7 +129,7 @@ def untrained(form: Form) -> list[Path]:
     """The model files that the form needs and that are not there."""
     whole = [whole_path(form, seed) for seed in form.seeds if not is_finished(form, seed)]
     single = [single_path(form, seed, dropout=False) for seed in form.pool if seed not in form.seeds]
-    single += [single_path(form, seed, dropout=True) for seed in form.seeds if form.dropout]
+    single += [single_path(form, seed, dropout=True) for seed in form.dropout]
     return whole + [path for path in single if not path.is_file()]
 
 
@@ -195,7 +195,7 @@ def train(form: Form, seeds: tuple[int, ...]) -> None:
     for seed in seeds:
         if seed in form.seeds:
             whole_model(form, seed)
-            if form.dropout:
+            if seed in form.dropout:
                 single_network(form, seed, dropout=True)
         else:
             single_network(form, seed, dropout=False)
@@ -256,36 +256,29 @@ def others(form: Form, seed: int) -> list[int]:
 
 
 def models_of(form: Form, seed: int) -> list[Path]:
-    """The model files that one seed's outputs are of."""
-    paths = [whole_path(form, seed)]
-    paths += [single_path(form, seed, dropout=True)] if form.dropout else []
-    return paths + [
+    """The model files that one seed's outputs are of, but for dropout."""
+    return [whole_path(form, seed)] + [
         whole_path(form, one) if one in form.seeds else single_path(form, one, False) for one in others(form, seed)
     ]
 
 
-def sources(form: Form, seed: int) -> list[str]:
-    """SHA-256 of what one seed's outputs are of: the module, and each model file."""
-    return [sha256(path) for path in (ROOT / "mscnn_helpers.py", *models_of(form, seed))]
+def all_models_of(form: Form, seed: int) -> list[Path]:
+    return models_of(form, seed) + [single_path(form, one, dropout=True) for one in form.dropout if one == seed]
 
 
-def _outputs(form: Form, seed: int, path: Path) -> None:
-    """Writes one seed's outputs on its calibration and test split, and the certification split's for ours."""
+def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
+    """One seed's outputs on its calibration and test split, and the certification split's for ours."""
     import keras
     import tensorflow as tf
 
     import mscnn_helpers as mscnn
 
-    def load(path: Path):
-        return keras.models.load_model(path, compile=False)
-
-    asked = commit()
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     model = mscnn.load_model_for(data, whole_path(form, seed))
-    dropout = load(single_path(form, seed, dropout=True)) if form.dropout else None
     pool = [
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
-        else load(single_path(form, one, dropout=False)) for one in others(form, seed)
+        else keras.models.load_model(single_path(form, one, dropout=False), compile=False)
+        for one in others(form, seed)
     ]  # fmt: skip
     train_features = pooled_features(model.stage1, data.train.images)[0]
     found = {}
@@ -305,30 +298,52 @@ def _outputs(form: Form, seed: int, path: Path) -> None:
             f"{name}_ours": decisions.confidence, f"{name}_familiar": decisions.familiar,
             f"{name}_distance": neighbour_distance(train_features, pooled_features(model.stage1, split.images)[0]),
         }  # fmt: skip
-        if dropout is not None:
-            found[f"{name}_dropout"] = dropout_softmax(dropout, split.images, seed)
     # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
     found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
     certified = model.decide(data.certification.images)
     familiar = certified.familiar
     found["certification_ours"] = certified.confidence[familiar]
     found["certification_right"] = (certified.stage1_category == data.certification.labels)[familiar]
+    return found
+
+
+def _dropout_outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
+    """Softmax of one seed's Stage 1 with dropout on its test split."""
+    import keras
+
+    import mscnn_helpers as mscnn
+
+    network = keras.models.load_model(single_path(form, seed, dropout=True), compile=False)
+    images = mscnn.load_dataset("cifar10", form.light, seed=seed).test.images
+    return {"test_dropout": dropout_softmax(network, images, seed)}
+
+
+def kept(path: Path, models: list[Path], compute: Callable, *arguments) -> dict[str, np.ndarray]:
+    """What `compute` gives in a process of its own; from its file, if that is of the same module and model files.
+
+    With `commit`, that of the code which computed it.
+    """
+    sources, asked = [sha256(one) for one in (ROOT / "mscnn_helpers.py", *models)], commit()
+    if path.is_file():
+        with np.load(path) as found:
+            if found["sources"].tolist() == sources:
+                return dict(found)
+    print(f"{path.stem}", flush=True)
+    found = {**in_fresh_process(compute, *arguments), "sources": sources, "commit": asked}
     path.parent.mkdir(parents=True, exist_ok=True)
-    found |= {"sources": sources(form, seed), "commit": asked}
     np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
     partial.replace(path)
+    return found
 
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """One seed's outputs, computed once for the same models."""
-    path = store(form) / f"outputs_{seed}.npz"
-    if path.is_file():
-        with np.load(path) as found:
-            if found["sources"].tolist() == sources(form, seed):
-                return dict(found)
-    in_fresh_process(_outputs, form, seed, path)
-    with np.load(path) as found:
-        return dict(found)
+    folder = store(form)
+    found = kept(folder / f"outputs_{seed}.npz", models_of(form, seed), _outputs, form, seed)
+    if seed not in form.dropout:
+        return found
+    models = [single_path(form, seed, dropout=True)]
+    return {**kept(folder / f"dropout_{seed}.npz", models, _dropout_outputs, form, seed), **found}
 
 
 # ---- the methods: each gives the answers (N,), and a confidence (N,) in them, for the test split
@@ -359,7 +374,7 @@ class Split(NamedTuple):
     one_stage2: np.ndarray  # the same (2, N) by that of its answer by one view
     ours: np.ndarray  # the model's own confidence (N,)
     distance: np.ndarray  # (len(NEIGHBOURS), N)
-    dropout: np.ndarray | None  # softmax (N, C); None: the form has none
+    dropout: np.ndarray | None  # softmax (N, C); None: there is none
 
     def logits(self, views: int) -> np.ndarray:
         """Stage 1's mean logits over one or both views, (N, C)."""
@@ -699,7 +714,7 @@ def judge(form: Form) -> dict:
     kept = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
     return {
         "seeds": list(form.seeds), "methods": methods, "promises": kept,
-        "trained_at": sorted({trained_at(path) for seed in form.seeds for path in models_of(form, seed)}),
+        "trained_at": sorted({trained_at(path) for seed in form.seeds for path in all_models_of(form, seed)}),
         "asked_at": sorted({str(one["commit"]) for one in found}),
         "differences": differences(all_answers, labels, 1000),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import quality
+import selective
 from conftest import ROOT
 from PIL import Image
 
@@ -330,6 +331,21 @@ def test_results_are_those_measured(text):
         assert disagreements(shown, json.loads(path.read_text("utf-8"))) == []
     else:
         assert "|" not in shown, "a table without measurements"
+
+
+@both
+def test_rivals_are_those_measured(text):
+    """Work, AURC and our difference with its interval, signs included."""
+
+    def signed(cells: list[str]) -> list[list[str]]:
+        return [re.findall(r"[+-]?\d+(?:\.\d+)?", cell) for cell in cells]
+
+    figures = json.loads((ROOT / "benchmarks" / "selective.json").read_text("utf-8"))
+    measured = [signed([row[1], *row[3:5]]) for row in table_rows(selective.table(figures)) if len(row) == 9]
+    rows = table_rows(between(text, "rivals"))
+    assert len(rows) > 5
+    for row in rows:
+        assert signed(row[1:]) in measured, row
 
 
 def test_a_wrong_result_is_noticed():

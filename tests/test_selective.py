@@ -226,6 +226,21 @@ def test_a_model_says_at_which_commit_it_was_trained(tmp_path, monkeypatch):
     assert selective.trained_at(selective.whole_path(selective.FULL, 4)) == "unknown"
 
 
+def test_outputs_are_computed_once_for_the_same_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(selective, "in_fresh_process", lambda compute, *arguments: compute(*arguments))
+    model, asked = tmp_path / "a.keras", []
+
+    def compute(seed):
+        asked.append(seed)
+        return {"odds": np.full(3, len(asked))}
+
+    for written, expected in (("one", 1), ("one", 1), ("another", 2)):
+        model.write_text(written)
+        found = selective.kept(tmp_path / "outputs_4.npz", [model], compute, 4)
+        assert found["odds"].tolist() == [expected] * 3 and found["commit"]
+    assert asked == [4, 4]
+
+
 def test_the_bootstrap_tells_better_worse_and_equal():
     rng = np.random.default_rng(0)
     all_answers, all_labels = [], []
@@ -272,7 +287,7 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
 
 def test_some_seeds_alone_have_no_dropout_and_ensembles_of_their_own_networks():
     form = selective.some_seeds((1, 2))
-    assert (form.seeds, form.pool, form.sizes, form.dropout) == ((1, 2), (1, 2), (2,), False)
+    assert (form.seeds, form.pool, form.sizes, form.dropout) == ((1, 2), (1, 2), (2,), ())
     assert selective.some_seeds((3,)).sizes == ()
     assert selective.store(form) != selective.store(selective.FULL), "outputs with other ensembles"
     found = {name: values for name, values in found_for(0).items() if not name.endswith("_dropout")}
