@@ -663,34 +663,40 @@ def differences(
     to each other: the spread between S seeds comes out smaller by the root of (S - 1) / S.
 
     Args:
+        all_answers: of each seed; a method that some seeds lack is compared on the others.
         all_labels: (N,) for each seed. all_images: int (N,) for each seed, which image each one is, from 0 without
             gaps; None: the seeds have the same images.
 
     Returns:
         {measure: {method: [lower end of the 95 % interval, median, upper end]}}; negative: ours is better.
     """
-    rng = np.random.default_rng(0)
     all_images = [np.arange(len(one)) for one in all_labels] if all_images is None else all_images
-    drawn = resamples_of(1 + max(one.max() for one in all_images), resamples, rng)
-    draws = [[part[:, images] for part in drawn] for images in all_images]
-    seeds = rng.integers(0, len(all_labels), (len(all_labels), len(drawn) * 50))  # (S, R)
-    means: dict[str, dict[str, np.ndarray]] = {measure: {} for measure in Resampled._fields}
-    for name in all_answers[0]:
-        parts = [
-            [resampled(answers_[name], labels, counts) for counts in draw]
-            for answers_, labels, draw in zip(all_answers, all_labels, draws, strict=True)
-        ]
-        for measure, of_methods in means.items():
-            values = np.stack([np.concatenate([getattr(part, measure) for part in seed]) for seed in parts])  # (S, R)
-            of_methods[name] = np.take_along_axis(values, seeds, axis=0).mean(axis=0)
-    return {
-        measure: {
-            name: np.quantile(of_methods["ours"] / values - 1, [0.025, 0.5, 0.975]).tolist()
-            for name, values in of_methods.items()
-            if name != "ours"
+    drawn = resamples_of(1 + max(one.max() for one in all_images), resamples, np.random.default_rng(0))
+    found: list[dict[str, Resampled]] = []  # of each seed, (R,) each
+    for answers_, labels, images in zip(all_answers, all_labels, all_images, strict=True):
+        parts = {
+            name: [resampled(answer, labels, part[:, images]) for part in drawn] for name, answer in answers_.items()
         }
-        for measure, of_methods in means.items()
-    }
+        found.append({name: Resampled(*map(np.concatenate, zip(*part, strict=True))) for name, part in parts.items()})
+
+    def mean(name: str, measure: str, having: list[int]) -> np.ndarray:
+        """Over resampled seeds, the same ones for all methods that the same seeds have: (R,)."""
+        values = np.stack([getattr(found[seed][name], measure) for seed in having])  # (S, R)
+        seeds = np.random.default_rng(1).integers(0, len(having), values.shape)
+        return np.take_along_axis(values, seeds, axis=0).mean(axis=0)
+
+    def against(name: str, measure: str) -> list[float]:
+        having = [seed for seed, methods in enumerate(found) if name in methods]
+        ratio = mean("ours", measure, having) / mean(name, measure, having)
+        return np.quantile(ratio - 1, [0.025, 0.5, 0.975]).tolist()
+
+    rivals = [name for name in all_methods(all_answers) if name != "ours"]
+    return {measure: {name: against(name, measure) for name in rivals} for measure in Resampled._fields}
+
+
+def all_methods(all_answers: list[dict[str, Answers]]) -> list[str]:
+    """Those that at least one seed has."""
+    return list(dict.fromkeys(name for methods in all_answers for name in methods))
 
 
 def judge(form: Form) -> dict:
@@ -704,16 +710,16 @@ def judge(form: Form) -> dict:
     stage1, companion = (
         multiply_adds(our_network("float32", widths)) for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS)
     )
-    methods = {
-        name: {
-            "work": work(name, stage1, companion),
-            "seeds": [measures(one[name], truth) for one, truth in zip(all_answers, labels, strict=True)],
-        }
-        for name in all_answers[0]
-    }
-    kept = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
+    methods = {}
+    for name in all_methods(all_answers):
+        having = [i for i, one in enumerate(all_answers) if name in one]
+        methods[name] = {
+            "work": work(name, stage1, companion), "of": [form.seeds[i] for i in having],
+            "seeds": [measures(all_answers[i][name], labels[i]) for i in having],
+        }  # fmt: skip
+    promised = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
     return {
-        "seeds": list(form.seeds), "methods": methods, "promises": kept,
+        "seeds": list(form.seeds), "methods": methods, "promises": promised,
         "trained_at": sorted({trained_at(path) for seed in form.seeds for path in all_models_of(form, seed)}),
         "asked_at": sorted({str(one["commit"]) for one in found}),
         "differences": differences(all_answers, labels, 1000),
@@ -745,24 +751,28 @@ def table(figures: dict) -> str:
     methods, interval = figures["found"]["methods"], intervals(figures["found"]["differences"])
     order = sorted(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
 
+    def label(name: str) -> str:
+        of = methods[name]["of"]
+        return name + f", seeds {', '.join(map(str, of))}" * (of != figures["found"]["seeds"])
+
     def column(name: str, measure: str, form: str) -> str:
         values = [one[measure] for one in methods[name]["seeds"] if measure in one]
         return spread(values, form) if values else ""
 
     first = [
-        [name, f"{methods[name]['work']:.2f}", column(name, "accuracy", "{:.2%}"), column(name, "aurc", "{:.5f}"),
-         interval(name, "aurc"), column(name, "augrc", "{:.5f}"), interval(name, "augrc"),
-         column(name, "auroc_failure", "{:.2%}"), column(name, "fpr95", "{:.1%}")]
+        [label(name), f"{methods[name]['work']:.2f}", column(name, "accuracy", "{:.2%}"),
+         column(name, "aurc", "{:.5f}"), interval(name, "aurc"), column(name, "augrc", "{:.5f}"),
+         interval(name, "augrc"), column(name, "auroc_failure", "{:.2%}"), column(name, "fpr95", "{:.1%}")]
         for name in order
     ]  # fmt: skip
     second = [
-        [name, *(column(name, f"error at {share:.0%}", "{:.2%}") for share in COVERAGES),
+        [label(name), *(column(name, f"error at {share:.0%}", "{:.2%}") for share in COVERAGES),
          *(column(name, f"coverage at {error:.1%}", "{:.1%}") for error in ERRORS),
          column(name, "e_aurc", "{:.5f}"), column(name, "ece", "{:.2%}"), column(name, "brier", "{:.4f}")]
         for name in order
     ]  # fmt: skip
     rules = [
-        [name, f"{methods[name]['work']:.2f}", column(name, "coverage at the threshold", "{:.1%}"),
+        [label(name), f"{methods[name]['work']:.2f}", column(name, "coverage at the threshold", "{:.1%}"),
          column(name, "error at the threshold", "{:.2%}")]
         for name in order if "coverage at the threshold" in methods[name]["seeds"][0]
     ]  # fmt: skip

@@ -226,6 +226,24 @@ def test_a_model_says_at_which_commit_it_was_trained(tmp_path, monkeypatch):
     assert selective.trained_at(selective.whole_path(selective.FULL, 4)) == "unknown"
 
 
+def test_a_method_that_some_seeds_lack_is_compared_on_the_others():
+    rng = np.random.default_rng(5)
+    labels = [(rng.uniform(size=500) < 0.2).astype(int) for _ in range(3)]
+    every = [
+        {
+            name: selective.Answers(np.zeros(500, int), rng.normal(size=500) + 2 * (one == 0))
+            for name in ("ours", "rare")
+        }
+        for one in labels
+    ]
+    some = [{"ours": every[0]["ours"]}, *every[1:]]
+    assert selective.all_methods(some) == ["ours", "rare"]
+    images = np.arange(1500).reshape(3, 500)
+    got = selective.differences(some, labels, 200, images)["aurc"]["rare"]
+    alone = selective.differences(every[1:], labels[1:], 200, images[1:])["aurc"]["rare"]
+    np.testing.assert_allclose(got, alone)
+
+
 def test_outputs_are_computed_once_for_the_same_models(tmp_path, monkeypatch):
     monkeypatch.setattr(selective, "in_fresh_process", lambda compute, *arguments: compute(*arguments))
     model, asked = tmp_path / "a.keras", []
@@ -265,6 +283,7 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
     methods = {
         name: {
             "work": 1.0,
+            "of": [0, 1] if name != "margin" else [1],
             "seeds": [selective.measures(one[name], truth) for one, truth in zip(answers, labels, strict=True)],
         }
         for name in answers[0]
@@ -280,8 +299,8 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
     assert rows[-2].split(" | ")[-2:] == ["0.00%", "none |"], "no certificate"
     best = min(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
     assert rows[2].startswith(f"| {best} |")
-    assert next(row for row in rows if row.startswith("| margin | 1.00"))
-    for name in ("margin", "p-norm"):
+    assert next(row for row in rows if row.startswith("| margin, seeds 1 | 1.00"))
+    for name in ("mirror's margin", "p-norm"):
         assert [row for row in rows if row.startswith(f"| {name} |")][1].endswith("|  |  |"), "no probability"
 
 
