@@ -329,7 +329,7 @@ def test_tables_alone_train_nothing(tmp_path, monkeypatch, capsys):
     for seed in (3, 4):
         (tmp_path / f"runs/quality/full_{seed}/metrics.json").write_text('{"two_stage": {}}')
     assert selective.untrained(selective.some_seeds((3, 4))) == []
-    assert len(selective.untrained(selective.FULL)) == 3 + 4 + 5
+    assert len(selective.untrained(selective.FULL)) == 3 + 4 + 3
 
 
 def test_a_lesser_form_never_takes_the_place_of_a_fuller_one():
