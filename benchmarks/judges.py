@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 import selective
-from common import ROOT, commit, in_fresh_process, markdown, numbers, origin, origin_line, read_json, sha256, write
+from common import ROOT, markdown, numbers, origin, origin_line, read_json, write
 
 POLICY = "mixed_bfloat16"
 BLENDS = 100  # a category
@@ -403,21 +403,10 @@ def _second_opinion(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
 
 
 def kept(form: Form, seed: int, name: str, compute: Callable, *arguments) -> dict[str, np.ndarray]:
-    """What `compute` gives in a process of its own, from the file of an earlier call on the same model if there is one.
-
-    With `commit`, that of the code which computed it.
-    """
-    path, model = base_path(form, seed).with_name(f"seed_{seed} {name.replace('/', '-')}.npz"), base_path(form, seed)
-    if path.is_file() and model.is_file():
-        with np.load(path) as found:
-            if str(found["model"]) == sha256(model):
-                return dict(found)
-    print(f"seed {seed}: {name}", flush=True)
-    found = in_fresh_process(compute, form, seed, *arguments)  # which makes the model, if it is not there
-    found |= {"model": sha256(model), "commit": commit()}
-    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
-    partial.replace(path)
-    return found
+    """What `compute` gives for a seed's whole model, which it makes if it is not there: see `selective.kept`."""
+    model = base_path(form, seed)
+    path = model.with_name(f"{model.stem} {name.replace('/', '-')}.npz")
+    return selective.kept(path, [model], compute, form, seed, *arguments)
 
 
 # ---- decisions

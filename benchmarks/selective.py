@@ -263,8 +263,9 @@ def models_of(form: Form, seed: int) -> list[Path]:
     ]
 
 
-def all_models_of(form: Form, seed: int) -> list[Path]:
-    return models_of(form, seed) + [single_path(form, one, dropout=True) for one in form.dropout if one == seed]
+def dropout_of(form: Form, seed: int) -> list[Path]:
+    """The file of its Stage 1 with dropout, if the form has one for this seed."""
+    return [single_path(form, seed, dropout=True)] if seed in form.dropout else []
 
 
 def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
@@ -319,18 +320,22 @@ def _dropout_outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     return {"test_dropout": dropout_softmax(network, images, seed)}
 
 
-def kept(path: Path, models: list[Path], compute: Callable, *arguments) -> dict[str, np.ndarray]:
-    """What `compute` gives in a process of its own; from its file, if that is of the same module and model files.
+def kept(path: Path, sources: list[Path], compute: Callable, *arguments) -> dict[str, np.ndarray]:
+    """What `compute` gives in a process of its own; from the file of an earlier call, if that is of the same sources.
 
-    With `commit`, that of the code which computed it.
+    With `commit`, that of the code which computed it. A source that is not there yet is made by `compute`.
     """
-    sources, asked = [sha256(one) for one in (ROOT / "mscnn_helpers.py", *models)], commit()
+
+    def digests() -> list[str]:
+        return [sha256(one) for one in sources if one.is_file()]
+
     if path.is_file():
         with np.load(path) as found:
-            if found["sources"].tolist() == sources:
+            if np.array_equal(found.get("sources"), digests()):
                 return dict(found)
-    print(f"{path.stem}", flush=True)
-    found = {**in_fresh_process(compute, *arguments), "sources": sources, "commit": asked}
+    print(path.stem, flush=True)
+    asked = commit()
+    found = {**in_fresh_process(compute, *arguments), "sources": digests(), "commit": asked}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
     partial.replace(path)
@@ -338,13 +343,12 @@ def kept(path: Path, models: list[Path], compute: Callable, *arguments) -> dict[
 
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
-    """One seed's outputs, computed once for the same models."""
-    folder = store(form)
-    found = kept(folder / f"outputs_{seed}.npz", models_of(form, seed), _outputs, form, seed)
-    if seed not in form.dropout:
-        return found
-    models = [single_path(form, seed, dropout=True)]
-    return {**kept(folder / f"dropout_{seed}.npz", models, _dropout_outputs, form, seed), **found}
+    """One seed's outputs, computed once for the same module and models; `commit`: one of each part."""
+    module = ROOT / "mscnn_helpers.py"
+    parts = [kept(store(form) / f"outputs_{seed}.npz", [module, *models_of(form, seed)], _outputs, form, seed)]
+    if dropout := dropout_of(form, seed):
+        parts.append(kept(store(form) / f"dropout_{seed}.npz", [module, *dropout], _dropout_outputs, form, seed))
+    return {name: value for part in parts for name, value in part.items()} | {"commit": [p["commit"] for p in parts]}
 
 
 # ---- the methods: each gives the answers (N,), and a confidence (N,) in them, for the test split
@@ -719,10 +723,11 @@ def judge(form: Form) -> dict:
             "seeds": [measures(all_answers[i][name], labels[i]) for i in having],
         }  # fmt: skip
     promised = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
+    models = [path for seed in form.seeds for path in models_of(form, seed) + dropout_of(form, seed)]
     return {
         "seeds": list(form.seeds), "methods": methods, "promises": promised,
-        "trained_at": sorted({trained_at(path) for seed in form.seeds for path in all_models_of(form, seed)}),
-        "asked_at": sorted({str(one["commit"]) for one in found}),
+        "trained_at": sorted({trained_at(path) for path in models}),
+        "asked_at": sorted({str(asked) for one in found for asked in one["commit"]}),
         "differences": differences(all_answers, labels, 1000),
     }  # fmt: skip
 

@@ -168,7 +168,7 @@ def test_no_image_trains_and_judges(tiny_data, monkeypatch):
 
 def test_what_was_asked_is_kept_for_the_same_model_only(tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "ROOT", tmp_path)
-    monkeypatch.setattr(judges, "in_fresh_process", lambda compute, *arguments: compute(*arguments))
+    monkeypatch.setattr(selective, "in_fresh_process", lambda compute, *arguments: compute(*arguments))
     asked, form = [], judges.QUICK
 
     def compute(*arguments):
