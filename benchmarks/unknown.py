@@ -164,8 +164,8 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     weights = fitted_weights(model, data.calibration.images)
     known = scores(model, train_features, weights, data.test.images[:most])
     # The rivals' thresholds accept as many calibration images as the model does.
-    share = (model.decide(data.calibration.images).category < len(model.category_names)).mean()
     tuning = scores(model, train_features, weights, data.calibration.images)
+    share = 1 - shares_of_other(tuning, {}, model.threshold)["ours"]
     cuts = {name: mscnn.threshold_for_coverage(tuning[name], share) for name in ("softmax", "neighbours")}
     result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares_of_other(known, cuts, model.threshold)}}
     for kind, images in unknown_images(data.test.images).items():
