@@ -826,6 +826,7 @@ def batches(
 
 STAGE1_WIDTHS = (64, 256, 256)  # 118 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
+WEAKEST_DETAIL = 1e-3  # of a whitening filter, whose usual strength is about 1: what is below is the same, flat
 RANDOM_FLIP = -1  # in place of an epoch
 SMALL_CROP = 0.75  # of height and width: little more than half of the work
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
@@ -1050,7 +1051,7 @@ def build_cnn(
     scale, shift = [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     x = layers.Rescaling(scale, shift, dtype="float32", name="normalization")(x)
     x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
-    x = layers.Activation(activation, dtype=policy)(x)
+    x = layers.Activation(activation, dtype=policy, name="whitened")(x)
     for block, width in enumerate(widths, start=1):
         for half in (1, 2):
             x = Conv2D(width, 3, padding="same", use_bias=False, dtype=policy)(x)
@@ -1064,13 +1065,16 @@ def build_cnn(
 
 
 def feature_extractor(stage1: keras.Model) -> keras.Model:
-    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T).
+    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T + 2 D).
 
-    Side by side: C logits, and the texture, the means of the T channels of the first block.
+    Side by side: C logits; the texture, the means of the T channels of the first block; the means of the 2 D whitened
+    channels, D filters and their negatives.
     """
     layers = keras.layers
-    texture = layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer("block1").output)  # (B, T)
-    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")([stage1.outputs[0], texture]))
+    texture, whitened = (
+        layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer(name).output) for name in ("block1", "whitened")
+    )
+    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")([stage1.outputs[0], texture, whitened]))
 
 
 def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
@@ -1123,6 +1127,8 @@ COMMON_PRIOR = np.array([0.0, 0.5, 0.5])
 COMMON_STRENGTH = np.array([0.1, 1.0, 1.0])  # of the common row towards COMMON_PRIOR: 1 / variance
 ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the common row: 1 / variance
 NOVEL_SHARE = 0.01  # of the calibration images is called like nothing known: the price of noticing what is
+OWN_SHARE = 0.0025  # of them, by the texture alone, and by the detail alone
+FEW_IMAGES = 1000  # below this number a quantile of a hundredth is a matter of chance
 
 
 def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -1374,10 +1380,11 @@ def threshold_for_costs(wrong: float, other: float) -> float:
 
 
 class Views(NamedTuple):
-    """What Stage 1 makes of B images: its logits on each view, and the mean over the views of its texture."""
+    """What Stage 1 makes of B images: its logits on each view, and the means over the views of what it sees first."""
 
     logits: np.ndarray  # float32 (views, B, C)
     texture: np.ndarray  # float32 (B, T), the mean of each channel of its first block
+    detail: np.ndarray  # float32 (B, D), the log of the mean strength of each whitening filter
 
 
 class Known(NamedTuple):
@@ -1385,52 +1392,109 @@ class Known(NamedTuple):
 
     texture_mean: np.ndarray  # (T,), of the train images
     texture_precision: np.ndarray  # (T, T), the inverse of the texture's covariance
-    scale: np.ndarray  # (2, 3): mean and standard deviation of each sign on the calibration split
-    limit: float  # the sum of the signs above which an image is like nothing known
+    detail_mean: np.ndarray  # (D,), and
+    detail_precision: np.ndarray  # (D, D), the same of the detail
+    scale: np.ndarray  # (2, 4): mean and standard deviation of each sign on the calibration split
+    limits: np.ndarray  # (3,): above which an image is like nothing known: of the sum, the texture, the detail
 
 
-def signs_of_novelty(logits: np.ndarray, odds: np.ndarray, texture: np.ndarray, known: Known) -> np.ndarray:
-    """Three signs that an image belongs to no category at all, float64 (B, 3); each grows with its strangeness.
+def signs_of_novelty(
+    logits: np.ndarray, odds: np.ndarray, texture: np.ndarray, detail: np.ndarray, known: Known
+) -> np.ndarray:
+    """Four signs that an image belongs to no category at all, float64 (B, 4); each grows with its strangeness.
 
     That no category speaks up: the energy of Stage 1's logits (Liu et al. 2020). That both stages doubt: the log-odds
     of a wrong answer. That Stage 1's first block, which sees edges and colours, sees others than usual: log squared
-    Mahalanobis distance to the mean of the train images (Lee et al. 2018 use it for every layer and category).
+    Mahalanobis distance to the mean of the train images (Lee et al. 2018 use it for every layer and category). That
+    the image has more or less detail than usual: the same distance of the whitening filters' log strengths, which
+    fall without end where an image is flat.
 
     Args:
-        logits: Stage 1's mean over the views, (B, C). odds: of the confidence, (B,). texture: (B, T).
+        logits: Stage 1's mean over the views, (B, C). odds: of the confidence, (B,). texture, detail: see `Views`.
     """
     energy = -np.logaddexp.reduce(logits.astype(np.float64), axis=1)  # (B,)
-    shifted = texture - known.texture_mean  # (B, T)
+    unusual = _log_distance(texture, known.texture_mean, known.texture_precision)
+    return np.stack([energy, -odds, unusual, _log_distance(detail, known.detail_mean, known.detail_precision)], axis=1)
+
+
+def _log_distance(features: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Log squared Mahalanobis distance of features (B, K), float64 (B,)."""
+    shifted = features - mean  # (B, K)
     # By einsum, without BLAS, whose threads would compete with TensorFlow's: a matrix product here took 20 ms, not 1.
-    unusual = (np.einsum("bt,ts->bs", shifted, known.texture_precision) * shifted).sum(axis=1)  # (B,)
-    return np.stack([energy, -odds, np.log(np.maximum(unusual, 1e-12))], axis=1)
+    return np.log(np.maximum((np.einsum("bk,kl->bl", shifted, precision) * shifted).sum(axis=1), 1e-12))
 
 
 def novelty(signs: np.ndarray, known: Known) -> np.ndarray:
     """How strange images are, float64 (B,): a score for out-of-distribution detection, above 0 too strange.
 
-    The sum of the standardised signs (B, 3) less the limit; NaN where nothing is known. The texture counts only where
-    it is stranger than the mean: a usual one is no sign of a known category, since nearly all photographs have it.
+    The sum of the first three standardised signs less its limit. The texture counts only where it is stranger than the
+    mean: a usual one is no sign of a known category, since nearly all photographs have it. Texture and detail have
+    limits of their own, too: on noise the stages may be as confident as never before, and would outvote them. Only
+    beyond such a limit does its excess replace the sum, if it is larger; so the order of all other images is the sum's.
+    NaN where nothing is known.
+
+    Args:
+        signs: (B, 4), see `signs_of_novelty`.
     """
+    above = _parts_of_novelty(signs, known) - known.limits  # (B, 3)
+    own = above[:, 1:].max(axis=1)
+    return np.where(own > 0, np.maximum(above[:, 0], own), above[:, 0])
+
+
+def _parts_of_novelty(signs: np.ndarray, known: Known) -> np.ndarray:
+    """What the limits are held against, float64 (B, 3): the sum, the texture and the detail, standardised."""
     mean, deviation = known.scale
-    energy, doubt, texture = ((signs - mean) / deviation).T  # (B,) each
-    return energy + doubt + np.maximum(0, texture) - known.limit
+    energy, doubt, texture, detail = ((signs - mean) / deviation).T  # (B,) each
+    return np.stack([energy + doubt + np.maximum(0, texture), texture, detail], axis=1)
 
 
-def known_texture(texture: np.ndarray) -> Known:
-    """What is known of train images from their texture (N, T) alone: scale and limit are not, see `known_scale`."""
+def known_features(texture: np.ndarray, detail: np.ndarray) -> Known:
+    """What is known of train images from texture (N, T) and detail (N, D): not yet scale and limits, see `known_scale`.
+
+    Covariances are shrunk (Ledoit and Wolf 2004), for few images.
+    """
     from sklearn.covariance import LedoitWolf
 
-    covariance = LedoitWolf(store_precision=False).fit(texture).covariance_  # shrunk, for few images
-    some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
-    precision = np.linalg.inv(covariance + some)
-    return Known(texture.mean(axis=0, dtype=float), precision, np.full((2, 3), np.nan), np.nan)
+    found = []
+    for features in (texture, detail):
+        covariance = LedoitWolf(store_precision=False).fit(features).covariance_
+        some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
+        found += [features.mean(axis=0, dtype=float), np.linalg.inv(covariance + some)]
+    return Known(*found, scale=np.full((2, 4), np.nan), limits=np.full(3, np.nan))
 
 
-def known_scale(known: Known, signs: np.ndarray, novel: float = NOVEL_SHARE) -> Known:
-    """The same with scale and limit, from the signs (N, 3) of calibration images: so many will be beyond the limit."""
-    known = known._replace(scale=np.stack([signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-6)]), limit=0.0)
-    return known._replace(limit=float(np.quantile(novelty(signs, known), 1 - novel)))
+def known_scale(known: Known, signs: np.ndarray) -> Known:
+    """Returns `known` with scale and limits fitted on the signs (N, 4) of calibration images.
+
+    NOVEL_SHARE of the images lie beyond a limit: OWN_SHARE beyond that of the texture, as many beyond that of the
+    detail, and so many beyond that of the sum that all make up the share. Fewer than FEW_IMAGES tell little of their
+    own tails: then one image at most lies beyond a limit, that of the sum, and no limit is below the bound that the
+    next image of a normal distribution keeps with the same share (its prediction interval, Student's t).
+    """
+    known = known._replace(scale=np.stack([signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-6)]))
+    parts, count = _parts_of_novelty(signs, known), len(signs)  # (N, 3)
+    few = count < FEW_IMAGES
+    beyond, own = (1, 0) if few else (int(NOVEL_SHARE * count), int(OWN_SHARE * count))
+    texture, detail = (_exceeded_by(own, values) for values in parts[:, 1:].T)
+    usual = ~((parts[:, 1] > texture) | (parts[:, 2] > detail))  # all, where the features are not known yet: NaN
+    limits = np.array([_exceeded_by(beyond - (~usual).sum(), parts[usual, 0]), texture, detail])
+    if few and count > 1:
+        shares = np.array([NOVEL_SHARE - 2 * OWN_SHARE, OWN_SHARE, OWN_SHARE])
+        limits = np.maximum(limits, _next_image_bound(parts, shares))
+    return known._replace(limits=limits)
+
+
+def _exceeded_by(count: int, values: np.ndarray) -> float:
+    """The limit that `count` of the values exceed."""
+    return float(np.sort(values)[::-1][min(count, len(values) - 1)])
+
+
+def _next_image_bound(values: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The bound (K,) that the next row of normally distributed values (N, K) exceeds with a probability of `share`."""
+    from scipy.stats import t
+
+    factor = t.ppf(1 - share, len(values) - 1) * np.sqrt(1 + 1 / len(values))
+    return values.mean(axis=0) + factor * values.std(axis=0, ddof=1)
 
 
 def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
@@ -1453,6 +1517,7 @@ class Opinions(NamedTuple):
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
     logits: np.ndarray  # float32 (views, B, C), Stage 1's on each view
     texture: np.ndarray  # float32 (B, T), what its first block sees
+    detail: np.ndarray  # float32 (B, D), what its whitening sees
 
     @property
     def mean_logits(self) -> np.ndarray:
@@ -1555,8 +1620,9 @@ class MultiStageCNN(keras.Model):
         not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
         self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
         self.rows = self.add_weight(shape=(count, 3), name="rows", autocast=False, **not_yet)
-        channels = stage1_widths[0]  # of the texture
-        shapes = zip(Known._fields, [(channels,), (channels, channels), (2, 3), ()], strict=True)
+        texture, detail = stage1_widths[0], 4 * image_shape[-1]  # channels, whitening filters
+        shapes = [(texture,), (texture, texture), (detail,), (detail, detail), (2, 4), (3,)]
+        shapes = zip(Known._fields, shapes, strict=True)
         self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
         self.built = True
 
@@ -1731,12 +1797,12 @@ class MultiStageCNN(keras.Model):
 
     def stage1_views(self, images: np.ndarray, batch_size: int = 512) -> Views:
         """What Stage 1 makes of uint8 images (B, H, W, channels) and, if that keeps their category, mirrored ones."""
-        count, channels = len(self.category_names), self._known[0].shape[0]  # C, T
-        width = self._views * (count + channels)
-        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, width)
-        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + T)
-        logits, texture = np.split(views, [count], axis=2)
-        return Views(logits, texture.mean(axis=0))
+        sizes = np.cumsum([len(self.category_names), *(self._known[i].shape[0] for i in (0, 2, 2))])  # C, T, D, D
+        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, self._views * sizes[-1])
+        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + T + 2 D)
+        logits, texture, *halves = np.split(views, sizes[:-1], axis=2)
+        strength = sum(halves).mean(axis=0)  # a filter answers by itself or by its negative
+        return Views(logits, texture.mean(axis=0), np.log(strength + WEAKEST_DETAIL))
 
     def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
         """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
@@ -1799,7 +1865,7 @@ class MultiStageCNN(keras.Model):
 
     @staticmethod
     def _signs(opinions: Opinions, combined: np.ndarray, known: Known) -> np.ndarray:
-        return signs_of_novelty(opinions.mean_logits, combined, opinions.texture, known)  # (B, 3)
+        return signs_of_novelty(opinions.mean_logits, combined, opinions.texture, opinions.detail, known)  # (B, 4)
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
@@ -1814,9 +1880,8 @@ class MultiStageCNN(keras.Model):
 
     @property
     def known(self) -> Known:
-        """What images of the categories look like; NaN until `learn_known`, its scale and limit until `calibrate`."""
-        *arrays, limit = (one.numpy() for one in self._known)
-        return Known(*arrays, float(limit))
+        """What images of the categories look like; NaN until `learn_known`, its scale and limits until `calibrate`."""
+        return Known(*(one.numpy() for one in self._known))
 
     def _keep_known(self, known: Known) -> None:
         for variable, value in zip(self._known, known, strict=True):
@@ -1833,12 +1898,13 @@ class MultiStageCNN(keras.Model):
         """
         self.certificate = None
         some = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
-        self._keep_known(known_texture(self.stage1_views(some).texture))
+        views = self.stage1_views(some)
+        self._keep_known(known_features(views.texture, views.detail))
         if self.is_calibrated:
             self._scale_known(self.opinions(data.calibration.images))
 
     def _scale_known(self, opinions: Opinions) -> None:
-        """Sets scale and limit of what is known, from both stages' opinions of the calibration split."""
+        """Sets scale and limits of what is known, from both stages' opinions of the calibration split."""
         known = self.known
         self._keep_known(known_scale(known, self._signs(opinions, self._combined(opinions), known)))
 
@@ -1847,7 +1913,7 @@ class MultiStageCNN(keras.Model):
 
         Args:
             categories: fit only these rows, shrunk towards the common row as it is. None: fit the rows of all
-                trainable categories and, if no category is frozen, the common row before them and the limit of what
+                trainable categories and, if no category is frozen, the common row before them and the limits of what
                 is known behind them.
 
         Raises:
@@ -2020,7 +2086,7 @@ def load_model_for(data: Dataset, path: str | Path) -> MultiStageCNN:
     model = load_model(path)
     model.check_matches(data)
     known = model.known
-    if np.isnan(known.texture_mean).any() or (model.is_calibrated and np.isnan(known.limit)):
+    if np.isnan(known.texture_mean).any() or (model.is_calibrated and np.isnan(known.limits).any()):
         older = f"{Path(path).name} is from before the second reason for OTHER as it is now"
         print(f"{older}: what is known is learnt anew.", flush=True)
         model.learn_known(data)
@@ -2518,8 +2584,8 @@ def retrain_stage2(
 ) -> tuple[list[Retraining], dict[str, dict[str, list[float]]]]:
     """Retrains the Stage 2 CNNs and calibration rows of some categories; all else stays bit for bit.
 
-    So does the limit of what is like nothing known: with other confidences in the chosen categories, somewhat more or
-    less than one in a hundred of their images may now be beyond it.
+    So do the limits of what is like nothing known: with other confidences in the chosen categories, somewhat more or
+    less than one in a hundred of their images may now be beyond them.
 
     A category whose log loss on the calibration split did not fall is put back as it was, unless
     `keep_worse`. Everything but the chosen categories is left frozen.
@@ -2735,7 +2801,8 @@ def made_up_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Images that belong to no category, as many of each kind as are given: uint8 (B, H, W, channels).
 
     Args:
-        images: some of the data set; what is scrambled are 16 patches of each.
+        images: some of the data set; what is scrambled are 16 patches of each. The first single colours are white,
+            black and gray.
     """
     rng, (height, width) = np.random.default_rng(seed), images.shape[1:3]
     scrambled = images.copy()
@@ -2743,6 +2810,7 @@ def made_up_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     patches = cut.reshape(len(cut), 4, height // 4, 4, width // 4, -1).swapaxes(2, 3)  # (B, 4, 4, H/4, W/4, channels)
     flat = patches.reshape(len(cut), 16, *patches.shape[3:])
     colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[-1]), dtype=np.uint8)
+    colours[:3] = np.uint8([255, 0, 128])[: len(images), None, None, None]
     mixed = rng.permuted(np.broadcast_to(np.arange(16), (len(cut), 16)), axis=1)  # (B, 16)
     shuffled = np.take_along_axis(flat, mixed[:, :, None, None, None], axis=1).reshape(patches.shape)
     cut[...] = shuffled.swapaxes(2, 3).reshape(cut.shape)
@@ -2750,8 +2818,40 @@ def made_up_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
         "uniform noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
         "Gaussian noise": rng.normal(128, 64, images.shape).clip(0, 255).astype(np.uint8),
         "one colour": np.broadcast_to(colours, images.shape).copy(),
+        "stripes": _stripes(images.shape, rng),
         "scrambled": scrambled,
     }
+
+
+def _stripes(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Upright, level and slanting stripes of 1 to 8 pixels in two colours, uint8 of a shape (B, H, W, channels)."""
+    count, height, width, channels = shape
+    rows, columns = np.indices((height, width))
+    across = np.stack([columns, rows, rows + columns])[np.arange(count) % 3]  # (B, H, W)
+    odd = (across // rng.integers(1, 9, (count, 1, 1)) % 2).astype(bool)
+    colours = rng.integers(0, 256, (2, count, 1, 1, channels), dtype=np.uint8)
+    return np.where(odd[..., None], *colours)
+
+
+def foreign_photographs(input_shape: Sequence[int]) -> np.ndarray:
+    """The two photographs that come with scikit-learn, a temple and a flower, shrunk whole as `read_image` does it.
+
+    Returns:
+        uint8 (2, H, W, channels).
+    """
+    from importlib.resources import as_file, files
+
+    found = []
+    for name in ("china.jpg", "flower.jpg"):
+        with as_file(files("sklearn.datasets.images") / name) as path:
+            found.append(read_image(path, input_shape))
+    return np.stack(found)
+
+
+def unnoticed(verdicts: dict[str, Decisions], share: float = 0.05) -> dict[str, float]:
+    """The kinds of images of no category of which more than `share` is accepted, and how many are: 0 to 1."""
+    accepted = {kind: float((found.reasons() == ACCEPTED).mean()) for kind, found in verdicts.items()}
+    return {kind: one for kind, one in accepted.items() if one > share}
 
 
 def stage_truth(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
@@ -3405,6 +3505,11 @@ def print_result(run: Run) -> None:
         print(Certificate(**metrics["certificate"]).text())
     alone = f"of Stage 1 alone, by one look and its softmax, {one['aurc']:.4f}"
     print(f"Area under the risk-coverage curve: {two['aurc']:.4f}; {alone}.")
+    if metrics.get("unnoticed"):
+        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in metrics["unnoticed"].items())
+        print(f"{OTHER} does not notice everything. Accepted, though they show no category: {kinds}.")
+    if two.get("like_nothing_known"):
+        print(f"Called {STRANGE!r}, though they show a category: {two['like_nothing_known']:.1%} of the test images.")
     if data["sizes"]["calibration"] < 20 * len(data["category_names"]):
         print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")

@@ -28,8 +28,9 @@ the higher score of two. The scores, all but the first of Stage 1's means over i
     neighbours        distance to the 50th nearest train image in Stage 1's features (Sun et al. 2022)
     confidence        both stages', what the threshold is held against
     texture           of Stage 1's first block, how far from what is usual: the third sign of the novelty
-    plain sum         of the three signs, also of a texture that is more usual than the mean
-    fitted sum        of the three signs, weighted by logistic regression: the model's calibration images against
+    detail            strengths of the whitening filters, how far from what is usual: the fourth sign
+    plain sum         of the first three signs, also of a texture that is more usual than the mean
+    fitted sum        of the first three signs, weighted by logistic regression: the model's calibration images against
                       blends, halves and turned images made of them, three kinds it then meets again below
     novelty           ours, for 'like nothing I know'
 """
@@ -98,23 +99,24 @@ def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def signs_of(model, images: np.ndarray, decisions) -> np.ndarray:
-    """The three signs of the novelty, float64 (N, 3), each in its calibration images' standard deviations."""
+    """The four signs of the novelty, float64 (N, 4), each in its calibration images' standard deviations."""
     from scipy.special import logit
 
     import mscnn_helpers as mscnn
 
-    texture, (mean, deviation) = model.stage1_views(images).texture, model.known.scale
+    views, (mean, deviation) = model.stage1_views(images), model.known.scale
     odds = logit(np.clip(decisions.confidence, 1e-15, 1 - 1e-15))
-    return (mscnn.signs_of_novelty(decisions.stage1_logits, odds, texture, model.known) - mean) / deviation
+    signs = mscnn.signs_of_novelty(decisions.stage1_logits, odds, views.texture, views.detail, model.known)
+    return (signs - mean) / deviation
 
 
 def fitted_weights(model, images: np.ndarray) -> np.ndarray:
-    """How much each sign counts against outliers made of these images, (3,)."""
+    """How much each of the first three signs counts against outliers made of these images, (3,)."""
     from sklearn.linear_model import LogisticRegression
 
     half = len(images) // 2
     kinds = distorted_images(images[:half], images[half : 2 * half])
-    signs = [signs_of(model, one, model.decide(one)) for one in (images, *kinds.values())]
+    signs = [signs_of(model, one, model.decide(one))[:, :3] for one in (images, *kinds.values())]
     made_up = np.repeat([0, 1], [len(images), sum(map(len, signs[1:]))])
     return LogisticRegression().fit(np.concatenate(signs), made_up).coef_[0]
 
@@ -132,8 +134,9 @@ def scores(model, train_features: np.ndarray, weights: np.ndarray, images: np.nd
         "neighbours": -neighbour_distance(train_features, features)[FIFTIETH],
         "confidence": decisions.confidence,
         "texture": -signs[:, 2],
-        "plain sum": -signs.sum(axis=1),
-        "fitted sum": -signs @ weights,
+        "detail": -signs[:, 3],
+        "plain sum": -signs[:, :3].sum(axis=1),
+        "fitted sum": -signs[:, :3] @ weights,
         "novelty": -decisions.novelty,
     }
 

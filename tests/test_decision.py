@@ -382,18 +382,19 @@ def test_thresholds_by_category_accept_the_same_share_of_each():
 
 
 def looks_of(count: int, seed: int) -> dict[str, np.ndarray]:
-    """What `signs_of_novelty` needs of three categories: logits, log-odds, four correlated channels of texture."""
+    """What `signs_of_novelty` needs of three categories; four correlated channels of texture, three of detail."""
     rng, labels = np.random.default_rng(seed), np.arange(count) % 3
     mixing = np.array([[1.0, 0.9, 0, 0], [0, 0.5, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 0]])  # the last is always 0
     found = {
         "logits": 3 * np.eye(3)[labels] + rng.normal(size=(count, 3)), "odds": rng.normal(4, 2, count),
-        "texture": rng.normal(size=(count, 4)) @ mixing,
+        "texture": rng.normal(size=(count, 4)) @ mixing, "detail": rng.normal(size=(count, 3)),
     }  # fmt: skip
     return {name: one.astype(np.float32) for name, one in found.items()}
 
 
 def known_of(count: int = 3000) -> mscnn.Known:
-    known = mscnn.known_texture(looks_of(count, 0)["texture"])
+    looks = looks_of(count, 0)
+    known = mscnn.known_features(looks["texture"], looks["detail"])
     return mscnn.known_scale(known, mscnn.signs_of_novelty(**looks_of(count, 1), known=known))
 
 
@@ -403,7 +404,7 @@ def novelty_of(looks: dict[str, np.ndarray], known: mscnn.Known) -> np.ndarray:
 
 def test_a_hundredth_of_the_calibration_images_is_like_nothing_known():
     known = known_of()
-    assert (novelty_of(looks_of(3000, 1), known) > 0).mean() == pytest.approx(0.01, abs=0.001)
+    assert (novelty_of(looks_of(3000, 1), known) > 0).sum() == 30, "beyond one of the three limits, not each"
     assert (novelty_of(looks_of(20_000, 2), known) > 0).mean() == pytest.approx(0.01, abs=0.004)
 
 
@@ -411,13 +412,14 @@ AGAINST = np.where(np.arange(4) == 1, 9.0, 0.0) - np.where(np.arange(4) == 0, 9.
 
 
 @pytest.mark.parametrize(
-    ("column", "name", "change"), [(0, "logits", -20), (1, "odds", -30), (2, "texture", np.float32(AGAINST))]
+    ("column", "name", "change"),
+    [(0, "logits", -20), (1, "odds", -30), (2, "texture", np.float32(AGAINST)), (3, "detail", -9)],
 )
-def test_each_of_the_three_signs_can_make_an_image_strange(column, name, change):
+def test_each_of_the_four_signs_can_make_an_image_strange(column, name, change):
     known, usual = known_of(), looks_of(500, 3)
     strange = {**usual, name: usual[name] + change}
     before, after = (mscnn.signs_of_novelty(**looks, known=known) for looks in (usual, strange))
-    others = [k for k in range(3) if k != column]
+    others = [k for k in range(4) if k != column]
     np.testing.assert_array_equal(after[:, others], before[:, others])
     assert (after[:, column] > before[:, column]).mean() > 0.99
     assert (novelty_of(strange, known) > 0).mean() > 0.95
@@ -428,8 +430,37 @@ def test_a_usual_texture_does_not_excuse_a_doubt():
     known, looks = known_of(), looks_of(500, 3)
     signs = mscnn.signs_of_novelty(**looks, known=known)
     signs[:, 2] = known.scale[0, 2]
-    calm = np.where([False, False, True], -100.0, signs)
+    calm = np.where([False, False, True, False], -100.0, signs)
     np.testing.assert_array_equal(mscnn.novelty(calm, known), mscnn.novelty(signs, known))
+
+
+@pytest.mark.parametrize(("name", "change"), [("texture", np.float32(AGAINST)), ("detail", -9)])
+def test_no_confidence_outvotes_a_texture_or_detail_beyond_its_limit(name, change):
+    """On noise a network may be more confident than on any image that it knows."""
+    known, usual = known_of(), looks_of(500, 3)
+    certain = {**usual, "logits": 40 * usual["logits"], "odds": usual["odds"] + 100}
+    assert not (novelty_of(certain, known) > 0).mean() > 0.02
+    assert (novelty_of({**certain, name: usual[name] + change}, known) > 0).all()
+
+
+def test_within_the_limits_the_order_is_that_of_the_sum():
+    known, looks = known_of(), looks_of(2000, 4)
+    signs = mscnn.signs_of_novelty(**looks, known=known)
+    energy, doubt, texture, detail = ((signs - known.scale[0]) / known.scale[1]).T
+    within = (texture <= known.limits[1]) & (detail <= known.limits[2])
+    expected = energy + doubt + np.maximum(0, texture) - known.limits[0]
+    np.testing.assert_allclose(mscnn.novelty(signs, known)[within], expected[within])
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 22, 90, 250, 999])
+def test_few_calibration_images_lose_at_most_one_and_the_next_ones_few(count):
+    looks, lost = known_of(), []
+    for seed in range(30):
+        signs = mscnn.signs_of_novelty(**looks_of(count, 100 + seed), known=looks)
+        known = mscnn.known_scale(looks, signs)
+        assert (mscnn.novelty(signs, known) > 0).sum() <= 1
+        lost.append((novelty_of(looks_of(500, 200 + seed), known) > 0).mean())
+    assert count < 8 or np.mean(lost) < 0.03
 
 
 def test_the_texture_is_judged_by_its_mahalanobis_distance():

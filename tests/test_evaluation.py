@@ -224,7 +224,13 @@ def test_made_up_images_show_nothing(shape):
         assert one.dtype == np.uint8 and len(one) == len(images)
         np.testing.assert_array_equal(one, again[kind])
     assert (made_up["one colour"] == made_up["one colour"][:, :1, :1]).all()
-    assert len(np.unique(made_up["one colour"][:, 0, 0], axis=0)) > 1, "another one for each image"
+    assert len(np.unique(made_up["one colour"][:, 0, 0], axis=0)) == len(images), "another one for each image"
+    assert (made_up["one colour"][:3, 0, 0, 0] == [255, 0, 128]).all()
+    assert len(mscnn.made_up_images(images[:1])["one colour"]) == 1
+    for i, line in enumerate(made_up["stripes"]):
+        assert len(np.unique(line.reshape(-1, shape[-1]), axis=0)) == 2, "two colours"
+        along = [line[:1] == line, line[:, :1] == line, line[1:, :-1] == line[:-1, 1:]][i % 3]
+        assert along.all()
     height, width = shape[1] // 4 * 4, shape[2] // 4 * 4
     scrambled = made_up["scrambled"]
     assert scrambled.shape == shape

