@@ -54,7 +54,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,32 +113,89 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
         Indices, ascending.
 
     Raises:
-        MSCNNError: an unknown name, or an index outside 0..C-1.
+        MSCNNError: an unknown or ambiguous name, an index outside 0..C-1, or something that is neither.
     """
-    if isinstance(chosen, str):
-        if not chosen.strip():
-            return tuple(range(len(names)))
-        text, parts = chosen, [part.strip(" '\"") for part in chosen.strip(" []()").split(",")]
-        chosen = [part for part in parts if part]  # a comma too many does no harm
-        if not chosen:
-            raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
-    elif isinstance(chosen, (int, np.integer)):
-        chosen = [chosen]
-    return tuple(sorted({_category_index(one, names) for one in chosen}))
+    if isinstance(chosen, str) and not chosen.strip() and chosen not in names:
+        return tuple(range(len(names)))
+    items = _items_of(chosen, names) if isinstance(chosen, str) else _listed(chosen)
+    return tuple(sorted({_category_index(one, names) for one in items}))
+
+
+def _listed(chosen: Any) -> list[str | int]:
+    """A choice of categories that is no text, such as 8 or ["ship", 9], as a list."""
+    chosen = chosen.tolist() if isinstance(chosen, np.ndarray) else chosen
+    several = isinstance(chosen, Iterable) and not isinstance(chosen, (str, bytes, bytearray, Mapping))
+    try:
+        items = list(chosen) if several else [chosen]
+    except TypeError:  # a tensor without axes only looks like several
+        items = [chosen]
+    for one in items:
+        if isinstance(one, bool) or not isinstance(one, (str, int, np.integer)):
+            raise MSCNNError(
+                f"{one!r} is no category: give names or indices, such as ship,truck or 8,9. "
+                "A name that looks like a number, True or None goes in quotes: '\"01\"'."
+            )
+    return [one if isinstance(one, str) else int(one) for one in items]
+
+
+_ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|\Z)""", re.DOTALL)
+
+
+def _items_of(text: str, names: Sequence[str]) -> list[str | int]:
+    """The names and indices in a text that is not blank, or is a name."""
+    for plain in ([text], [part.strip() for part in text.split(",")]):
+        if all(part in names for part in plain):
+            return plain
+    inside = text.strip()
+    bracketed = inside[0] + inside[-1] in ("[]", "()", "{}")
+    parts = _ITEM.findall(inside[1:-1] if bracketed else inside)
+    items = [one for one in (_item(part, names, bracketed) for part in parts) if one != ""]  # a comma too many: no harm
+    if not items:
+        raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
+    return items
+
+
+def _item(part: str, names: Sequence[str], bracketed: bool) -> str | int:
+    if bracketed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", part):
+        return int(part)  # as `Settings` keeps a number
+    if not re.fullmatch(r"'.*'|\".*\"", part, re.DOTALL):
+        return part if part in names else part.strip(" []()'\"")
+    inner = decoded = part[1:-1]
+    with contextlib.suppress(ValueError):
+        decoded = json.loads(part, strict=False) if part[0] == '"' else re.sub(r"\\(['\\])", r"\1", inner)
+    return inner if inner in names and decoded not in names else decoded
 
 
 def _category_index(one: str | int, names: Sequence[str]) -> int:
-    text = str(one)
-    if text in names:  # before the digits: MNIST's names are digits
-        return list(names).index(text)
-    if text.removeprefix("-").isdecimal():
-        if 0 <= int(text) < len(names):
-            return int(text)
-        raise MSCNNError(f"Category index {text} is out of range: use 0 to {len(names) - 1}.")
-    folded = {name.lower(): name for name in names}
-    if text.lower() in folded:
-        return list(names).index(folded[text.lower()])
-    raise MSCNNError(f"Unknown category '{text}'.{_did_you_mean(text, names)} Choose among: {', '.join(names)}.")
+    names = list(names)
+    if one in names:
+        return names.index(one)
+    number = one if isinstance(one, int) else int(one) if re.fullmatch(r"-?\d{1,18}", one) else None
+    if number is not None:
+        found = {category for category, name in enumerate(names) if number in _numbers_from(name)}
+        if str(number) not in names and 0 <= number < len(names):
+            found.add(number)
+        if not found:
+            raise MSCNNError(f"Category index {number} is out of range: use 0 to {len(names) - 1}.")
+    else:
+        found = {category for category, name in enumerate(names) if name.strip().lower() == one.strip().lower()}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        could = " or ".join(repr(names[category]) for category in sorted(found))
+        raise MSCNNError(
+            f"Category {one} could be {could}: give the name in quotes, as in '[\"{names[min(found)]}\"]'."
+        )
+    raise MSCNNError(f"Unknown category '{one}'.{_did_you_mean(one, names)} Choose among: {', '.join(names)}.")
+
+
+def _numbers_from(name: str) -> set[int]:
+    """The integers that papermill, YAML or Python may make of a name: 1 of 01, 8 or 10 of 010, 16 of 0x10."""
+    numbers = set()
+    for base in (10, 0, *((8,) if name.startswith("0") else ())):
+        with contextlib.suppress(ValueError):
+            numbers.add(int(name, base))
+    return numbers
 
 
 def _did_you_mean(text: str, names: Iterable[str]) -> str:
@@ -191,8 +248,9 @@ class Settings:
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
 
     def __post_init__(self):
-        if isinstance(self.stage2_categories, (int, list, tuple)):  # papermill's -p turns 8 into a number
-            object.__setattr__(self, "stage2_categories", str(self.stage2_categories))
+        if not isinstance(self.stage2_categories, str):  # papermill's -p turns 8 into a number
+            chosen = json.dumps(_listed(self.stage2_categories), ensure_ascii=False)
+            object.__setattr__(self, "stage2_categories", chosen)
         for name in ("threshold", "target_risk", "target_coverage"):
             if type(getattr(self, name)) is int:
                 object.__setattr__(self, name, float(getattr(self, name)))
