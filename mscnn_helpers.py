@@ -39,6 +39,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -609,28 +610,78 @@ def _download(url: str, known_hash: str, name: str) -> Path:
     import requests
 
     folder = data_folder()
-    if not (folder / name).is_file():
-        # In a thread, since a name server that is silent is not bound by a time limit of requests.
-        answers: list[bool] = []
-
-        def ask() -> None:
-            with contextlib.suppress(requests.RequestException):
-                answers.append(requests.head(url, timeout=DOWNLOAD_PATIENCE / 2, allow_redirects=True).ok)
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(DOWNLOAD_PATIENCE)
-        if not any(answers):
-            raise FileNotFoundError(
-                f"{name} is not in {folder} and cannot be downloaded now (no answer from {url.split('/')[2]}). "
-                "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
-            )
-        print(f"Fetching {name} from {url}", flush=True)
+    path, host, (kind, value) = folder / name, url.split("/")[2], known_hash.split(":")
+    state = f"{name} is not in {folder}" if _may_read(folder) else f"{folder} cannot be read: Permission denied,"
+    try:
+        if os.path.isfile(path):  # not Path's, which fails in a folder that may not be read
+            if pooch.file_hash(str(path), alg=kind) == value:
+                return path
+            state = f"{path} is incomplete or damaged ({path.stat().st_size:,} bytes)"
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} cannot be read: {error.strerror}. Mend that, or set MSCNN_DATA_DIR."
+        ) from error
+    problem = _ask(url)
+    if problem:
+        raise FileNotFoundError(
+            f"{state} and cannot be downloaded now ({_download_problem(problem, host, folder)}). "
+            "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
+        )
+    print(f"Fetching {name} from {url}", flush=True)
     try:
         fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=sys.stderr.isatty())
         return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
-        raise FileNotFoundError(f"The download of {name} failed: {error}") from error
+        reason = _download_problem(error, host, folder).rstrip(".")
+        raise FileNotFoundError(f"The download of {name} failed: {reason}.") from error
+
+
+def _may_read(folder: Path) -> bool:
+    return not os.path.isdir(folder) or os.access(folder, os.R_OK | os.X_OK)
+
+
+def _ask(url: str) -> Exception | None:
+    """What keeps a server from offering a file: None, or the error."""
+    import requests
+
+    answers: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            requests.head(url, timeout=DOWNLOAD_PATIENCE / 2, allow_redirects=True).raise_for_status()
+            answers.append(None)
+        except Exception as error:  # not all are requests' own: a missing file of certificates is an OSError
+            answers.append(error)
+
+    # In a thread, since a name server that is silent is not bound by a time limit of requests.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(DOWNLOAD_PATIENCE)
+    return answers[0] if answers else requests.Timeout()
+
+
+def _download_problem(error: Exception, host: str, folder: Path) -> str:
+    """The true reason of a download that failed and, where there is one, the remedy."""
+    from requests import exceptions
+
+    cause = error  # the innermost one: requests wraps errors of urllib3, which wraps Python's
+    while inner := next((e for e in (*cause.args, getattr(cause, "reason", 0)) if isinstance(e, Exception)), None):
+        cause = inner
+    told = re.sub("^<.*?>: ", "", str(cause)) or type(cause).__name__  # without the address of an object
+    answer = getattr(error, "response", None)
+    if isinstance(error, exceptions.ProxyError) or (answer is not None and answer.status_code == 407):
+        return f"the proxy does not let it through: {told}; check HTTPS_PROXY and NO_PROXY"
+    if answer is not None:
+        later = "; try again later" if answer.status_code in (429, 503) else ""
+        return f"{host} answers {answer.status_code} {answer.reason}{later}"
+    if isinstance(error, exceptions.SSLError):
+        return f"the certificate of {host} is not trusted: {told}; REQUESTS_CA_BUNDLE names the file of other ones"
+    if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout)):
+        return f"no answer from {host}"
+    if isinstance(error, PermissionError) or getattr(error, "errno", None):
+        reason = getattr(error, "strerror", None) or os.strerror(errno.EACCES)  # pooch leaves it out
+        return f"cannot write to {folder}: {reason}; mend that, or set MSCNN_DATA_DIR to another folder"
+    return told
 
 
 def _cifar10() -> _Raw:
@@ -638,7 +689,10 @@ def _cifar10() -> _Raw:
     folder = _find_cifar10() or _download_cifar10()
     parts = []
     for name, expected in CIFAR10_MD5.items():
-        content = (folder / name).read_bytes()
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}. Mend that.") from error
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != expected:  # before it is unpickled: a pickle can run code
             raise MSCNNError(
@@ -651,23 +705,37 @@ def _cifar10() -> _Raw:
     return _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
 
 
-def _find_cifar10() -> Path | None:
+def _cifar10_folders() -> dict[Path, list[str]]:
+    """Where CIFAR-10 may lie, and which of its files are not there."""
     base = data_folder()
     # The second and third are where Keras itself unpacks it.
     places = [base, base / "cifar-10-batches-py-target", base / "cifar-10-python"]
     folders = [place / "cifar-10-batches-py" for place in places] + [base]
-    return next((f for f in folders if all((f / name).is_file() for name in CIFAR10_MD5)), None)
+    return {f: [name for name in CIFAR10_MD5 if not os.path.isfile(f / name)] for f in folders}
+
+
+def _find_cifar10() -> Path | None:
+    return next((folder for folder, lacking in _cifar10_folders().items() if not lacking), None)
 
 
 def _download_cifar10() -> Path:
-    archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
-    target = data_folder() / "cifar-10-batches-py"
-    target.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for name in CIFAR10_MD5:
-            content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
-            _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
-    return target
+    try:
+        archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
+        target = data_folder() / "cifar-10-batches-py"
+        with tarfile.open(archive) as tar:
+            for name in CIFAR10_MD5:
+                content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
+                _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
+        return target
+    except (FileNotFoundError, MSCNNError) as error:
+        folders = _cifar10_folders()
+        told = [f"{folder} cannot be read: Permission denied." for folder in folders if not _may_read(folder)]
+        told += [
+            f"{folder} is incomplete: it lacks {', '.join(lacking)}."
+            for folder, lacking in folders.items()
+            if len(lacking) < len(CIFAR10_MD5)
+        ]
+        raise FileNotFoundError(" ".join([*told, str(error)])) from error
 
 
 def _digits() -> _Raw:
@@ -681,7 +749,7 @@ def _digits() -> _Raw:
 
 def _mnist() -> _Raw:
     path = data_folder() / "mnist.npz"  # as it is, if it is there: nothing in it is executed
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
     return dataclasses.replace(_npz(path), name="mnist", flip=False)
 

@@ -1,6 +1,7 @@
 """Section 2: finding, checking, downloading, loading and splitting data. No network but this machine's own."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -8,6 +9,8 @@ import http.server
 import io
 import os
 import pickle
+import re
+import ssl
 import tarfile
 import threading
 import time
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import requests
 import tensorflow as tf
+import urllib3
 from conftest import TINY_NAMES, tiny_images
 from PIL import Image
 
@@ -150,6 +154,41 @@ def test_a_missing_batch_means_that_the_data_is_not_there(batches):
     (folder / "data_batch_5").unlink()
     with pytest.raises(MSCNNError, match="MSCNN_DATA_DIR"):
         load_dataset("cifar10")
+
+
+def test_a_folder_with_five_of_six_batches_is_called_incomplete(batches, data_dir, capsys):
+    folder, *_ = batches
+    (folder / "data_batch_5").unlink()
+    (data_dir / "cifar-10-python.tar.gz").write_bytes(bytes(12_345))  # a download that was broken off
+    told = (
+        f"{folder} is incomplete: it lacks data_batch_5. {data_dir / 'cifar-10-python.tar.gz'} is incomplete or "
+        "damaged (12,345 bytes) and cannot be downloaded now (no answer from www.cs.toronto.edu)."
+    )
+    with pytest.raises(MSCNNError, match=re.escape(told)):
+        load_dataset("cifar10")
+    assert load_dataset("auto").fallback
+    assert told in capsys.readouterr().out
+    (folder / "data_batch_5").write_bytes(b"half")
+    with pytest.raises(MSCNNError, match=r"data_batch_5 is damaged or incomplete \(4 bytes\)"):
+        load_dataset("cifar10")
+
+
+def test_a_batch_that_may_not_be_read_is_named(batches, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(MSCNNError, match=r"data_batch_1 cannot be read: Permission denied"):
+        load_dataset("cifar10")
+    assert load_dataset("auto").fallback
+    assert "Permission denied" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_named(data_dir, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for dataset in ("cifar10", "mnist"):
+        with pytest.raises(MSCNNError, match=re.escape(f"{data_dir} cannot be read: Permission denied")):
+            load_dataset(dataset)
 
 
 def test_the_real_cifar10():
@@ -321,6 +360,85 @@ def test_a_server_without_the_file(archive):
     with pytest.raises(MSCNNError, match=r"no answer from 127\.0\.0\.1|cannot be downloaded"):
         load_dataset("cifar10")
     assert files_in(folder) == []
+
+
+def answer(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code, response.reason = status, http.HTTPStatus(status).phrase
+    return requests.HTTPError(response=response)
+
+
+def wrapped(kind: type[Exception], cause: Exception) -> Exception:
+    """As requests raises it: around urllib3's, around the true reason."""
+    return kind(urllib3.exceptions.MaxRetryError(None, "/", urllib3.exceptions.ProxyError("Unable to connect", cause)))
+
+
+SURROUNDINGS = [
+    (answer(403), "www.cs.toronto.edu answers 403 Forbidden"),
+    (answer(404), "www.cs.toronto.edu answers 404 Not Found"),
+    (answer(429), "www.cs.toronto.edu answers 429 Too Many Requests; try again later"),
+    (answer(407), "the proxy does not let it through: .*check HTTPS_PROXY and NO_PROXY"),
+    (
+        wrapped(requests.exceptions.ProxyError, OSError("Tunnel connection failed: 403 Forbidden")),
+        "the proxy does not let it through: Tunnel connection failed: 403 Forbidden",
+    ),
+    (
+        wrapped(requests.exceptions.SSLError, ssl.SSLCertVerificationError("certificate verify failed: self-signed")),
+        "the certificate of www.cs.toronto.edu is not trusted: .*self-signed.*REQUESTS_CA_BUNDLE",
+    ),
+    (OSError("Could not find a suitable TLS CA certificate bundle"), "TLS CA certificate bundle"),
+    (wrapped(requests.ConnectionError, OSError("Name or service not known")), "no answer from www.cs.toronto.edu"),
+    (requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support."), "Missing dependencies for SOCKS"),
+]
+DISK = [
+    (OSError(errno.ENOSPC, "No space left on device"), "cannot write to DATA: No space left on device"),
+    (PermissionError("pooch has its own text"), "cannot write to DATA: Permission denied; mend that, or set MSCNN_"),
+    (OSError(errno.EROFS, "Read-only file system"), "cannot write to DATA: Read-only file system"),
+]
+
+
+@pytest.mark.parametrize("when", ["head", "get"])
+@pytest.mark.parametrize(("error", "told"), SURROUNDINGS + DISK)
+def test_why_a_download_fails_is_told(data_dir, monkeypatch, capsys, when, error, told):
+    def fail(*_, **__):
+        raise error
+
+    if when == "get":
+        monkeypatch.setattr(mscnn, "_ask", lambda url: None)
+        monkeypatch.setattr("pooch.HTTPDownloader", lambda **_: fail)
+    monkeypatch.setattr(requests, "head", fail)
+    told = told.replace("DATA", re.escape(str(data_dir)))
+    with pytest.raises(MSCNNError, match=f"cifar-10-python.tar.gz.*{told}"):
+        load_dataset("cifar10")
+    if (error, when) in ((SURROUNDINGS[0][0], "head"), (DISK[0][0], "get")):
+        assert load_dataset("auto").fallback
+        assert re.search(told, capsys.readouterr().out)
+    assert files_in(data_dir) == []
+
+
+def test_a_refusing_server_and_a_refusing_proxy(archive, monkeypatch):
+    def refuse(self):
+        self.send_error(403)
+
+    for method in ("do_HEAD", "do_CONNECT"):
+        monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, method, refuse, raising=False)
+    with pytest.raises(MSCNNError, match=r"127\.0\.0\.1:\d+ answers 403 Forbidden"):
+        load_dataset("cifar10")
+    monkeypatch.setenv("HTTPS_PROXY", mscnn.CIFAR10_URL.rpartition("/")[0])
+    monkeypatch.setattr(mscnn, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
+    with pytest.raises(MSCNNError, match=r"proxy does not let it through: Tunnel connection failed: 403 Forbidden"):
+        load_dataset("cifar10")
+
+
+def test_an_archive_that_cannot_be_unpacked(archive, monkeypatch, capsys):
+    folder, *_ = archive
+
+    def full(path, write):
+        raise MSCNNError(f"Cannot write {path}: No space left on device. Choose another place.")
+
+    monkeypatch.setattr(mscnn, "_write_whole", full)
+    assert load_dataset("auto").fallback
+    assert f"Cannot write {folder / 'cifar-10-batches-py' / 'data_batch_1'}: No space left" in capsys.readouterr().out
 
 
 def write_mnist(path: Path) -> dict[str, np.ndarray]:
