@@ -105,6 +105,11 @@ def project_root() -> Path:
 def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str]) -> tuple[int, ...]:
     """Turns a user's choice of categories into indices, in the order of `names`.
 
+    A text that is a name as a whole is that name. Any other text is a list with commas, with or without brackets. An
+    item in quotes is taken as it stands, so that every name can be chosen: `'["a,b", "01"]'`. A number is the name
+    with its digits, else an index. It is refused where it could be one category by index and another by name: papermill
+    makes 1 of `-p stage2_categories 01`, and among 01, 02, 03 that index is 02.
+
     Args:
         chosen: names, indices or both: `"ship,truck"`, `"8,9"`, `"ship,9"`, `"[8, 9]"`, `8`, `["ship", 9]`.
             The empty string means all, an empty list none. Duplicates are folded.
@@ -590,7 +595,7 @@ def _read_dataset(name: str) -> _Raw:
     path = next((place / name for place in places if name and (place / name).exists()), None)
     if path is not None and path.is_dir():
         return _image_folder(path)
-    if path is not None and path.suffix == ".npz":
+    if path is not None and path.suffix.lower() == ".npz":
         return _npz(path)
     if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
         raise MSCNNError(
@@ -604,7 +609,7 @@ def _download(url: str, known_hash: str, name: str) -> Path:
     """Downloads one file into the data folder by pooch, or finds it there; its hash is checked.
 
     Raises:
-        FileNotFoundError: no network, or the server does not answer. (Not MSCNNError: `auto` falls back.)
+        FileNotFoundError: it cannot be had; the message has the reason. (Not MSCNNError: `auto` falls back.)
     """
     import pooch
     import requests
@@ -696,7 +701,8 @@ def _cifar10() -> _Raw:
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != expected:  # before it is unpickled: a pickle can run code
             raise MSCNNError(
-                f"{folder / name} is damaged: its MD5 is {found}, published is {expected}. Delete it and start again."
+                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {found}, "
+                f"published is {expected}. Delete it and start again."
             )
         batch = pickle.loads(content, encoding="bytes")
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
@@ -765,45 +771,120 @@ def _fashion_mnist() -> _Raw:
 
 def _npz(path: Path) -> _Raw:
     """A `.npz` with x_train, y_train, x_test, y_test and optionally class_names; no pickles are opened."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise MSCNNError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
-    missing = {"x_train", "y_train", "x_test", "y_test"} - arrays.keys()
-    if missing:
-        raise MSCNNError(f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(arrays))}.")
+    arrays = _read_arrays(path, ("x_train", "y_train", "x_test", "y_test", "class_names"))
     x_train, x_test = _as_uint8(arrays["x_train"], "x_train"), _as_uint8(arrays["x_test"], "x_test")
-    y_train, y_test = _as_labels(arrays["y_train"], x_train), _as_labels(arrays["y_test"], x_test)
-    names = arrays.get("class_names", np.arange(max(y_train.max(), y_test.max()) + 1)).astype(str).tolist()
-    if max(y_train.max(), y_test.max()) >= len(names):
-        raise MSCNNError(f"{path} has labels up to {max(y_train.max(), y_test.max())} but {len(names)} class_names.")
-    absent = [name for label, name in enumerate(names) if not (y_train == label).any()]
-    if absent:
-        raise MSCNNError(f"{path} has no train images of category '{absent[0]}': number the labels without gaps.")
+    y_train = _as_labels(arrays["y_train"], "y_train", len(x_train))
+    y_test = _as_labels(arrays["y_test"], "y_test", len(x_test))
+    highest = int(max(y_train.max(), y_test.max()))
+    given = _as_names(arrays["class_names"]) if "class_names" in arrays else None
+    count = highest + 1 if given is None else len(given)
+    if highest >= count:
+        raise MSCNNError(f"{path} has labels up to {highest} but {count} class_names: number the labels from 0.")
+    present = set(y_train.tolist())
+    absent = next((label for label in range(count) if label not in present), None)
+    if absent is not None:
+        name = given[absent] if given else absent
+        raise MSCNNError(f"{path} has no train images of category '{name}': number the labels without gaps, from 0.")
     if x_train.shape[-1] != x_test.shape[-1]:
         raise MSCNNError(f"{path}: x_train has {x_train.shape[-1]} channels, x_test has {x_test.shape[-1]}.")
+    names = given or [str(label) for label in range(count)]
     return _Raw(path.stem, str(path), names, x_train, y_train, x_test, y_test)
 
 
+def _read_arrays(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` that are wanted and there, each read to its end, which checks its sum.
+
+    Raises:
+        MSCNNError: the file is damaged or none, or lacks one of the wanted arrays but the last.
+    """
+    arrays, place = {}, ""
+    try:
+        with zipfile.ZipFile(path) as file:
+            there = {name.removesuffix(".npy"): name for name in file.namelist()}
+            for name in wanted:
+                place = f"{name}: "
+                if name in there:
+                    with file.open(there[name]) as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                        if member.read():
+                            raise ValueError("it is longer than it says")
+    except Exception as error:  # zlib, struct, zipfile, lzma and NumPy each have their own
+        raise MSCNNError(
+            f"{path} cannot be read as a .npz file of plain arrays: {place}{str(error) or type(error).__name__}. If it "
+            f"is damaged or incomplete ({path.stat().st_size:,} bytes), get it anew; objects go in as text or numbers."
+        ) from error
+    missing = set(wanted[:-1]) - arrays.keys()
+    if missing:
+        raise MSCNNError(
+            f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(there)) or 'no arrays'}."
+        )
+    return arrays
+
+
 def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:
-    """Grey or RGB images as uint8 (N, H, W, channels)."""
-    images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) == 0:
-        raise MSCNNError(f"{name} has shape {images.shape}: use (N, H, W), (N, H, W, 1) or (N, H, W, 3).")
+    """Grey or RGB images as uint8 (N, H, W, channels); floats up to a thousandth outside their range are clipped."""
+    shape, floats = images.shape, images.dtype.kind == "f"
+    rows = len(shape) == 3 and shape[2] == 3 != shape[1]  # (N, pixels, 3)
+    images = images[..., None] if images.ndim == 3 and not rows else images
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.size == 0:
+        remedies = {
+            f": {name}.reshape undoes the flattening": rows or len(shape) == 2,
+            f": {name}[..., :3] leaves out the opacity": len(shape) == 4 and shape[3] == 4,
+            f": {name}.transpose(0, 2, 3, 1) puts the channels last": len(shape) == 4 and shape[1] in (1, 3),
+        }
+        remedy = next((text for text, fits in remedies.items() if fits), "")
+        raise MSCNNError(f"{name} has shape {shape}: use (N, H, W), (N, H, W, 1) or (N, H, W, 3){remedy}.")
+    if images.dtype.kind not in "buif":
+        raise MSCNNError(f"{name} is of dtype {images.dtype}: use 0 to 255, or floats from 0 to 1.")
+    if images.dtype == bool:
+        return images.astype(np.uint8) * np.uint8(255)
     low, high = float(images.min()), float(images.max())
-    if images.dtype.kind in "fb" and low >= 0 and high <= 1:
-        images = np.round(images * 255.0)
-    elif not (low >= 0 and high <= 255):
-        raise MSCNNError(f"{name} goes from {low:g} to {high:g}: use 0 to 255, or floats from 0 to 1.")
-    return images.astype(np.uint8)
+    top = 1 if floats and high <= 1.001 else 255
+    slack = top / 1000 if floats else 0
+    black = 1.001 < high <= 2 if floats else high == 1  # so it would be, if 255 were white: another range is meant
+    if black or not (low >= -slack and high <= top + slack):
+        remedies = {
+            f": np.isnan({name}) finds the NaN": np.isnan(low),
+            f": ({name} + 1) / 2": floats and -1.001 <= low < -0.3 and high <= 1.001,
+            f": {name} * 255, as it is of dtype {images.dtype}": not floats and low == 0 and high == 1,
+            f": {name}.clip(0, 1)": floats and low >= -0.3 and high <= 1.3,
+            f": {name}.clip(0, 255)": low >= -64 and 2 < high < 320,
+            f": {name} // 256, if it has 16 bits": low >= 0 and 320 <= high < 2**16,
+        }
+        remedy = next((text for text, fits in remedies.items() if fits), "")
+        raise MSCNNError(f"{name} goes from {low:.7g} to {high:.7g}: use 0 to 255, or floats from 0 to 1{remedy}.")
+    return np.round(images.clip(0, top) * (255 / top)).astype(np.uint8) if floats else images.astype(np.uint8)
 
 
-def _as_labels(labels: np.ndarray, images: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels).reshape(-1)
-    if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise MSCNNError(f"Labels have to be {len(images)} integers from 0: got {len(labels)} of {labels.dtype}.")
-    return labels
+def _as_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
+    """Labels as int64 (count,): of any integers, truth values or whole floats, also in a column."""
+
+    def refuse(what: str):
+        raise MSCNNError(f"Labels have to be {count} integers from 0: got {what}.")
+
+    if labels.ndim > 1 and min(labels.shape) > 1:
+        refuse(f"{name} of shape {labels.shape}; of rows with one 1 each, use {name}.argmax(axis=1)")
+    if labels.dtype.kind not in "buif":
+        refuse(f"{labels.dtype} in {name}; of names, use class_names, {name} = np.unique(names, return_inverse=True)")
+    labels = labels.reshape(-1)
+    if len(labels) != count:
+        refuse(f"{len(labels)} in {name}, for {count} images in x{name[1:]}")
+    numbers = labels.astype(np.float64)
+    wrong = labels[~((numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers)))]  # NaN, too
+    if len(wrong):
+        refuse(f"{len(labels)} of {labels.dtype} in {name}, among them {wrong[0]}")
+    return labels.astype(np.int64)
+
+
+def _as_names(names: np.ndarray) -> list[str]:
+    """Names of categories from text, bytes in UTF-8 or numbers, also in a column."""
+    if names.dtype.kind not in "SUuifb" or (names.ndim > 1 and min(names.shape) > 1):
+        raise MSCNNError(f"class_names has shape {names.shape} and dtype {names.dtype}: use (C,) names as text.")
+    try:
+        names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+    except UnicodeDecodeError as error:
+        raise MSCNNError(f"class_names holds bytes that are not UTF-8 ({error}): use text.") from error
+    return names.reshape(-1).astype(str).tolist()
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")

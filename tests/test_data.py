@@ -646,6 +646,131 @@ def test_a_npz_that_does_not_fit(npz, content, message):
         load_dataset(npz(**content))
 
 
+FLOATS = arrays(size=8)["x_train"] / 255  # float64 (200, 8, 8, 3), from 0 to 1
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        FLOATS * 1.0000001,
+        FLOATS * 1.0009,
+        FLOATS - 0.0005,
+        FLOATS * 255.2,
+        FLOATS * 255 - 0.1,
+        FLOATS.astype("f2") * 255,
+    ],
+)
+def test_floats_a_hair_outside_are_clipped(images):
+    levels = mscnn._as_uint8(images, "x_train")
+    assert levels.dtype == np.uint8
+    assert np.abs(levels.astype(int) - arrays(size=8)["x_train"]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (FLOATS * 1.2, r"goes from 0 to 1\.2: use 0 to 255, or floats from 0 to 1: x_train\.clip\(0, 1\)"),
+        (FLOATS * 1.9, r"goes from 0 to 1\.9: use"),
+        (FLOATS * 260, r"to 260: .*x_train\.clip\(0, 255\)"),
+        (FLOATS * 2 - 1, r"from -1 to 1: .*: \(x_train \+ 1\) / 2"),
+        (np.where(FLOATS > 0.99, np.nan, FLOATS), r"nan.*np\.isnan"),
+        (np.where(FLOATS > 0.99, np.inf, FLOATS), "to inf"),
+        ((FLOATS > 0.5).astype(np.uint8), r"from 0 to 1: .*x_train \* 255, as it is of dtype uint8"),
+        ((FLOATS * 65535).astype(np.uint16), r"to 65535: .*x_train // 256"),
+        (FLOATS.astype(complex), "is of dtype complex128"),
+        (FLOATS[:, :2, :2].astype(str), "is of dtype <U"),
+        (FLOATS.transpose(0, 3, 1, 2), r"transpose\(0, 2, 3, 1\) puts the channels last"),
+        (FLOATS[..., [0, 1, 2, 0]], r"x_train\[\.\.\., :3\] leaves out the opacity"),
+        (FLOATS.reshape(200, -1), "undoes the flattening"),
+        (FLOATS.reshape(200, -1, 3), "undoes the flattening"),
+        (FLOATS[:, :0], r"shape \(200, 0, 8, 3\)"),
+    ],
+)
+def test_images_that_would_turn_black_or_fail_later(npz, images, message):
+    with pytest.raises(MSCNNError, match=f"x_train .*{message}"):
+        load_dataset(npz(**changed(x_train=images)))
+
+
+LABELS = np.arange(200) % 4
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.int8, np.float16, np.float64, ">i4"])
+def test_labels_of_any_number_type(npz, kind):
+    data = load_dataset(npz(**changed(y_train=LABELS.astype(kind), y_test=(LABELS[:40, None]).astype(kind))))
+    assert data.category_names == ("0", "1", "2", "3")
+    assert data.test.labels.dtype == np.int64 and data.test.labels.tolist() == LABELS[:40].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(y_train=np.where(LABELS % 2, 1, -1)), "got 200 of int64 in y_train, among them -1"),
+        (changed(y_test=LABELS[:40] - 1), "got 40 of int64 in y_test, among them -1"),
+        (changed(y_train=LABELS.astype(np.uint64) - np.uint64(1)), "among them 18446744073709551615"),
+        (changed(y_train=np.where(LABELS, LABELS, np.nan)), "in y_train, among them nan"),
+        (changed(y_train=np.where(LABELS, LABELS, np.inf)), "in y_train, among them inf"),
+        (changed(y_train=LABELS / 2), "among them 0.5"),
+        (changed(y_train=LABELS[1:]), "got 199 in y_train, for 200 images in x_train"),
+        (changed(y_train=np.eye(4)[LABELS]), r"y_train of shape \(200, 4\); .*y_train\.argmax\(axis=1\)"),
+        (changed(y_train=np.array(list("abcd"))[LABELS]), r"<U1 in y_train; .*return_inverse=True"),
+        (changed(y_test=np.array(list("abcd"), "S")[LABELS[:40]]), r"\|S1 in y_test"),
+        (changed(y_train=LABELS * 10**8), "no train images of category '1'"),
+        (changed(y_train=LABELS + 1), "no train images of category '0': number the labels without gaps, from 0"),
+        (changed(y_test=np.arange(40) % 5), "no train images of category '4'"),
+        (changed(class_names=np.array([b"a", b"b", b"c", b"\xe9"])), "class_names holds bytes that are not UTF-8"),
+        (changed(class_names=np.array([["a", "b"], ["c", "d"]])), r"class_names has shape \(2, 2\)"),
+        (changed(class_names=np.array(["a", "b", "c", "d"], object)), "class_names: Object arrays"),
+        (changed(class_names=["a", "b", "c", "b"]), r"here 'b'\): use two or more different names"),
+        (changed(class_names=["a", "b", "c", " "]), r"here ' '\)"),
+    ],
+)
+def test_a_label_or_name_that_does_not_fit_is_shown(npz, content, message):
+    with pytest.raises(MSCNNError, match=message):
+        load_dataset(npz(**content))
+
+
+@pytest.mark.parametrize(
+    "names", [[["ant"], ["bée"], ["cow"], ["a,b"]], [s.encode() for s in ("ant", "bée", "cow", "a,b")]]
+)
+def test_names_as_a_column_or_as_bytes(npz, names):
+    assert load_dataset(npz(**arrays(), class_names=names)).category_names == ("ant", "bée", "cow", "a,b")
+
+
+def test_arrays_that_are_not_asked_for_and_capitals_in_the_suffix_do_no_harm(npz):
+    path = Path(npz(**arrays(), extra=np.array([{}], object)))
+    assert len(load_dataset(str(path.rename(path.with_suffix(".NPZ")))).test) == 40
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path, save):
+    path, content = tmp_path / "mine.npz", arrays(size=8, count=60)
+    save(path, **content)
+    good, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    places = [*range(0, 200, 5), *rng.integers(0, len(good), 20), *range(len(good) - 500, len(good), 12)]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 0xFF
+        path.write_bytes(bad)
+        try:
+            raw = mscnn._npz(path)
+            for name, one in content.items():
+                assert np.array_equal(getattr(raw, name), one), place
+        except MSCNNError:
+            refused += 1
+    assert refused > len(places) / 2
+
+
+@pytest.mark.parametrize(("place", "value", "message"), [(8, 1, "is encrypted"), (10, 99, "compression method")])
+def test_a_npz_that_cannot_be_unpacked(npz, place, value, message):
+    path = Path(npz(**arrays()))
+    content = bytearray(path.read_bytes())
+    content[content.find(b"PK\x01\x02") + place] = content[place - 2] = value
+    path.write_bytes(content)
+    size = re.escape(f"({len(content):,} bytes)")
+    with pytest.raises(MSCNNError, match=rf"x_train: .*{message}.*{size}"):
+        load_dataset(str(path))
+
+
 def test_a_npz_with_pickles_is_not_opened(npz, tmp_path):
     content = arrays()
     content["y_train"] = np.array([Bomb(tmp_path / "it went off")] * 200, object)
