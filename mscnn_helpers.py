@@ -221,6 +221,16 @@ def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
     return threshold
 
 
+def check_seed(seed: int) -> None:
+    """Raises MSCNNError unless the seed is a whole number from 0 to below 2^31."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise MSCNNError(f"seed is {seed!r}: it has to be of type int.")
+    if seed < 0:
+        raise MSCNNError(f"seed is {seed}: it has to be 0 or more.")
+    if seed >= 2**31:
+        raise MSCNNError(f"seed is {seed}: it has to be below {2**31}.")
+
+
 def _parameter(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -265,11 +275,10 @@ class Settings:
             value = getattr(self, one.name)
             if type(value) is not kinds[one.type]:
                 raise MSCNNError(f"{one.name} is {value!r}: it has to be of type {one.type}.")
-        for name in ("epochs", "batch_size", "seed"):
+        for name in ("epochs", "batch_size"):
             if getattr(self, name) < 0:
                 raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
-        if self.seed >= 2**31:
-            raise MSCNNError(f"seed is {self.seed}: it has to be below {2**31}.")
+        check_seed(self.seed)
         check_threshold(self.threshold)
         for name in ("target_risk", "target_coverage"):
             if not 0 <= getattr(self, name) < 1:
@@ -573,8 +582,9 @@ def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) ->
     `fallback=True`. A named data set never falls back.
 
     Raises:
-        MSCNNError: the data is absent, damaged or not of the form described in the README.
+        MSCNNError: the data is absent, damaged or not of the form described in the README, or the seed is no seed.
     """
+    check_seed(seed)
     if name != "auto":
         return _split(_read_dataset(name), light_mode, seed)
     try:
@@ -955,6 +965,7 @@ def _resized(images: np.ndarray) -> np.ndarray:
 
 
 LIGHT_FLOOR = (1500, 300)  # light mode keeps at least this many train and test images
+LEAST = 4  # images of a category: two to train on, one each for calibration and certification
 
 
 def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
@@ -963,40 +974,68 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
     a calibration on a handful of images is worth nothing. Without test images a fifth is set aside.
     """
-    if len(raw.names) < 2 or len(set(raw.names)) < len(raw.names) or OTHER in raw.names:
-        raise MSCNNError(
-            f"Categories are {', '.join(raw.names)}: use two or more different names, none of them {OTHER}."
-        )
+    _check_categories(raw)
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None:
-        train, test = _parted(train, round(0.2 * len(train)), seed)
+        train, test = _parted(train, round(0.2 * len(train)), seed, (LEAST, 1))
     else:
         test = Split(raw.x_test, raw.y_test.astype(np.int64))
     if light_mode:
         train, test = (
-            _parted(one, max(len(one) // 10, floor), seed)[1] if len(one) >= floor + len(raw.names) else one
-            for one, floor in zip((train, test), LIGHT_FLOOR, strict=True)
+            _parted(one, max(len(one) // 10, floor), seed, (0, least))[1] if len(one) >= floor + len(raw.names) else one
+            for one, floor, least in zip((train, test), LIGHT_FLOOR, (LEAST, 1), strict=True)
         )
     held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
-    train, rest = _parted(train, 2 * held, seed)
+    train, rest = _parted(train, 2 * held, seed, (2, 2))
     calibration, certification = _parted(rest, held, seed)
     splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode)
 
 
-def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Sets `count` images aside, every category in proportion."""
+def _check_categories(raw: _Raw) -> None:
+    """Raises MSCNNError unless the categories have names that can be told apart, and enough images to be split."""
+    names = list(raw.names)
+    unfit = [name for name in names if names.count(name) > 1 or name == OTHER or not name.strip()]
+    if len(names) < 2 or unfit:
+        raise MSCNNError(
+            f"Categories are {', '.join(names)}{f' (here {unfit[0]!r})' if unfit else ''}: "
+            f"use two or more different names, none of them {OTHER} or blank."
+        )
+    least = LEAST + (raw.x_test is None)
+    counts = np.bincount(raw.y_train, minlength=len(names))
+    few = [f"{names[category]} ({counts[category]})" for category in np.flatnonzero(counts < least)]
+    if few:
+        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
+        raise MSCNNError(
+            f"Too few images: the splits take {least} or more of each category, and the smallest of these has "
+            f"{counts.min()}: {', '.join(few[:5])}{more}. Add images, or take the category out."
+        )
+
+
+def _parted(split: Split, count: int, seed: int, least: tuple[int, int] = (1, 1)) -> tuple[Split, Split]:
+    """Sets `count` images aside, every category in proportion, but `least` of each are kept and set aside.
+
+    Where scikit-learn does not leave so many, each category is divided by itself, and somewhat more or fewer than
+    `count` are set aside.
+    """
     from sklearn.model_selection import train_test_split
 
-    try:
-        kept, aside = train_test_split(np.arange(len(split)), test_size=count, stratify=split.labels, random_state=seed)
-    except ValueError as error:
-        found = dict(zip(*np.unique(split.labels, return_counts=True), strict=True))
+    present, sizes = np.unique(split.labels, return_counts=True)
+    if sizes.min() < sum(least):
         raise MSCNNError(
-            f"Too few images: {count} of {len(split)} are to be set aside, some of each of the {len(found)} "
-            f"categories, and the smallest of these has {min(found.values())}: give more images, or no light_mode."
-        ) from error
-    return split.take(np.sort(kept)), split.take(np.sort(aside))
+            f"Too few images: {count} of {len(split)} are to be set aside, some of each of the {len(present)} "
+            f"categories, and the smallest of these has {sizes.min()}: give more images, or no light_mode."
+        )
+    everything, aside = np.arange(len(split)), np.empty(0, int)
+    with contextlib.suppress(ValueError):  # it refuses a category of one image
+        _, aside = train_test_split(everything, test_size=count, stratify=split.labels, random_state=seed)
+    apart = np.array([(split.labels[aside] == category).sum() for category in present])
+    if (apart < least[1]).any() or (sizes - apart < least[0]).any():
+        order = np.random.default_rng(seed).permutation(len(split))
+        apart = np.clip(np.round(sizes * count / len(split)).astype(int), least[1], sizes - least[0])
+        own = zip(present, apart, strict=True)
+        aside = np.concatenate([order[split.labels[order] == category][:number] for category, number in own])
+    return split.take(np.setdiff1d(everything, aside)), split.take(np.sort(aside))
 
 
 def batches(

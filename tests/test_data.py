@@ -1015,6 +1015,37 @@ def test_light_mode_is_a_stratified_part_of_the_same_images(split):
 
 
 @pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [([500, 4], [5, 5]), ([16_000, 5], [40, 5]), ([16_000, 4], [4_000, 1]), ([500, 5], None), ([5] * 3, None),
+     ([8] * 1000, [1] * 1000), ([100] * 400, [5] * 400)],
+)  # fmt: skip
+def test_every_category_is_in_every_split(split, train, test, light):
+    labels = [None if sizes is None else np.repeat(np.arange(len(sizes)), sizes) for sizes in (train, test)]
+    images = [None if one is None else np.zeros((len(one), 2, 2, 1), np.uint8) for one in labels]
+    names = [str(category) for category in range(len(train))]
+    data = split(mscnn._Raw("rare", "here", names, images[0], labels[0], images[1], labels[1]), light, seed=0)
+    for name, least in zip(SPLITS, (2, 1, 1, 1), strict=True):
+        assert np.bincount(getattr(data, name).labels, minlength=len(names)).min() >= least, name
+    assert light or sum(len(getattr(data, name)) for name in SPLITS) == sum(train) + sum(test or [])
+
+
+@pytest.mark.parametrize(("light", "few"), [(False, 3), (True, 3), (False, 1)])
+def test_a_category_with_too_few_images_is_named(npz, light, few):
+    labels = np.r_[np.arange(197) % 3, np.full(few, 3)]
+    content = changed(x_train=arrays()["x_train"][: len(labels)], y_train=labels)
+    refusal = rf"Too few images: .* 4 or more .* smallest of these has {few}: doe \({few}\)\. Add images, or"
+    with pytest.raises(MSCNNError, match=refusal):
+        load_dataset(npz(**content, class_names=["ant", "bee", "cow", "doe"]), light_mode=light)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 1.5, "0", None, True])
+def test_a_bad_seed_is_refused_as_a_seed(seed):
+    with pytest.raises(MSCNNError, match=f"^seed is {seed!r}: it has to be"):
+        load_dataset("digits", seed=seed)
+
+
+@pytest.mark.parametrize("light", [False, True])
 def test_the_seed_chooses_the_splits(split, light):
     one, same, other = (split(numbered(20_000, 4_000), light, seed) for seed in (0, 0, 1))
     assert one.fingerprint == same.fingerprint != other.fingerprint
