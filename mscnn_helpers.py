@@ -39,6 +39,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -54,7 +55,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +105,11 @@ def project_root() -> Path:
 def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str]) -> tuple[int, ...]:
     """Turns a user's choice of categories into indices, in the order of `names`.
 
+    A text that is a name as a whole is that name. Any other text is a list with commas, with or without brackets. An
+    item in quotes is taken as it stands, so that every name can be chosen: `'["a,b", "01"]'`. A number is the name
+    with its digits, else an index. It is refused where it could be one category by index and another by name: papermill
+    makes 1 of `-p stage2_categories 01`, and among 01, 02, 03 that index is 02.
+
     Args:
         chosen: names, indices or both: `"ship,truck"`, `"8,9"`, `"ship,9"`, `"[8, 9]"`, `8`, `["ship", 9]`.
             The empty string means all, an empty list none. Duplicates are folded.
@@ -113,32 +119,89 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
         Indices, ascending.
 
     Raises:
-        MSCNNError: an unknown name, or an index outside 0..C-1.
+        MSCNNError: an unknown or ambiguous name, an index outside 0..C-1, or something that is neither.
     """
-    if isinstance(chosen, str):
-        if not chosen.strip():
-            return tuple(range(len(names)))
-        text, parts = chosen, [part.strip(" '\"") for part in chosen.strip(" []()").split(",")]
-        chosen = [part for part in parts if part]  # a comma too many does no harm
-        if not chosen:
-            raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
-    elif isinstance(chosen, (int, np.integer)):
-        chosen = [chosen]
-    return tuple(sorted({_category_index(one, names) for one in chosen}))
+    if isinstance(chosen, str) and not chosen.strip() and chosen not in names:
+        return tuple(range(len(names)))
+    items = _items_of(chosen, names) if isinstance(chosen, str) else _listed(chosen)
+    return tuple(sorted({_category_index(one, names) for one in items}))
+
+
+def _listed(chosen: Any) -> list[str | int]:
+    """A choice of categories that is no text, such as 8 or ["ship", 9], as a list."""
+    chosen = chosen.tolist() if isinstance(chosen, np.ndarray) else chosen
+    several = isinstance(chosen, Iterable) and not isinstance(chosen, (str, bytes, bytearray, Mapping))
+    try:
+        items = list(chosen) if several else [chosen]
+    except TypeError:  # a tensor without axes only looks like several
+        items = [chosen]
+    for one in items:
+        if isinstance(one, bool) or not isinstance(one, (str, int, np.integer)):
+            raise MSCNNError(
+                f"{one!r} is no category: give names or indices, such as ship,truck or 8,9. "
+                "A name that looks like a number, True or None goes in quotes: '\"01\"'."
+            )
+    return [one if isinstance(one, str) else int(one) for one in items]
+
+
+_ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|\Z)""", re.DOTALL)
+
+
+def _items_of(text: str, names: Sequence[str]) -> list[str | int]:
+    """The names and indices in a text that is not blank, or is a name."""
+    for plain in ([text], [part.strip() for part in text.split(",")]):
+        if all(part in names for part in plain):
+            return plain
+    inside = text.strip()
+    bracketed = inside[0] + inside[-1] in ("[]", "()", "{}")
+    parts = _ITEM.findall(inside[1:-1] if bracketed else inside)
+    items = [one for one in (_item(part, names, bracketed) for part in parts) if one != ""]  # a comma too many: no harm
+    if not items:
+        raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
+    return items
+
+
+def _item(part: str, names: Sequence[str], bracketed: bool) -> str | int:
+    if bracketed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", part):
+        return int(part)  # as `Settings` keeps a number
+    if not re.fullmatch(r"'.*'|\".*\"", part, re.DOTALL):
+        return part if part in names else part.strip(" []()'\"")
+    inner = decoded = part[1:-1]
+    with contextlib.suppress(ValueError):
+        decoded = json.loads(part, strict=False) if part[0] == '"' else re.sub(r"\\(['\\])", r"\1", inner)
+    return inner if inner in names and decoded not in names else decoded
 
 
 def _category_index(one: str | int, names: Sequence[str]) -> int:
-    text = str(one)
-    if text in names:  # before the digits: MNIST's names are digits
-        return list(names).index(text)
-    if text.removeprefix("-").isdecimal():
-        if 0 <= int(text) < len(names):
-            return int(text)
-        raise MSCNNError(f"Category index {text} is out of range: use 0 to {len(names) - 1}.")
-    folded = {name.lower(): name for name in names}
-    if text.lower() in folded:
-        return list(names).index(folded[text.lower()])
-    raise MSCNNError(f"Unknown category '{text}'.{_did_you_mean(text, names)} Choose among: {', '.join(names)}.")
+    names = list(names)
+    if one in names:
+        return names.index(one)
+    number = one if isinstance(one, int) else int(one) if re.fullmatch(r"-?\d{1,18}", one) else None
+    if number is not None:
+        found = {category for category, name in enumerate(names) if number in _numbers_from(name)}
+        if str(number) not in names and 0 <= number < len(names):
+            found.add(number)
+        if not found:
+            raise MSCNNError(f"Category index {number} is out of range: use 0 to {len(names) - 1}.")
+    else:
+        found = {category for category, name in enumerate(names) if name.strip().lower() == one.strip().lower()}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        could = " or ".join(repr(names[category]) for category in sorted(found))
+        raise MSCNNError(
+            f"Category {one} could be {could}: give the name in quotes, as in '[\"{names[min(found)]}\"]'."
+        )
+    raise MSCNNError(f"Unknown category '{one}'.{_did_you_mean(one, names)} Choose among: {', '.join(names)}.")
+
+
+def _numbers_from(name: str) -> set[int]:
+    """The integers that papermill, YAML or Python may make of a name: 1 of 01, 8 or 10 of 010, 16 of 0x10."""
+    numbers = set()
+    for base in (10, 0, *((8,) if name.startswith("0") else ())):
+        with contextlib.suppress(ValueError):
+            numbers.add(int(name, base))
+    return numbers
 
 
 def _did_you_mean(text: str, names: Iterable[str]) -> str:
@@ -156,6 +219,16 @@ def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
             shown = f"{one:g}" if number else repr(str(one))
             raise MSCNNError(f"threshold is {shown}: it is a confidence, so use 0 to 1 (default 0.7).")
     return threshold
+
+
+def check_seed(seed: int) -> None:
+    """Raises MSCNNError unless the seed is a whole number from 0 to below 2^31."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise MSCNNError(f"seed is {seed!r}: it has to be of type int.")
+    if seed < 0:
+        raise MSCNNError(f"seed is {seed}: it has to be 0 or more.")
+    if seed >= 2**31:
+        raise MSCNNError(f"seed is {seed}: it has to be below {2**31}.")
 
 
 def _parameter(default: Any, text: str) -> Any:
@@ -191,8 +264,9 @@ class Settings:
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
 
     def __post_init__(self):
-        if isinstance(self.stage2_categories, (int, list, tuple)):  # papermill's -p turns 8 into a number
-            object.__setattr__(self, "stage2_categories", str(self.stage2_categories))
+        if not isinstance(self.stage2_categories, str):  # papermill's -p turns 8 into a number
+            chosen = json.dumps(_listed(self.stage2_categories), ensure_ascii=False)
+            object.__setattr__(self, "stage2_categories", chosen)
         for name in ("threshold", "target_risk", "target_coverage"):
             if type(getattr(self, name)) is int:
                 object.__setattr__(self, name, float(getattr(self, name)))
@@ -201,11 +275,10 @@ class Settings:
             value = getattr(self, one.name)
             if type(value) is not kinds[one.type]:
                 raise MSCNNError(f"{one.name} is {value!r}: it has to be of type {one.type}.")
-        for name in ("epochs", "batch_size", "seed"):
+        for name in ("epochs", "batch_size"):
             if getattr(self, name) < 0:
                 raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
-        if self.seed >= 2**31:
-            raise MSCNNError(f"seed is {self.seed}: it has to be below {2**31}.")
+        check_seed(self.seed)
         check_threshold(self.threshold)
         for name in ("target_risk", "target_coverage"):
             if not 0 <= getattr(self, name) < 1:
@@ -509,8 +582,9 @@ def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) ->
     `fallback=True`. A named data set never falls back.
 
     Raises:
-        MSCNNError: the data is absent, damaged or not of the form described in the README.
+        MSCNNError: the data is absent, damaged or not of the form described in the README, or the seed is no seed.
     """
+    check_seed(seed)
     if name != "auto":
         return _split(_read_dataset(name), light_mode, seed)
     try:
@@ -531,7 +605,7 @@ def _read_dataset(name: str) -> _Raw:
     path = next((place / name for place in places if name and (place / name).exists()), None)
     if path is not None and path.is_dir():
         return _image_folder(path)
-    if path is not None and path.suffix == ".npz":
+    if path is not None and path.suffix.lower() == ".npz":
         return _npz(path)
     if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
         raise MSCNNError(
@@ -545,34 +619,84 @@ def _download(url: str, known_hash: str, name: str) -> Path:
     """Downloads one file into the data folder by pooch, or finds it there; its hash is checked.
 
     Raises:
-        FileNotFoundError: no network, or the server does not answer. (Not MSCNNError: `auto` falls back.)
+        FileNotFoundError: it cannot be had; the message has the reason. (Not MSCNNError: `auto` falls back.)
     """
     import pooch
     import requests
 
     folder = data_folder()
-    if not (folder / name).is_file():
-        # In a thread, since a name server that is silent is not bound by a time limit of requests.
-        answers: list[bool] = []
-
-        def ask() -> None:
-            with contextlib.suppress(requests.RequestException):
-                answers.append(requests.head(url, timeout=DOWNLOAD_PATIENCE / 2, allow_redirects=True).ok)
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(DOWNLOAD_PATIENCE)
-        if not any(answers):
-            raise FileNotFoundError(
-                f"{name} is not in {folder} and cannot be downloaded now (no answer from {url.split('/')[2]}). "
-                "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
-            )
-        print(f"Fetching {name} from {url}", flush=True)
+    path, host, (kind, value) = folder / name, url.split("/")[2], known_hash.split(":")
+    state = f"{name} is not in {folder}" if _may_read(folder) else f"{folder} cannot be read: Permission denied,"
+    try:
+        if os.path.isfile(path):  # not Path's, which fails in a folder that may not be read
+            if pooch.file_hash(str(path), alg=kind) == value:
+                return path
+            state = f"{path} is incomplete or damaged ({path.stat().st_size:,} bytes)"
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} cannot be read: {error.strerror}. Mend that, or set MSCNN_DATA_DIR."
+        ) from error
+    problem = _ask(url)
+    if problem:
+        raise FileNotFoundError(
+            f"{state} and cannot be downloaded now ({_download_problem(problem, host, folder)}). "
+            "Put the data there, or set MSCNN_DATA_DIR to the folder that has it."
+        )
+    print(f"Fetching {name} from {url}", flush=True)
     try:
         fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=sys.stderr.isatty())
         return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
-        raise FileNotFoundError(f"The download of {name} failed: {error}") from error
+        reason = _download_problem(error, host, folder).rstrip(".")
+        raise FileNotFoundError(f"The download of {name} failed: {reason}.") from error
+
+
+def _may_read(folder: Path) -> bool:
+    return not os.path.isdir(folder) or os.access(folder, os.R_OK | os.X_OK)
+
+
+def _ask(url: str) -> Exception | None:
+    """What keeps a server from offering a file: None, or the error."""
+    import requests
+
+    answers: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            requests.head(url, timeout=DOWNLOAD_PATIENCE / 2, allow_redirects=True).raise_for_status()
+            answers.append(None)
+        except Exception as error:  # not all are requests' own: a missing file of certificates is an OSError
+            answers.append(error)
+
+    # In a thread, since a name server that is silent is not bound by a time limit of requests.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(DOWNLOAD_PATIENCE)
+    return answers[0] if answers else requests.Timeout()
+
+
+def _download_problem(error: Exception, host: str, folder: Path) -> str:
+    """The true reason of a download that failed and, where there is one, the remedy."""
+    from requests import exceptions
+
+    cause = error  # the innermost one: requests wraps errors of urllib3, which wraps Python's
+    while inner := next((e for e in (*cause.args, getattr(cause, "reason", 0)) if isinstance(e, Exception)), None):
+        cause = inner
+    told = re.sub("^<.*?>: ", "", str(cause)) or type(cause).__name__  # without the address of an object
+    answer = getattr(error, "response", None)
+    if isinstance(error, exceptions.ProxyError) or (answer is not None and answer.status_code == 407):
+        return f"the proxy does not let it through: {told}; check HTTPS_PROXY and NO_PROXY"
+    if answer is not None:
+        later = "; try again later" if answer.status_code in (429, 503) else ""
+        return f"{host} answers {answer.status_code} {answer.reason}{later}"
+    if isinstance(error, exceptions.SSLError):
+        return f"the certificate of {host} is not trusted: {told}; REQUESTS_CA_BUNDLE names the file of other ones"
+    if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout)):
+        return f"no answer from {host}"
+    if isinstance(error, PermissionError) or getattr(error, "errno", None):
+        reason = getattr(error, "strerror", None) or os.strerror(errno.EACCES)  # pooch leaves it out
+        return f"cannot write to {folder}: {reason}; mend that, or set MSCNN_DATA_DIR to another folder"
+    return told
 
 
 def _cifar10() -> _Raw:
@@ -580,11 +704,15 @@ def _cifar10() -> _Raw:
     folder = _find_cifar10() or _download_cifar10()
     parts = []
     for name, expected in CIFAR10_MD5.items():
-        content = (folder / name).read_bytes()
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}. Mend that.") from error
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != expected:  # before it is unpickled: a pickle can run code
             raise MSCNNError(
-                f"{folder / name} is damaged: its MD5 is {found}, published is {expected}. Delete it and start again."
+                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {found}, "
+                f"published is {expected}. Delete it and start again."
             )
         batch = pickle.loads(content, encoding="bytes")
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
@@ -593,23 +721,37 @@ def _cifar10() -> _Raw:
     return _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
 
 
-def _find_cifar10() -> Path | None:
+def _cifar10_folders() -> dict[Path, list[str]]:
+    """Where CIFAR-10 may lie, and which of its files are not there."""
     base = data_folder()
     # The second and third are where Keras itself unpacks it.
     places = [base, base / "cifar-10-batches-py-target", base / "cifar-10-python"]
     folders = [place / "cifar-10-batches-py" for place in places] + [base]
-    return next((f for f in folders if all((f / name).is_file() for name in CIFAR10_MD5)), None)
+    return {f: [name for name in CIFAR10_MD5 if not os.path.isfile(f / name)] for f in folders}
+
+
+def _find_cifar10() -> Path | None:
+    return next((folder for folder, lacking in _cifar10_folders().items() if not lacking), None)
 
 
 def _download_cifar10() -> Path:
-    archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
-    target = data_folder() / "cifar-10-batches-py"
-    target.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for name in CIFAR10_MD5:
-            content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
-            _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
-    return target
+    try:
+        archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
+        target = data_folder() / "cifar-10-batches-py"
+        with tarfile.open(archive) as tar:
+            for name in CIFAR10_MD5:
+                content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
+                _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
+        return target
+    except (FileNotFoundError, MSCNNError) as error:
+        folders = _cifar10_folders()
+        told = [f"{folder} cannot be read: Permission denied." for folder in folders if not _may_read(folder)]
+        told += [
+            f"{folder} is incomplete: it lacks {', '.join(lacking)}."
+            for folder, lacking in folders.items()
+            if len(lacking) < len(CIFAR10_MD5)
+        ]
+        raise FileNotFoundError(" ".join([*told, str(error)])) from error
 
 
 def _digits() -> _Raw:
@@ -623,7 +765,7 @@ def _digits() -> _Raw:
 
 def _mnist() -> _Raw:
     path = data_folder() / "mnist.npz"  # as it is, if it is there: nothing in it is executed
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
     return dataclasses.replace(_npz(path), name="mnist", flip=False)
 
@@ -639,45 +781,120 @@ def _fashion_mnist() -> _Raw:
 
 def _npz(path: Path) -> _Raw:
     """A `.npz` with x_train, y_train, x_test, y_test and optionally class_names; no pickles are opened."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise MSCNNError(f"{path} cannot be read as a .npz file of plain arrays: {error}") from error
-    missing = {"x_train", "y_train", "x_test", "y_test"} - arrays.keys()
-    if missing:
-        raise MSCNNError(f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(arrays))}.")
+    arrays = _read_arrays(path, ("x_train", "y_train", "x_test", "y_test", "class_names"))
     x_train, x_test = _as_uint8(arrays["x_train"], "x_train"), _as_uint8(arrays["x_test"], "x_test")
-    y_train, y_test = _as_labels(arrays["y_train"], x_train), _as_labels(arrays["y_test"], x_test)
-    names = arrays.get("class_names", np.arange(max(y_train.max(), y_test.max()) + 1)).astype(str).tolist()
-    if max(y_train.max(), y_test.max()) >= len(names):
-        raise MSCNNError(f"{path} has labels up to {max(y_train.max(), y_test.max())} but {len(names)} class_names.")
-    absent = [name for label, name in enumerate(names) if not (y_train == label).any()]
-    if absent:
-        raise MSCNNError(f"{path} has no train images of category '{absent[0]}': number the labels without gaps.")
+    y_train = _as_labels(arrays["y_train"], "y_train", len(x_train))
+    y_test = _as_labels(arrays["y_test"], "y_test", len(x_test))
+    highest = int(max(y_train.max(), y_test.max()))
+    given = _as_names(arrays["class_names"]) if "class_names" in arrays else None
+    count = highest + 1 if given is None else len(given)
+    if highest >= count:
+        raise MSCNNError(f"{path} has labels up to {highest} but {count} class_names: number the labels from 0.")
+    present = set(y_train.tolist())
+    absent = next((label for label in range(count) if label not in present), None)
+    if absent is not None:
+        name = given[absent] if given else absent
+        raise MSCNNError(f"{path} has no train images of category '{name}': number the labels without gaps, from 0.")
     if x_train.shape[-1] != x_test.shape[-1]:
         raise MSCNNError(f"{path}: x_train has {x_train.shape[-1]} channels, x_test has {x_test.shape[-1]}.")
+    names = given or [str(label) for label in range(count)]
     return _Raw(path.stem, str(path), names, x_train, y_train, x_test, y_test)
 
 
+def _read_arrays(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` that are wanted and there, each read to its end, which checks its sum.
+
+    Raises:
+        MSCNNError: the file is damaged or none, or lacks one of the wanted arrays but the last.
+    """
+    arrays, place = {}, ""
+    try:
+        with zipfile.ZipFile(path) as file:
+            there = {name.removesuffix(".npy"): name for name in file.namelist()}
+            for name in wanted:
+                place = f"{name}: "
+                if name in there:
+                    with file.open(there[name]) as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                        if member.read():
+                            raise ValueError("it is longer than it says")
+    except Exception as error:  # zlib, struct, zipfile, lzma and NumPy each have their own
+        raise MSCNNError(
+            f"{path} cannot be read as a .npz file of plain arrays: {place}{str(error) or type(error).__name__}. If it "
+            f"is damaged or incomplete ({path.stat().st_size:,} bytes), get it anew; objects go in as text or numbers."
+        ) from error
+    missing = set(wanted[:-1]) - arrays.keys()
+    if missing:
+        raise MSCNNError(
+            f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(there)) or 'no arrays'}."
+        )
+    return arrays
+
+
 def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:
-    """Grey or RGB images as uint8 (N, H, W, channels)."""
-    images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or len(images) == 0:
-        raise MSCNNError(f"{name} has shape {images.shape}: use (N, H, W), (N, H, W, 1) or (N, H, W, 3).")
+    """Grey or RGB images as uint8 (N, H, W, channels); floats up to a thousandth outside their range are clipped."""
+    shape, floats = images.shape, images.dtype.kind == "f"
+    rows = len(shape) == 3 and shape[2] == 3 != shape[1]  # (N, pixels, 3)
+    images = images[..., None] if images.ndim == 3 and not rows else images
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.size == 0:
+        remedies = {
+            f": {name}.reshape undoes the flattening": rows or len(shape) == 2,
+            f": {name}[..., :3] leaves out the opacity": len(shape) == 4 and shape[3] == 4,
+            f": {name}.transpose(0, 2, 3, 1) puts the channels last": len(shape) == 4 and shape[1] in (1, 3),
+        }
+        remedy = next((text for text, fits in remedies.items() if fits), "")
+        raise MSCNNError(f"{name} has shape {shape}: use (N, H, W), (N, H, W, 1) or (N, H, W, 3){remedy}.")
+    if images.dtype.kind not in "buif":
+        raise MSCNNError(f"{name} is of dtype {images.dtype}: use 0 to 255, or floats from 0 to 1.")
+    if images.dtype == bool:
+        return images.astype(np.uint8) * np.uint8(255)
     low, high = float(images.min()), float(images.max())
-    if images.dtype.kind in "fb" and low >= 0 and high <= 1:
-        images = np.round(images * 255.0)
-    elif not (low >= 0 and high <= 255):
-        raise MSCNNError(f"{name} goes from {low:g} to {high:g}: use 0 to 255, or floats from 0 to 1.")
-    return images.astype(np.uint8)
+    top = 1 if floats and high <= 1.001 else 255
+    slack = top / 1000 if floats else 0
+    black = 1.001 < high <= 2 if floats else high == 1  # so it would be, if 255 were white: another range is meant
+    if black or not (low >= -slack and high <= top + slack):
+        remedies = {
+            f": np.isnan({name}) finds the NaN": np.isnan(low),
+            f": ({name} + 1) / 2": floats and -1.001 <= low < -0.3 and high <= 1.001,
+            f": {name} * 255, as it is of dtype {images.dtype}": not floats and low == 0 and high == 1,
+            f": {name}.clip(0, 1)": floats and low >= -0.3 and high <= 1.3,
+            f": {name}.clip(0, 255)": low >= -64 and 2 < high < 320,
+            f": {name} // 256, if it has 16 bits": low >= 0 and 320 <= high < 2**16,
+        }
+        remedy = next((text for text, fits in remedies.items() if fits), "")
+        raise MSCNNError(f"{name} goes from {low:.7g} to {high:.7g}: use 0 to 255, or floats from 0 to 1{remedy}.")
+    return np.round(images.clip(0, top) * (255 / top)).astype(np.uint8) if floats else images.astype(np.uint8)
 
 
-def _as_labels(labels: np.ndarray, images: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels).reshape(-1)
-    if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise MSCNNError(f"Labels have to be {len(images)} integers from 0: got {len(labels)} of {labels.dtype}.")
-    return labels
+def _as_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
+    """Labels as int64 (count,): of any integers, truth values or whole floats, also in a column."""
+
+    def refuse(what: str):
+        raise MSCNNError(f"Labels have to be {count} integers from 0: got {what}.")
+
+    if labels.ndim > 1 and min(labels.shape) > 1:
+        refuse(f"{name} of shape {labels.shape}; of rows with one 1 each, use {name}.argmax(axis=1)")
+    if labels.dtype.kind not in "buif":
+        refuse(f"{labels.dtype} in {name}; of names, use class_names, {name} = np.unique(names, return_inverse=True)")
+    labels = labels.reshape(-1)
+    if len(labels) != count:
+        refuse(f"{len(labels)} in {name}, for {count} images in x{name[1:]}")
+    numbers = labels.astype(np.float64)
+    wrong = labels[~((numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers)))]  # NaN, too
+    if len(wrong):
+        refuse(f"{len(labels)} of {labels.dtype} in {name}, among them {wrong[0]}")
+    return labels.astype(np.int64)
+
+
+def _as_names(names: np.ndarray) -> list[str]:
+    """Names of categories from text, bytes in UTF-8 or numbers, also in a column."""
+    if names.dtype.kind not in "SUuifb" or (names.ndim > 1 and min(names.shape) > 1):
+        raise MSCNNError(f"class_names has shape {names.shape} and dtype {names.dtype}: use (C,) names as text.")
+    try:
+        names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+    except UnicodeDecodeError as error:
+        raise MSCNNError(f"class_names holds bytes that are not UTF-8 ({error}): use text.") from error
+    return names.reshape(-1).astype(str).tolist()
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
@@ -748,6 +965,7 @@ def _resized(images: np.ndarray) -> np.ndarray:
 
 
 LIGHT_FLOOR = (1500, 300)  # light mode keeps at least this many train and test images
+LEAST = 4  # images of a category: two to train on, one each for calibration and certification
 
 
 def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
@@ -756,40 +974,68 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
     a calibration on a handful of images is worth nothing. Without test images a fifth is set aside.
     """
-    if len(raw.names) < 2 or len(set(raw.names)) < len(raw.names) or OTHER in raw.names:
-        raise MSCNNError(
-            f"Categories are {', '.join(raw.names)}: use two or more different names, none of them {OTHER}."
-        )
+    _check_categories(raw)
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None:
-        train, test = _parted(train, round(0.2 * len(train)), seed)
+        train, test = _parted(train, round(0.2 * len(train)), seed, (LEAST, 1))
     else:
         test = Split(raw.x_test, raw.y_test.astype(np.int64))
     if light_mode:
         train, test = (
-            _parted(one, max(len(one) // 10, floor), seed)[1] if len(one) >= floor + len(raw.names) else one
-            for one, floor in zip((train, test), LIGHT_FLOOR, strict=True)
+            _parted(one, max(len(one) // 10, floor), seed, (0, least))[1] if len(one) >= floor + len(raw.names) else one
+            for one, floor, least in zip((train, test), LIGHT_FLOOR, (LEAST, 1), strict=True)
         )
     held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
-    train, rest = _parted(train, 2 * held, seed)
+    train, rest = _parted(train, 2 * held, seed, (2, 2))
     calibration, certification = _parted(rest, held, seed)
     splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode)
 
 
-def _parted(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Sets `count` images aside, every category in proportion."""
+def _check_categories(raw: _Raw) -> None:
+    """Raises MSCNNError unless the categories have names that can be told apart, and enough images to be split."""
+    names = list(raw.names)
+    unfit = [name for name in names if names.count(name) > 1 or name == OTHER or not name.strip()]
+    if len(names) < 2 or unfit:
+        raise MSCNNError(
+            f"Categories are {', '.join(names)}{f' (here {unfit[0]!r})' if unfit else ''}: "
+            f"use two or more different names, none of them {OTHER} or blank."
+        )
+    least = LEAST + (raw.x_test is None)
+    counts = np.bincount(raw.y_train, minlength=len(names))
+    few = [f"{names[category]} ({counts[category]})" for category in np.flatnonzero(counts < least)]
+    if few:
+        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
+        raise MSCNNError(
+            f"Too few images: the splits take {least} or more of each category, and the smallest of these has "
+            f"{counts.min()}: {', '.join(few[:5])}{more}. Add images, or take the category out."
+        )
+
+
+def _parted(split: Split, count: int, seed: int, least: tuple[int, int] = (1, 1)) -> tuple[Split, Split]:
+    """Sets `count` images aside, every category in proportion, but `least` of each are kept and set aside.
+
+    Where scikit-learn does not leave so many, each category is divided by itself, and somewhat more or fewer than
+    `count` are set aside.
+    """
     from sklearn.model_selection import train_test_split
 
-    try:
-        kept, aside = train_test_split(np.arange(len(split)), test_size=count, stratify=split.labels, random_state=seed)
-    except ValueError as error:
-        found = dict(zip(*np.unique(split.labels, return_counts=True), strict=True))
+    present, sizes = np.unique(split.labels, return_counts=True)
+    if sizes.min() < sum(least):
         raise MSCNNError(
-            f"Too few images: {count} of {len(split)} are to be set aside, some of each of the {len(found)} "
-            f"categories, and the smallest of these has {min(found.values())}: give more images, or no light_mode."
-        ) from error
-    return split.take(np.sort(kept)), split.take(np.sort(aside))
+            f"Too few images: {count} of {len(split)} are to be set aside, some of each of the {len(present)} "
+            f"categories, and the smallest of these has {sizes.min()}: give more images, or no light_mode."
+        )
+    everything, aside = np.arange(len(split)), np.empty(0, int)
+    with contextlib.suppress(ValueError):  # it refuses a category of one image
+        _, aside = train_test_split(everything, test_size=count, stratify=split.labels, random_state=seed)
+    apart = np.array([(split.labels[aside] == category).sum() for category in present])
+    if (apart < least[1]).any() or (sizes - apart < least[0]).any():
+        order = np.random.default_rng(seed).permutation(len(split))
+        apart = np.clip(np.round(sizes * count / len(split)).astype(int), least[1], sizes - least[0])
+        own = zip(present, apart, strict=True)
+        aside = np.concatenate([order[split.labels[order] == category][:number] for category, number in own])
+    return split.take(np.setdiff1d(everything, aside)), split.take(np.sort(aside))
 
 
 def batches(

@@ -1,6 +1,7 @@
 """Section 2: finding, checking, downloading, loading and splitting data. No network but this machine's own."""
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -8,6 +9,8 @@ import http.server
 import io
 import os
 import pickle
+import re
+import ssl
 import tarfile
 import threading
 import time
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import requests
 import tensorflow as tf
+import urllib3
 from conftest import TINY_NAMES, tiny_images
 from PIL import Image
 
@@ -150,6 +154,41 @@ def test_a_missing_batch_means_that_the_data_is_not_there(batches):
     (folder / "data_batch_5").unlink()
     with pytest.raises(MSCNNError, match="MSCNN_DATA_DIR"):
         load_dataset("cifar10")
+
+
+def test_a_folder_with_five_of_six_batches_is_called_incomplete(batches, data_dir, capsys):
+    folder, *_ = batches
+    (folder / "data_batch_5").unlink()
+    (data_dir / "cifar-10-python.tar.gz").write_bytes(bytes(12_345))  # a download that was broken off
+    told = (
+        f"{folder} is incomplete: it lacks data_batch_5. {data_dir / 'cifar-10-python.tar.gz'} is incomplete or "
+        "damaged (12,345 bytes) and cannot be downloaded now (no answer from www.cs.toronto.edu)."
+    )
+    with pytest.raises(MSCNNError, match=re.escape(told)):
+        load_dataset("cifar10")
+    assert load_dataset("auto").fallback
+    assert told in capsys.readouterr().out
+    (folder / "data_batch_5").write_bytes(b"half")
+    with pytest.raises(MSCNNError, match=r"data_batch_5 is damaged or incomplete \(4 bytes\)"):
+        load_dataset("cifar10")
+
+
+def test_a_batch_that_may_not_be_read_is_named(batches, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(MSCNNError, match=r"data_batch_1 cannot be read: Permission denied"):
+        load_dataset("cifar10")
+    assert load_dataset("auto").fallback
+    assert "Permission denied" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_named(data_dir, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for dataset in ("cifar10", "mnist"):
+        with pytest.raises(MSCNNError, match=re.escape(f"{data_dir} cannot be read: Permission denied")):
+            load_dataset(dataset)
 
 
 def test_the_real_cifar10():
@@ -321,6 +360,85 @@ def test_a_server_without_the_file(archive):
     with pytest.raises(MSCNNError, match=r"no answer from 127\.0\.0\.1|cannot be downloaded"):
         load_dataset("cifar10")
     assert files_in(folder) == []
+
+
+def answer(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code, response.reason = status, http.HTTPStatus(status).phrase
+    return requests.HTTPError(response=response)
+
+
+def wrapped(kind: type[Exception], cause: Exception) -> Exception:
+    """As requests raises it: around urllib3's, around the true reason."""
+    return kind(urllib3.exceptions.MaxRetryError(None, "/", urllib3.exceptions.ProxyError("Unable to connect", cause)))
+
+
+SURROUNDINGS = [
+    (answer(403), "www.cs.toronto.edu answers 403 Forbidden"),
+    (answer(404), "www.cs.toronto.edu answers 404 Not Found"),
+    (answer(429), "www.cs.toronto.edu answers 429 Too Many Requests; try again later"),
+    (answer(407), "the proxy does not let it through: .*check HTTPS_PROXY and NO_PROXY"),
+    (
+        wrapped(requests.exceptions.ProxyError, OSError("Tunnel connection failed: 403 Forbidden")),
+        "the proxy does not let it through: Tunnel connection failed: 403 Forbidden",
+    ),
+    (
+        wrapped(requests.exceptions.SSLError, ssl.SSLCertVerificationError("certificate verify failed: self-signed")),
+        "the certificate of www.cs.toronto.edu is not trusted: .*self-signed.*REQUESTS_CA_BUNDLE",
+    ),
+    (OSError("Could not find a suitable TLS CA certificate bundle"), "TLS CA certificate bundle"),
+    (wrapped(requests.ConnectionError, OSError("Name or service not known")), "no answer from www.cs.toronto.edu"),
+    (requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support."), "Missing dependencies for SOCKS"),
+]
+DISK = [
+    (OSError(errno.ENOSPC, "No space left on device"), "cannot write to DATA: No space left on device"),
+    (PermissionError("pooch has its own text"), "cannot write to DATA: Permission denied; mend that, or set MSCNN_"),
+    (OSError(errno.EROFS, "Read-only file system"), "cannot write to DATA: Read-only file system"),
+]
+
+
+@pytest.mark.parametrize("when", ["head", "get"])
+@pytest.mark.parametrize(("error", "told"), SURROUNDINGS + DISK)
+def test_why_a_download_fails_is_told(data_dir, monkeypatch, capsys, when, error, told):
+    def fail(*_, **__):
+        raise error
+
+    if when == "get":
+        monkeypatch.setattr(mscnn, "_ask", lambda url: None)
+        monkeypatch.setattr("pooch.HTTPDownloader", lambda **_: fail)
+    monkeypatch.setattr(requests, "head", fail)
+    told = told.replace("DATA", re.escape(str(data_dir)))
+    with pytest.raises(MSCNNError, match=f"cifar-10-python.tar.gz.*{told}"):
+        load_dataset("cifar10")
+    if (error, when) in ((SURROUNDINGS[0][0], "head"), (DISK[0][0], "get")):
+        assert load_dataset("auto").fallback
+        assert re.search(told, capsys.readouterr().out)
+    assert files_in(data_dir) == []
+
+
+def test_a_refusing_server_and_a_refusing_proxy(archive, monkeypatch):
+    def refuse(self):
+        self.send_error(403)
+
+    for method in ("do_HEAD", "do_CONNECT"):
+        monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, method, refuse, raising=False)
+    with pytest.raises(MSCNNError, match=r"127\.0\.0\.1:\d+ answers 403 Forbidden"):
+        load_dataset("cifar10")
+    monkeypatch.setenv("HTTPS_PROXY", mscnn.CIFAR10_URL.rpartition("/")[0])
+    monkeypatch.setattr(mscnn, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
+    with pytest.raises(MSCNNError, match=r"proxy does not let it through: Tunnel connection failed: 403 Forbidden"):
+        load_dataset("cifar10")
+
+
+def test_an_archive_that_cannot_be_unpacked(archive, monkeypatch, capsys):
+    folder, *_ = archive
+
+    def full(path, write):
+        raise MSCNNError(f"Cannot write {path}: No space left on device. Choose another place.")
+
+    monkeypatch.setattr(mscnn, "_write_whole", full)
+    assert load_dataset("auto").fallback
+    assert f"Cannot write {folder / 'cifar-10-batches-py' / 'data_batch_1'}: No space left" in capsys.readouterr().out
 
 
 def write_mnist(path: Path) -> dict[str, np.ndarray]:
@@ -526,6 +644,131 @@ def changed(**changes):
 def test_a_npz_that_does_not_fit(npz, content, message):
     with pytest.raises(MSCNNError, match=message):
         load_dataset(npz(**content))
+
+
+FLOATS = arrays(size=8)["x_train"] / 255  # float64 (200, 8, 8, 3), from 0 to 1
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        FLOATS * 1.0000001,
+        FLOATS * 1.0009,
+        FLOATS - 0.0005,
+        FLOATS * 255.2,
+        FLOATS * 255 - 0.1,
+        FLOATS.astype("f2") * 255,
+    ],
+)
+def test_floats_a_hair_outside_are_clipped(images):
+    levels = mscnn._as_uint8(images, "x_train")
+    assert levels.dtype == np.uint8
+    assert np.abs(levels.astype(int) - arrays(size=8)["x_train"]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (FLOATS * 1.2, r"goes from 0 to 1\.2: use 0 to 255, or floats from 0 to 1: x_train\.clip\(0, 1\)"),
+        (FLOATS * 1.9, r"goes from 0 to 1\.9: use"),
+        (FLOATS * 260, r"to 260: .*x_train\.clip\(0, 255\)"),
+        (FLOATS * 2 - 1, r"from -1 to 1: .*: \(x_train \+ 1\) / 2"),
+        (np.where(FLOATS > 0.99, np.nan, FLOATS), r"nan.*np\.isnan"),
+        (np.where(FLOATS > 0.99, np.inf, FLOATS), "to inf"),
+        ((FLOATS > 0.5).astype(np.uint8), r"from 0 to 1: .*x_train \* 255, as it is of dtype uint8"),
+        ((FLOATS * 65535).astype(np.uint16), r"to 65535: .*x_train // 256"),
+        (FLOATS.astype(complex), "is of dtype complex128"),
+        (FLOATS[:, :2, :2].astype(str), "is of dtype <U"),
+        (FLOATS.transpose(0, 3, 1, 2), r"transpose\(0, 2, 3, 1\) puts the channels last"),
+        (FLOATS[..., [0, 1, 2, 0]], r"x_train\[\.\.\., :3\] leaves out the opacity"),
+        (FLOATS.reshape(200, -1), "undoes the flattening"),
+        (FLOATS.reshape(200, -1, 3), "undoes the flattening"),
+        (FLOATS[:, :0], r"shape \(200, 0, 8, 3\)"),
+    ],
+)
+def test_images_that_would_turn_black_or_fail_later(npz, images, message):
+    with pytest.raises(MSCNNError, match=f"x_train .*{message}"):
+        load_dataset(npz(**changed(x_train=images)))
+
+
+LABELS = np.arange(200) % 4
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.int8, np.float16, np.float64, ">i4"])
+def test_labels_of_any_number_type(npz, kind):
+    data = load_dataset(npz(**changed(y_train=LABELS.astype(kind), y_test=(LABELS[:40, None]).astype(kind))))
+    assert data.category_names == ("0", "1", "2", "3")
+    assert data.test.labels.dtype == np.int64 and data.test.labels.tolist() == LABELS[:40].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(y_train=np.where(LABELS % 2, 1, -1)), "got 200 of int64 in y_train, among them -1"),
+        (changed(y_test=LABELS[:40] - 1), "got 40 of int64 in y_test, among them -1"),
+        (changed(y_train=LABELS.astype(np.uint64) - np.uint64(1)), "among them 18446744073709551615"),
+        (changed(y_train=np.where(LABELS, LABELS, np.nan)), "in y_train, among them nan"),
+        (changed(y_train=np.where(LABELS, LABELS, np.inf)), "in y_train, among them inf"),
+        (changed(y_train=LABELS / 2), "among them 0.5"),
+        (changed(y_train=LABELS[1:]), "got 199 in y_train, for 200 images in x_train"),
+        (changed(y_train=np.eye(4)[LABELS]), r"y_train of shape \(200, 4\); .*y_train\.argmax\(axis=1\)"),
+        (changed(y_train=np.array(list("abcd"))[LABELS]), r"<U1 in y_train; .*return_inverse=True"),
+        (changed(y_test=np.array(list("abcd"), "S")[LABELS[:40]]), r"\|S1 in y_test"),
+        (changed(y_train=LABELS * 10**8), "no train images of category '1'"),
+        (changed(y_train=LABELS + 1), "no train images of category '0': number the labels without gaps, from 0"),
+        (changed(y_test=np.arange(40) % 5), "no train images of category '4'"),
+        (changed(class_names=np.array([b"a", b"b", b"c", b"\xe9"])), "class_names holds bytes that are not UTF-8"),
+        (changed(class_names=np.array([["a", "b"], ["c", "d"]])), r"class_names has shape \(2, 2\)"),
+        (changed(class_names=np.array(["a", "b", "c", "d"], object)), "class_names: Object arrays"),
+        (changed(class_names=["a", "b", "c", "b"]), r"here 'b'\): use two or more different names"),
+        (changed(class_names=["a", "b", "c", " "]), r"here ' '\)"),
+    ],
+)
+def test_a_label_or_name_that_does_not_fit_is_shown(npz, content, message):
+    with pytest.raises(MSCNNError, match=message):
+        load_dataset(npz(**content))
+
+
+@pytest.mark.parametrize(
+    "names", [[["ant"], ["bée"], ["cow"], ["a,b"]], [s.encode() for s in ("ant", "bée", "cow", "a,b")]]
+)
+def test_names_as_a_column_or_as_bytes(npz, names):
+    assert load_dataset(npz(**arrays(), class_names=names)).category_names == ("ant", "bée", "cow", "a,b")
+
+
+def test_arrays_that_are_not_asked_for_and_capitals_in_the_suffix_do_no_harm(npz):
+    path = Path(npz(**arrays(), extra=np.array([{}], object)))
+    assert len(load_dataset(str(path.rename(path.with_suffix(".NPZ")))).test) == 40
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path, save):
+    path, content = tmp_path / "mine.npz", arrays(size=8, count=60)
+    save(path, **content)
+    good, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    places = [*range(0, 200, 5), *rng.integers(0, len(good), 20), *range(len(good) - 500, len(good), 12)]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 0xFF
+        path.write_bytes(bad)
+        try:
+            raw = mscnn._npz(path)
+            for name, one in content.items():
+                assert np.array_equal(getattr(raw, name), one), place
+        except MSCNNError:
+            refused += 1
+    assert refused > len(places) / 2
+
+
+@pytest.mark.parametrize(("place", "value", "message"), [(8, 1, "is encrypted"), (10, 99, "compression method")])
+def test_a_npz_that_cannot_be_unpacked(npz, place, value, message):
+    path = Path(npz(**arrays()))
+    content = bytearray(path.read_bytes())
+    content[content.find(b"PK\x01\x02") + place] = content[place - 2] = value
+    path.write_bytes(content)
+    size = re.escape(f"({len(content):,} bytes)")
+    with pytest.raises(MSCNNError, match=rf"x_train: .*{message}.*{size}"):
+        load_dataset(str(path))
 
 
 def test_a_npz_with_pickles_is_not_opened(npz, tmp_path):
@@ -769,6 +1012,37 @@ def test_light_mode_is_a_stratified_part_of_the_same_images(split):
     for name in SPLITS:
         own = getattr(light, name)
         assert np.allclose(np.bincount(own.labels) / len(own), [0.4, 0.3, 0.2, 0.1], atol=0.005), name
+
+
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [([500, 4], [5, 5]), ([16_000, 5], [40, 5]), ([16_000, 4], [4_000, 1]), ([500, 5], None), ([5] * 3, None),
+     ([8] * 1000, [1] * 1000), ([100] * 400, [5] * 400)],
+)  # fmt: skip
+def test_every_category_is_in_every_split(split, train, test, light):
+    labels = [None if sizes is None else np.repeat(np.arange(len(sizes)), sizes) for sizes in (train, test)]
+    images = [None if one is None else np.zeros((len(one), 2, 2, 1), np.uint8) for one in labels]
+    names = [str(category) for category in range(len(train))]
+    data = split(mscnn._Raw("rare", "here", names, images[0], labels[0], images[1], labels[1]), light, seed=0)
+    for name, least in zip(SPLITS, (2, 1, 1, 1), strict=True):
+        assert np.bincount(getattr(data, name).labels, minlength=len(names)).min() >= least, name
+    assert light or sum(len(getattr(data, name)) for name in SPLITS) == sum(train) + sum(test or [])
+
+
+@pytest.mark.parametrize(("light", "few"), [(False, 3), (True, 3), (False, 1)])
+def test_a_category_with_too_few_images_is_named(npz, light, few):
+    labels = np.r_[np.arange(197) % 3, np.full(few, 3)]
+    content = changed(x_train=arrays()["x_train"][: len(labels)], y_train=labels)
+    refusal = rf"Too few images: .* 4 or more .* smallest of these has {few}: doe \({few}\)\. Add images, or"
+    with pytest.raises(MSCNNError, match=refusal):
+        load_dataset(npz(**content, class_names=["ant", "bee", "cow", "doe"]), light_mode=light)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 1.5, "0", None, True])
+def test_a_bad_seed_is_refused_as_a_seed(seed):
+    with pytest.raises(MSCNNError, match=f"^seed is {seed!r}: it has to be"):
+        load_dataset("digits", seed=seed)
 
 
 @pytest.mark.parametrize("light", [False, True])

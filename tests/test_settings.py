@@ -7,6 +7,9 @@ import re
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tensorflow as tf
+import yaml
+from papermill.cli import _resolve_type
 from PIL import Image
 
 import mscnn_helpers as mscnn
@@ -88,6 +91,104 @@ def test_an_index_out_of_range(index):
 def test_what_only_looks_like_an_index(nonsense):
     with pytest.raises(MSCNNError, match="Unknown category"):
         categories_from(nonsense, CIFAR10)
+
+
+AWKWARD = (
+    "a,b",
+    "[x]",
+    "'q'",
+    '"d"',
+    " a ",
+    "a",
+    "A",
+    "b",
+    "01",
+    "1",
+    "1.0",
+    "None",
+    "it's",
+    "a\\b",
+    "[1, 2]",
+    "b]",
+    "0x10",
+)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_every_name_can_be_chosen(name):
+    own, two = AWKWARD.index(name), {AWKWARD.index(name), AWKWARD.index("b")}
+    for given in (name, [name], np.array([name]), json.dumps([name]), json.dumps(name)):
+        assert categories_from(given, AWKWARD) == (own,), given
+        assert categories_from(Settings(stage2_categories=given).stage2_categories, AWKWARD) == (own,), given
+    for given in ([name, "b"], json.dumps([name, "b"]), f"b, {json.dumps(name)}"):
+        assert categories_from(given, AWKWARD) == tuple(sorted(two)), given
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("01", "02", "03"), ("1", "01"), ("000", "001", "010", "008"), ("1.0", "2.0"), ("None", "True"), ("1_0", "x")],
+)
+def test_no_category_but_the_one_that_papermill_or_yaml_was_told(names):
+    for category, name in enumerate(names):
+        for turned in (_resolve_type(name), yaml.safe_load(name)):
+            try:
+                assert categories_from(Settings(stage2_categories=turned).stage2_categories, names) == (category,)
+                assert categories_from(turned, names) == (category,)
+            except MSCNNError as refusal:
+                assert "quotes" in str(refusal)
+
+
+@pytest.mark.parametrize("chosen", [1, "1", [1], "[1]", np.array(1)])
+def test_a_number_that_could_be_an_index_or_a_name_is_refused(chosen):
+    with pytest.raises(
+        MSCNNError, match="Category 1 could be '01' or '02': give the name in quotes, as in '\\[\"01\"\\]'"
+    ):
+        categories_from(chosen, ("01", "02", "03"))
+    assert categories_from(chosen, ("0", "1", "2")) == (1,)
+    assert categories_from(chosen, ("2", "0", "1")) == (2,), "the name with these digits"
+    assert categories_from(chosen, ("x", "01")) == (1,), "both are the same"
+
+
+def test_capitals_decide_between_names_that_differ_in_nothing_else():
+    assert categories_from("Cat", ("cat", "Cat")) == (1,)
+    with pytest.raises(MSCNNError, match="Category CAT could be 'cat' or 'Cat'"):
+        categories_from("CAT", ("cat", "Cat"))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        None,
+        True,
+        3.0,
+        float("nan"),
+        np.True_,
+        b"cat",
+        {"cat": 0},
+        object(),
+        [None],
+        [[1]],
+        np.ones(3, bool),
+        tf.constant(3),
+    ],
+)
+def test_what_is_no_name_and_no_index(chosen):
+    for choose in (lambda: categories_from(chosen, CIFAR10), lambda: Settings(stage2_categories=chosen)):
+        with pytest.raises(MSCNNError, match=r"is no category: give names or indices, such as ship,truck or 8,9\."):
+            choose()
+
+
+@pytest.mark.parametrize(
+    "chosen", [np.array(3), (name for name in ["cat"]), range(3, 4), '"cat"', "cat'", "[cat", "{cat}"]
+)
+def test_more_ways_to_say_cat(chosen):
+    assert categories_from(chosen, CIFAR10) == (3,)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "-", "0_1", "ship;truck", "[[ship], ²]"])
+def test_a_text_that_names_nothing(text):
+    with pytest.raises(MSCNNError, match="Unknown category"):
+        categories_from(text, CIFAR10)
 
 
 # ------------------------------------------------------------------------------------------------------------
