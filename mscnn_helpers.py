@@ -102,6 +102,46 @@ def project_root() -> Path:
     return Path(__file__).resolve().parent
 
 
+def _here() -> Path | None:
+    """The current folder; None where it has been deleted."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def path_from(text: str, start: Path) -> Path:
+    """A path that a user gives: `~` is the user's home, an absolute one is itself, another one begins at `start`.
+
+    Raises:
+        MSCNNError: no home directory is known.
+    """
+    try:
+        path = start / Path(text).expanduser()
+    except RuntimeError as error:
+        raise MSCNNError(f"No home directory is known for '{text}': give the whole path, without ~.") from error
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
+
+
+FROM_HERE = re.compile(r"\.\.?([/\\]|$)")  # ., .. and what begins with them; a hidden folder, such as .data, does not
+
+
+def places_of(text: str, *starts: Path | None) -> list[Path]:
+    """Where the path of a parameter may lead, the likeliest first: see `path_from`.
+
+    `.` and `..` are the folder that the user is in, and the one above it; another relative path may begin at each of
+    `starts` (None is left out).
+
+    Raises:
+        MSCNNError: no home directory is known, or the current folder has been deleted.
+    """
+    if FROM_HERE.match(text):
+        starts = (_here(),)
+        if starts == (None,):
+            raise MSCNNError(f"The current folder, where '{text}' begins, has been deleted: give the whole path.")
+    return list(dict.fromkeys(path_from(text, start) for start in starts if start))
+
+
 def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str]) -> tuple[int, ...]:
     """Turns a user's choice of categories into indices, in the order of `names`.
 
@@ -287,6 +327,8 @@ class Settings:
             raise MSCNNError("target_risk and target_coverage would each set the threshold: give one of them.")
         if not self.save_model.strip():
             raise MSCNNError("save_model is empty: give the model file a name, such as multistage_cnn_model.")
+        if re.search(r"^~$|(^|[/\\])\.{0,2}$", self.save_model):
+            raise MSCNNError(f"save_model is the folder {self.save_model}: add the name of a file, such as mine.")
         if self.save_model.removesuffix(".keras") == "stage1":
             raise MSCNNError("save_model is stage1, where notebook 02 leaves its model: choose another name.")
 
@@ -338,13 +380,13 @@ class Run:
 
     def __init__(self, notebook: str, settings: Settings):
         self.notebook, self.settings, self.started = notebook, settings, time.time()
-        self.folder = project_root() / Path(settings.run_dir).expanduser()
+        self.folder = places_of(settings.run_dir, project_root())[0]
         self.figures = self.folder / "figures"
 
     @property
     def model_path(self) -> Path:
         """Where the finished model is saved."""
-        return _with_suffix(self.folder / Path(self.settings.save_model).expanduser(), self.settings.save_model)
+        return _with_suffix(places_of(self.settings.save_model, self.folder)[0], self.settings.save_model)
 
     @property
     def stage1_path(self) -> Path:
@@ -361,19 +403,20 @@ class Run:
         wanted = PRETRAINED if wanted == "pretrained" else wanted
         if not wanted and not self.settings.stage2_only:
             return None
-        if not wanted and not self.model_path.is_file():
+        if not wanted and not os.path.isfile(self.model_path):
             raise MSCNNError(
                 f"stage2_only keeps Stage 1, but there is no model at {self.model_path}: "
                 "give load_model, or run once without stage2_only."
             )
         if not wanted:
             return self.model_path
-        path = Path(wanted).expanduser()
-        places = [_with_suffix(base / path, wanted) for base in (project_root(), Path.cwd(), self.folder)]
-        found = next((place for place in places if place.is_file()), None)
+        places = [_with_suffix(path, wanted) for path in places_of(wanted, project_root(), _here(), self.folder)]
+        found = next(
+            (place for place in places if os.path.isfile(place)), None
+        )  # False, too, without the right to look
         if found is None:
             raise MSCNNError(
-                f"No model file '{wanted}': looked for {' and '.join(dict.fromkeys(map(str, places)))}. "
+                f"No model file '{wanted}': looked for {' and '.join(map(str, places))}. "
                 "Give the path of a .keras file of a finished run, or pretrained."
             )
         return found
@@ -384,7 +427,7 @@ class Run:
         Raises:
             MSCNNError: `load_model` names a file that is not there.
         """
-        start = None if self.model_path.is_file() else self.settings.load_model and self.starting_model()
+        start = None if os.path.isfile(self.model_path) else self.settings.load_model and self.starting_model()
         return start or self.model_path
 
     def read(self, name: str) -> dict:
@@ -491,6 +534,7 @@ FASHION_MD5 = {  # zalandoresearch/fashion-mnist, README
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+BUILT_IN = ("cifar10", "digits", "mnist", "fashion_mnist")  # names of data sets; `./digits` is a folder
 DOWNLOAD_PATIENCE = 10  # seconds to wait for a server's first answer
 
 
@@ -525,6 +569,7 @@ class Dataset:
     flip: bool = True  # whether a mirrored image keeps its category (a digit does not)
     fallback: bool = False
     light_mode: bool = False
+    source_fingerprint: str = ""  # of the data as it was found, whatever the seed and light_mode
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -533,11 +578,8 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every image and label of every split, in order."""
-        digest = hashlib.sha256(json.dumps(self.category_names).encode())
-        for split in (self.train, self.calibration, self.certification, self.test):
-            digest.update(np.ascontiguousarray(split.images))
-            digest.update(np.ascontiguousarray(split.labels))
-        return digest.hexdigest()
+        splits = (self.train, self.calibration, self.certification, self.test)
+        return _digest(self.category_names, *(array for split in splits for array in split))
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the train split, (channels,) each, of pixels in 0..255."""
@@ -551,8 +593,17 @@ class Dataset:
         sizes = {name: len(getattr(self, name)) for name in ("train", "calibration", "certification", "test")}
         return {
             "name": self.name, "source": self.source, "fallback": self.fallback, "fingerprint": self.fingerprint,
+            "source_fingerprint": self.source_fingerprint,
             "light_mode": self.light_mode, "category_names": list(self.category_names), "sizes": sizes,
         }  # fmt: skip
+
+
+def _digest(names: Sequence[str], *arrays: np.ndarray) -> str:
+    """SHA-256 over category names and arrays, in order."""
+    digest = hashlib.sha256(json.dumps(list(names)).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 @dataclass
@@ -567,12 +618,45 @@ class _Raw:
     x_test: np.ndarray | None = None
     y_test: np.ndarray | None = None
     flip: bool = True
+    published: str = ""  # hashes that were checked and stand for the images, where there are such
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the published hashes, or over every image and label."""
+        if self.published:
+            return _digest([*self.names, self.published])
+        labels = [y.astype(np.int64) for y in (self.y_train, self.y_test) if y is not None]
+        return _digest(self.names, *labels, *(x for x in (self.x_train, self.x_test) if x is not None))
 
 
 def data_folder() -> Path:
-    """Where data sets are looked for and downloaded to: `MSCNN_DATA_DIR`, or Keras' own cache."""
-    default = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets"
-    return Path(os.environ.get("MSCNN_DATA_DIR") or default).expanduser()
+    """Where data sets are looked for and downloaded to: `MSCNN_DATA_DIR`, or Keras' own cache.
+
+    Raises:
+        MSCNNError: the variable begins with `~`, and no home directory is known.
+    """
+    return _folder_named_by("MSCNN_DATA_DIR") or (_folder_named_by("KERAS_HOME") or _keras_home()) / "datasets"
+
+
+def _folder_named_by(variable: str) -> Path | None:
+    """The folder in an environment variable; None if it is not set.
+
+    A relative path begins at the folder the user was in when it was set. That is the current folder, but for a kernel,
+    which runs where its notebook lies; it inherits PWD from the shell.
+    """
+    given = os.environ.get(variable)
+    if not given:
+        return None
+    starts = (_here(), Path(os.environ.get("PWD") or project_root()), project_root())
+    places = [path_from(given, start) for start in starts if start]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def _keras_home() -> Path:
+    """As Keras finds it: `~/.keras`, or one in the folder for temporary files where there is no home to write into."""
+    home = Path(os.path.expanduser("~"))  # stays ~ where none is known
+    usable = home.is_absolute() and (os.path.isdir(home / ".keras") or os.access(home, os.W_OK))
+    return (home if usable else Path(tempfile.gettempdir())) / ".keras"
 
 
 def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) -> Dataset:
@@ -595,24 +679,32 @@ def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) ->
 
 
 def _read_dataset(name: str) -> _Raw:
-    builtin = {"cifar10": _cifar10, "digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist}
+    builtin = dict(zip(BUILT_IN, (_cifar10, _digits, _mnist, _fashion_mnist), strict=True))
     if name in builtin:
         try:
             return builtin[name]()
         except FileNotFoundError as error:
             raise MSCNNError(str(error)) from error
-    places = list(dict.fromkeys((project_root(), Path.cwd())))
-    path = next((place / name for place in places if name and (place / name).exists()), None)
+    path, places = _find_data(name)
     if path is not None and path.is_dir():
         return _image_folder(path)
     if path is not None and path.suffix.lower() == ".npz":
         return _npz(path)
     if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
         raise MSCNNError(
-            f"No image folder or .npz file '{name}': looked in {' and '.join(map(str, places))}. Check the path."
+            f"No image folder or .npz file '{name}': looked in {' and '.join(str(place.parent) for place in places)}. "
+            "Check the path."
         )
     known = f"auto, {', '.join(builtin)}, a .npz file or an image folder"
     raise MSCNNError(f"Unknown dataset '{name}': use {known}.{_did_you_mean(name, builtin)}")
+
+
+def _find_data(name: str) -> tuple[Path | None, list[Path]]:
+    """The folder or file that `dataset` names, if it is there, and the places where it was looked for."""
+    if name in ("", "auto", *BUILT_IN):
+        return None, []
+    places = places_of(name, project_root(), _here())
+    return next((place for place in places if os.path.exists(place)), None), places
 
 
 def _download(url: str, known_hash: str, name: str) -> Path:
@@ -718,7 +810,8 @@ def _cifar10() -> _Raw:
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
         parts.append((images, np.asarray(batch[b"labels"])))
     x_train, y_train = (np.ascontiguousarray(np.concatenate(one)) for one in zip(*parts[:5], strict=True))
-    return _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
+    raw = _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
+    return dataclasses.replace(raw, published=json.dumps(CIFAR10_MD5))
 
 
 def _cifar10_folders() -> dict[Path, list[str]]:
@@ -975,6 +1068,7 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     a calibration on a handful of images is worth nothing. Without test images a fifth is set aside.
     """
     _check_categories(raw)
+    found = raw.fingerprint
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None:
         train, test = _parted(train, round(0.2 * len(train)), seed, (LEAST, 1))
@@ -989,7 +1083,9 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     train, rest = _parted(train, 2 * held, seed, (2, 2))
     calibration, certification = _parted(rest, held, seed)
     splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
-    return Dataset(raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode)
+    return Dataset(
+        raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode, source_fingerprint=found
+    )
 
 
 def _check_categories(raw: _Raw) -> None:
@@ -1816,6 +1912,7 @@ class MultiStageCNN(keras.Model):
         threshold: confidence below which an image is OTHER. threshold_reason: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
+        source_fingerprint: that of the data set before light mode and splitting.
 
     The companion is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
     of it. It is kept so that a category can be started again.
@@ -1838,13 +1935,14 @@ class MultiStageCNN(keras.Model):
         logit_scale: float = 0.25,
         activation: str = "relu",
         certificate: Sequence[float] | None = None,
+        source_fingerprint: str = "",
         **kwargs,
     ):
         super().__init__(**kwargs)
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
-            "data_fingerprint": data_fingerprint, "policy": policy,
+            "data_fingerprint": data_fingerprint, "source_fingerprint": source_fingerprint, "policy": policy,
             "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
             "logit_scale": logit_scale, "activation": activation,
         }  # fmt: skip
@@ -1879,7 +1977,7 @@ class MultiStageCNN(keras.Model):
         mean, std = data.channel_statistics()
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
-            policy=policy or fastest_policy(), **settings,
+            policy=policy or fastest_policy(), source_fingerprint=data.source_fingerprint, **settings,
         )  # fmt: skip
         some = data.train.images[:: -(-len(data.train) // 5000)]  # from all over: images may be sorted by category
         kernel = whitening_kernel(some, mean, std)
@@ -3525,6 +3623,7 @@ def checked_data(run: Run) -> Dataset:
         MSCNNError: an unknown data set or category, too few images for the target risk, a model to start from that is
             missing or of other data, a model of other data in the run folder, or a folder that cannot be written.
     """
+    check_places(run)
     data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
     run.settings.mode(data.category_names)
     if run.settings.target_risk:
@@ -3532,18 +3631,104 @@ def checked_data(run: Run) -> Dataset:
     start = run.starting_model()
     if start is not None:
         load_model(start).check_matches(data)
-    earlier = run.read("metrics").get("dataset", {}).get("name", data.name)
-    if run.model_path.is_file() and earlier != data.name:
-        raise MSCNNError(
-            f"{run.folder} holds a model of {earlier}, which this run of {data.name} would replace: "
-            "give another run_dir, such as runs/mine, or delete that folder."
-        )
+    _check_not_among_images(run, data)
+    check_replaces_no_other(run, data)
     _make_folders(run)
     return data
 
 
+def check_places(run: Run) -> None:
+    """Raises MSCNNError if the run would write over a project's own notebooks or the model that comes with it."""
+    model, pages = run.model_path, run.folder / "notebooks"
+    if _touches_source(pages) or any(_is_source(pages / f"{name}.ipynb") for name in NOTEBOOKS):
+        raise MSCNNError(
+            f"run_dir is {run.folder}: the run would write over the project's own notebooks, or copies of them, "
+            f"in {pages}. Choose another run_dir, such as runs/mine."
+        )
+    if _touches_source(model):
+        raise MSCNNError(f"save_model is {model}, among the project's own files: choose another name, such as mine.")
+    if os.path.isdir(model):
+        raise MSCNNError(f"save_model is the folder {model}: choose another name.")
+    if os.path.realpath(model) == os.path.realpath(run.stage1_path):
+        raise MSCNNError(f"save_model is {model}, where notebook 02 leaves its model: choose another name.")
+    try:
+        os.stat(run.folder / "metrics.json")
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the former is as it should be, the latter is told by `_make_folder`
+    except OSError as error:
+        problem = f"Cannot read the run folder {run.folder}: {error.strerror}"
+        raise MSCNNError(f"{problem}. Choose another run_dir.") from error
+
+
+def _touches_source(path: Path) -> bool:
+    """Whether a path is, or lies in, or holds the folder `notebooks` beside this module or another copy of it."""
+    path = Path(os.path.realpath(path))
+    copies = [folder for folder in path.parents if os.path.isfile(folder / Path(__file__).name)]
+    sources = [Path(os.path.realpath(folder / "notebooks")) for folder in (project_root(), *copies)]
+    return any(path == source or source in path.parents or path in source.parents for source in sources)
+
+
+def _is_source(notebook: Path) -> bool:
+    """Whether a notebook is there that no run has made: papermill signs what it writes."""
+    try:
+        return "papermill" not in json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or half-written by a run that was killed
+        return False
+
+
+def _check_not_among_images(run: Run, data: Dataset) -> None:
+    """Raises MSCNNError if the run's figures would become a category of an image folder."""
+    if not all(os.path.isdir(os.path.join(data.source, name)) for name in data.category_names):
+        return
+    source, folder = (Path(os.path.realpath(path)) for path in (data.source, run.folder))
+    if source in (folder, *folder.parents):
+        raise MSCNNError(f"run_dir {run.folder} lies among the images of {data.name}: choose one elsewhere.")
+
+
+def check_replaces_no_other(run: Run, data: Dataset) -> None:
+    """Raises MSCNNError if the model file to write is there and of other images, or of nobody knows which."""
+    if not os.path.isfile(run.model_path):
+        return
+    remedy = f"give another run_dir, such as runs/mine, or another save_model, or delete {run.model_path}."
+    records = {run.folder: lambda: run.read("metrics").get("dataset", {}), run.model_path: lambda: model_data(run)}
+    for place, read in records.items():
+        record = read()
+        if not _is_of(record, data):
+            name = record.get("name", data.name)
+            name = f"other images named {name}" if name == data.name else name
+            raise MSCNNError(f"{place} holds a model of {name}, which this run of {data.name} would replace: {remedy}")
+
+
+def model_data(run: Run) -> dict:
+    """What a finished model says of its data, under the names of `Dataset.describe`; it is not built for that.
+
+    Raises:
+        MSCNNError: the file is no model of this project, damaged, or not to be read.
+    """
+    try:
+        with zipfile.ZipFile(run.model_path) as file:
+            found = json.loads(file.read("config.json"))
+        config = found["config"]
+        record = {"name": config["dataset"], "category_names": config["category_names"]}
+    except Exception as error:  # a broken file fails in many ways: zip, zlib, JSON
+        raise MSCNNError(
+            f"{run.model_path} cannot be read as a model of this project, and this run would replace it: "
+            "choose another save_model, or delete the file."
+        ) from error
+    return record | {"source_fingerprint": config.get("source_fingerprint", "")}
+
+
+def _is_of(record: dict, data: Dataset) -> bool:
+    """Whether a record is of these images, whatever their splits; one without fingerprint goes by the names."""
+    if record.get("source_fingerprint") and data.source_fingerprint:
+        return record["source_fingerprint"] == data.source_fingerprint
+    names = list(record.get("category_names", data.category_names))
+    return record.get("name", data.name) == data.name and names == list(data.category_names)
+
+
 def _make_folders(run: Run) -> None:
     """Makes the folders that a run writes into, or raises MSCNNError."""
+    check_places(run)
     _make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
     _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
 
@@ -3555,10 +3740,36 @@ def start_data(run: Run) -> Dataset:
     for name in ("metrics",) if goes_on else ("metrics", "history"):
         run.replace(name, {})
     run.write(
-        "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settings), versions=versions(),
+        "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settled(settings)), versions=versions(),
         device=device_name(),
     )  # fmt: skip
     return data
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings as they mean the same in every folder: whole paths where `~` or the current folder counted."""
+    run, (data, _) = Run("total", settings), _find_data(settings.dataset)
+    start = run.starting_model() if settings.load_model not in ("", "pretrained") else None
+    return dataclasses.replace(
+        settings,
+        dataset=_settled(settings.dataset, data, project_root()),
+        load_model=_settled(settings.load_model, start, project_root(), run.folder),
+        save_model=_settled(settings.save_model, run.model_path, run.folder),
+        run_dir=_settled(settings.run_dir, run.folder, project_root()),
+    )
+
+
+def _settled(text: str, place: Path | None, *starts: Path) -> str:
+    """A path as it is given, if it was not found or begins at one of `starts`; else the whole one, `place`."""
+    fixed = [path_from(text, start) for start in starts] if place else []
+    stays = not place or place in fixed or place in [_with_suffix(path, text) for path in fixed]
+    return text if stays and not (place and (text.startswith("~") or FROM_HERE.match(text))) else str(place)
+
+
+def _same_data(one: str, other: str) -> bool:
+    """Whether two values of `dataset` lead to the same folder or file."""
+    found = [_find_data(name)[0] for name in (one, other)]
+    return None not in found and os.path.realpath(found[0]) == os.path.realpath(found[1])
 
 
 def continue_data(run: Run) -> Dataset:
@@ -3571,10 +3782,12 @@ def continue_data(run: Run) -> Dataset:
     """
     if run.settings.load_model and not run.read("metrics"):
         return start_data(run)
+    check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
     for name in ("dataset", "light_mode", "seed"):
-        if asked[name] != getattr(settings, name):
+        given = getattr(settings, name)
+        if asked[name] != given and not (name == "dataset" and _same_data(asked[name], given)):
             raise MSCNNError(
                 f"{run.folder} was begun with {name}={asked[name]!r}, this notebook has {getattr(settings, name)!r}: "
                 f"run {NOTEBOOKS[0]} with the same parameters first, or use another run_dir."
@@ -3583,6 +3796,7 @@ def continue_data(run: Run) -> Dataset:
     data = dataclasses.replace(load_dataset(name, settings.light_mode, settings.seed), fallback=known["fallback"])
     if data.fingerprint != known["fingerprint"]:
         raise MSCNNError(f"The images of {data.name} are not those that {NOTEBOOKS[0]} has read: run it again.")
+    check_replaces_no_other(run, data)
     if data.fallback:
         print(FALLBACK_NOTICE)
     return data
@@ -3677,16 +3891,15 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
     from nbclient.exceptions import DeadKernelError
 
     source = project_root() / "notebooks" / f"{name}.ipynb"
-    target = project_root() / settings.run_dir / "notebooks" / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
+    _make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
     logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         papermill.execute_notebook(
-            source,
-            target,
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)),  # papermill formats them
             dataclasses.asdict(settings),
             kernel_name="python3",
             progress_bar=False,
@@ -3719,13 +3932,37 @@ def _write_html(notebook: Path) -> None:
         print(f"No page could be made of {notebook}: {error}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def _surroundings():
+    """What kernels inherit: whose notebooks they run, where data lies, and a home."""
+    if _here() is None:  # papermill asks for it
+        os.chdir(project_root())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        wanted = {"MSCNN_PROJECT": str(project_root())}  # read by the set-up cell
+        with contextlib.suppress(MSCNNError):
+            wanted["MSCNN_DATA_DIR"] = str(data_folder())
+        if not os.path.isabs(os.path.expanduser("~")):  # no home is known, and Jupyter needs one
+            wanted["HOME"] = folder
+        earlier = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in earlier.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
+
+
 def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
     os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
     run.starting_model()  # a missing model is refused before anything runs
     _make_folders(run)  # and so is a folder that cannot be written
-    with concurrent.futures.ThreadPoolExecutor(1) as pages:  # a page is made while the next notebook runs
+    settings = settled(settings)
+    # A page is made while the next notebook runs.
+    with _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
         for name in notebooks:
             run_notebook(name, settings, pages)
     seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
@@ -3793,8 +4030,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = command_line().parse_args(arguments)
     try:
         settings = Settings(**vars(parsed))
-        if settings.dataset != "auto" or _find_cifar10():  # else a download that fails would be tried twice
-            checked_data(Run("total", settings))  # refused before a notebook takes the place of an older one
+        run = Run("total", settings)
+        if settings.dataset != "auto" or os.path.isdir(run.folder) or _find_cifar10():
+            checked_data(run)  # refused before a notebook takes the place of an older one
+        # Else there is none, and a download that fails would be tried twice.
         run_all(settings)
         print_result(Run("total", settings))
     except MSCNNError as error:

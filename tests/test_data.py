@@ -841,6 +841,64 @@ def test_other_files_and_hidden_folders_do_not_matter(tmp_path):
     assert sum(len(getattr(data, name)) for name in SPLITS) == 40
 
 
+@pytest.mark.parametrize(
+    ("here", "name"), [("pets", "."), ("", "./pets"), ("pets/ant", ".."), ("x", "../pets"), ("x", "~/pets")]
+)
+def test_the_user_s_own_folders(tmp_path, monkeypatch, here, name):
+    write_images(tmp_path / "pets", 20)
+    (tmp_path / "x").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path / here)
+    data = load_dataset(name)
+    assert (data.name, data.source) == ("pets", str(tmp_path / "pets"))
+
+
+@pytest.mark.parametrize("variable", ["MSCNN_DATA_DIR", "KERAS_HOME"])
+def test_a_relative_data_folder_is_where_the_user_was(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv("MSCNN_DATA_DIR", "")
+    monkeypatch.setenv(variable, "some/../data")
+    for folder in ("shell/notebooks", "shell/data", "project/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "project")
+    end = "datasets" if variable == "KERAS_HOME" else ""
+    for here, shell, expected in [
+        ("shell", "shell", "shell"),
+        ("shell/notebooks", "shell", "shell"),
+        ("", "", "project"),
+    ]:
+        monkeypatch.chdir(tmp_path / here)
+        monkeypatch.setenv("PWD", str(tmp_path / shell))
+        assert mscnn.data_folder() == tmp_path / expected / "data" / end
+    monkeypatch.setenv(variable, "new")
+    assert mscnn.data_folder() == tmp_path / "new" / end, "what is not there yet begins here"
+
+
+def test_a_home_that_cannot_be_written_is_used_for_what_lies_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("MSCNN_DATA_DIR", raising=False)
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", str(tmp_path)))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/temporary")
+    assert mscnn.data_folder() == Path("/temporary/.keras/datasets")
+    (tmp_path / ".keras").mkdir()
+    assert mscnn.data_folder() == tmp_path / ".keras" / "datasets"
+
+
+def test_the_data_as_found_has_a_fingerprint_of_its_own(tmp_path, tiny_path, tiny_data):
+    found = {load_dataset(str(tiny_path), light, seed).source_fingerprint for light in (False, True) for seed in (0, 1)}
+    assert found == {tiny_data.source_fingerprint}
+    assert len(tiny_data.source_fingerprint) == 64
+
+    write_images(tmp_path / "pets", 20)
+    prints = [load_dataset(str(tmp_path / "pets")).source_fingerprint]
+    (tmp_path / "pets/ant/more.png").write_bytes((tmp_path / "pets/ant/000.png").read_bytes())
+    prints.append(load_dataset(str(tmp_path / "pets")).source_fingerprint)
+    (tmp_path / "pets/ant").rename(tmp_path / "pets/ape")
+    prints.append(load_dataset(str(tmp_path / "pets")).source_fingerprint)
+    assert len(set(prints)) == 3
+
+
 def test_relative_paths_start_here(tmp_path, monkeypatch):
     write_images(tmp_path / "pets", 20)
     monkeypatch.chdir(tmp_path)

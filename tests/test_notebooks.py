@@ -266,6 +266,49 @@ def test_colab_clones_the_repository_at_its_ref_once(set_up, tmp_path):
     assert len(set_up.commands) == 1, "run again, the cell uses the checkout that is there"
 
 
+@pytest.mark.parametrize("taken", ["empty", "half", "own", "file"])
+def test_colab_leaves_another_folder_of_that_name_alone(set_up, tmp_path, taken):
+    folder = tmp_path / "mscnn"
+    folder.touch() if taken == "file" else folder.mkdir()
+    if taken == "half":  # git has written the module, and was stopped
+        (folder / ".git").mkdir()
+        (folder / "mscnn_helpers.py").write_text("MADE_BY = 'half a clone'\n")
+    if taken == "own":
+        (folder / "notes.txt").touch()
+    before = sorted(folder.rglob("*"))
+    set_up.on_colab()
+    for _ in range(2):
+        assert set_up.run(tmp_path)["mscnn"].MADE_BY == "the clone"
+    ((command, _),) = set_up.commands
+    assert command[-1] == "mscnn-2"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_colab_clones_nothing_inside_the_clone(set_up, tmp_path):
+    set_up.on_colab()
+    set_up.run(tmp_path)
+    set_up.run(tmp_path / "mscnn")
+    assert len(set_up.commands) == 1
+
+
+def test_colab_without_git_is_told(set_up, tmp_path, monkeypatch):
+    def missing(command, **options):
+        raise FileNotFoundError(2, "No such file or directory", "git")
+
+    set_up.on_colab()
+    monkeypatch.setattr(subprocess, "run", missing)
+    with pytest.raises(FileNotFoundError, match="There is no git to clone the project with"):
+        set_up.run(tmp_path)
+
+
+def test_the_command_line_names_the_project(set_up, tmp_path, monkeypatch):
+    for name in ("this", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mscnn_helpers.py").write_text(f"MADE_BY = {name!r}\n")
+    monkeypatch.setenv("MSCNN_PROJECT", str(tmp_path / "this"))
+    assert set_up.run(tmp_path / "other")["mscnn"].MADE_BY == "this"
+
+
 def test_colab_without_network_shows_git_s_error(set_up, tmp_path, monkeypatch):
     def fail(command, **options):
         raise subprocess.CalledProcessError(128, command)

@@ -1,16 +1,19 @@
 """Section 10: what notebooks start and end with, the notebook runner, the command line."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
 import sys
 import types
+import zipfile
 
 import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT, write_tiny_npz
+from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings
@@ -78,6 +81,136 @@ def test_notebook_01_refuses_a_model_file_that_cannot_be_written(settings, tmp_p
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, save_model=str(tmp_path / "file" / "model")))
     with pytest.raises(MSCNNError, match=r"Cannot write the model to .*model\.keras: .*Choose another save_model"):
         mscnn.start_data(run)
+
+
+@pytest.mark.parametrize(
+    "run_dir",
+    ["", ".", "runs/..", "notebooks", "notebooks/runs", "ROOT", "link", "linked", "copies", "checkout", "{parent}"],
+)
+def test_a_run_does_not_write_over_notebooks(settings, tmp_path, monkeypatch, run_dir):
+    monkeypatch.chdir(ROOT)
+    source = (ROOT / "notebooks" / f"{mscnn.NOTEBOOKS[0]}.ipynb").read_bytes()
+    (tmp_path / "link").symlink_to(ROOT)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/notebooks").symlink_to(ROOT / "notebooks")
+    for name in ("copies", "checkout"):
+        (tmp_path / name / "notebooks").mkdir(parents=True)
+    (tmp_path / "copies/notebooks" / f"{mscnn.NOTEBOOKS[0]}.ipynb").write_bytes(source)
+    (tmp_path / "checkout/mscnn_helpers.py").touch()
+    if run_dir == "{parent}":  # the project lies in a folder `notebooks`
+        (tmp_path / "notebooks/project").mkdir(parents=True)
+        monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "notebooks/project")
+        run_dir = str(tmp_path)
+    given = str(ROOT) if run_dir == "ROOT" else run_dir
+    given = str(tmp_path / given) if (tmp_path / given).is_dir() and given not in ("", ".", "notebooks") else given
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, run_dir=given))
+    for refuses in (mscnn._make_folders, mscnn.checked_data, mscnn.continue_data):
+        with pytest.raises(MSCNNError, match=r"run_dir is .*notebooks.* Choose another run_dir"):
+            refuses(run)
+    assert not run.figures.exists()
+
+
+@pytest.mark.parametrize(
+    ("save_model", "message"),
+    [
+        (str(ROOT / "notebooks/pretrained/cifar10"), "among the project's own files"),
+        (str(ROOT / "notebooks/mine.keras"), "among the project's own files"),
+        ("sub/../stage1", "where notebook 02 leaves its model"),
+        ("folder", "save_model is the folder .*: choose another name"),
+    ],
+)
+def test_a_model_does_not_take_the_place_of_what_is_needed(settings, save_model, message):
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, save_model=save_model))
+    (run.folder / "folder.keras").mkdir(parents=True)
+    with pytest.raises(MSCNNError, match=message):
+        mscnn.start_data(run)
+    assert run.read("metrics") == {}
+
+
+def test_a_run_among_its_own_images_is_refused(tmp_path):
+    for name, colour in (("ant", 0), ("bee", 200)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (colour, i, 0)).save(tmp_path / "pets" / name / f"{i}.png")
+    for folder in ("pets", "pets/run"):
+        with pytest.raises(MSCNNError, match="lies among the images of pets: choose one elsewhere"):
+            mscnn.checked_data(Run("01", Settings(dataset=str(tmp_path / "pets"), run_dir=str(tmp_path / folder))))
+
+
+def write_model_record(path, **config):
+    """A model file that says what it is of, and no more."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("config.json", json.dumps({"class_name": "MultiStageCNN", "config": config}))
+
+
+@pytest.mark.parametrize("kept", ["metrics", "model"])
+def test_a_model_of_other_images_of_the_same_name_is_not_replaced(settings, tmp_path, kept, tiny_data):
+    mscnn.start_data(Run("01", settings))
+    (tmp_path / "two").mkdir()
+    other = write_tiny_npz(tmp_path / "two/tiny.npz", train=601)
+    again = Run("01", dataclasses.replace(settings, dataset=str(other)))
+    mscnn.checked_data(again)  # no model is there yet
+    if kept == "metrics":
+        again.model_path.write_bytes(b"finished")
+    else:  # the run folder forgets, the model does not
+        (again.folder / "metrics.json").unlink()
+        record = {"dataset": "tiny", "category_names": tiny_data.category_names}
+        write_model_record(again.model_path, **record, source_fingerprint=tiny_data.source_fingerprint)
+    before = {path: path.read_bytes() for path in again.folder.rglob("*") if path.is_file()}
+    with pytest.raises(MSCNNError, match=r"holds a model of other images named tiny.* give another run_dir.* delete"):
+        mscnn.start_data(again)
+    assert before == {path: path.read_bytes() for path in again.folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", [{}, {"light_mode": True}, {"seed": 1}])
+def test_a_model_of_the_same_images_is_replaced(settings, change, trained_model_path, tiny_data):
+    mscnn.start_data(Run("01", settings))
+    run = Run("01", dataclasses.replace(settings, **change))
+    run.model_path.write_bytes(trained_model_path.read_bytes())
+    assert mscnn.model_data(run)["source_fingerprint"] == tiny_data.source_fingerprint
+    mscnn.start_data(run)
+
+
+@pytest.mark.parametrize(("names", "refused"), [(None, False), (("ant", "bee"), True)])
+def test_an_older_model_goes_by_its_names(settings, tiny_data, names, refused):
+    run = Run("01", settings)
+    run.write("metrics", dataset={"name": "tiny"})
+    write_model_record(run.model_path, dataset="tiny", category_names=names or tiny_data.category_names)
+    if refused:
+        with pytest.raises(MSCNNError, match="holds a model of other images named tiny"):
+            mscnn.checked_data(run)
+    else:
+        mscnn.checked_data(run)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"another"])
+def test_a_file_that_is_no_model_is_not_replaced(settings, content):
+    run = Run("01", settings)
+    run.folder.mkdir()
+    run.model_path.write_bytes(content)
+    if content == b"another":
+        with zipfile.ZipFile(run.model_path, "w") as file:
+            file.writestr("config.json", '{"class_name": "Sequential", "config": {"name": "mine"}}')
+    with pytest.raises(MSCNNError, match="cannot be read as a model of this project, and this run would replace it"):
+        mscnn.checked_data(run)
+
+
+def test_a_later_notebook_does_not_replace_a_model_of_other_images_either(settings, tmp_path, tiny_data):
+    mscnn.start_data(Run("01", settings))
+    run = Run("03", dataclasses.replace(settings, save_model=str(tmp_path / "precious")))
+    write_model_record(run.model_path, dataset="mine", category_names=["a", "b"])
+    with pytest.raises(MSCNNError, match=r"precious\.keras holds a model of mine"):
+        mscnn.continue_data(run)
+
+
+def test_a_data_set_is_the_same_by_another_path(settings, tiny_path, tiny_data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tiny_path.parent)
+    mscnn.start_data(Run("01", dataclasses.replace(settings, dataset="./tiny.npz")))
+    assert Run("02", settings).read("metrics")["parameters"]["dataset"] == str(tiny_path)
+    (tmp_path / "link.npz").symlink_to(tiny_path)
+    for name in ("tiny.npz", "./tiny.npz", str(tiny_path)):
+        again = Run("02", dataclasses.replace(settings, dataset=name))
+        assert mscnn.continue_data(again).fingerprint == tiny_data.fingerprint
 
 
 def test_the_other_notebooks_go_on_with_the_same_data(settings, tiny_data):
@@ -332,6 +465,47 @@ def test_notebooks_run_in_order_with_the_parameters(project, capsys):
     assert printed.index("[one] cell 3") < printed.index("this is one") < printed.index("[two]")
     assert Run("total", Settings()).read("metrics")["seconds"]["total"] > 0
     assert nbformat.read(folder.parent.parent / "notebooks" / "one.ipynb", 4).cells[1].outputs == []
+
+
+def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch):
+    project, other = tmp_path / "my {prójekt} ~", tmp_path / "other"
+    for folder in (project, other):
+        (folder / "notebooks").mkdir(parents=True)
+        (folder / "mscnn_helpers.py").write_text(f"MADE_BY = {folder.name!r}\n")
+    (other / "data").mkdir()
+    (other / "images.npz").touch()
+    monkeypatch.setattr(mscnn, "project_root", lambda: project)
+    monkeypatch.setattr(mscnn, "_make_folders", lambda run: None)  # they lie in a checkout
+    monkeypatch.setenv("MSCNN_HEADLESS", "")
+    monkeypatch.setenv("MSCNN_DATA_DIR", "data")
+    monkeypatch.chdir(other / "notebooks")
+    monkeypatch.setenv("PWD", str(other))
+    cells = nbformat.read(ROOT / "notebooks" / f"{mscnn.NOTEBOOKS[0]}.ipynb", 4).cells
+    code = next(cell.source for cell in cells if cell.id == "setup")
+    shown = "print(mscnn.MADE_BY, os.environ['MSCNN_DATA_DIR'], dataset, run_dir)"
+    first = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, (code, shown))])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, project / "notebooks" / "one.ipynb")
+    mscnn.run_all(Settings(dataset="../images.npz", run_dir="../run {x}"), ("one",))
+    expected = f"{project.name} {other / 'data'} {other / 'images.npz'} {other / 'run {x}'}"
+    assert expected in outputs(other / "run {x}" / "notebooks" / "one.ipynb")
+    assert mscnn.os.environ["MSCNN_DATA_DIR"] == "data"
+    assert "MSCNN_PROJECT" not in mscnn.os.environ
+
+
+def test_an_earlier_run_is_kept_where_auto_would_be_refused(
+    settings, trained_model_path, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setenv("MSCNN_HEADLESS", "")
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(mscnn, "_download", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no network")))
+    monkeypatch.setattr(mscnn, "run_notebook", lambda *_: pytest.fail("a notebook was started"))
+    run = Run("total", settings)
+    run.write("metrics", dataset={"name": "cifar10"})
+    run.model_path.write_bytes(trained_model_path.read_bytes())
+    assert mscnn.main(command(settings, dataset="auto")) == 1
+    assert "holds a model of cifar10" in capsys.readouterr().err
 
 
 def test_progress_counts_code_cells_only(project, tmp_path, capsys):

@@ -480,6 +480,86 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     assert run.starting_model() == tmp_path / "mine.keras"
 
 
+@pytest.fixture
+def no_home(monkeypatch):
+    """As in a container whose user has no entry and no HOME."""
+
+    def unknown(uid):
+        raise KeyError(f"uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.parametrize(
+    "parameter", ["dataset", "load_model", "run_dir", "save_model", "MSCNN_DATA_DIR", "KERAS_HOME"]
+)
+def test_without_a_home_only_what_names_it_is_refused(no_home, run, parameter, tiny_path, monkeypatch):
+    monkeypatch.setenv("MSCNN_DATA_DIR", "")
+    assert mscnn.data_folder().is_absolute(), "the folder for temporary files stands in, as Keras has it"
+    given = {"dataset": str(tiny_path), "run_dir": str(run.folder)}
+    mscnn.checked_data(Run("01", Settings(**given)))
+    if parameter.isupper():
+        monkeypatch.setenv(parameter, "~/x")
+    with pytest.raises(MSCNNError, match="No home directory is known for '~/x': give the whole path"):
+        mscnn.data_folder() if parameter.isupper() else mscnn.checked_data(
+            Run("01", Settings(**{**given, parameter: "~/x"}))
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [(".", "here"), ("..", ""), ("./x", "here/x"), ("../x", "x"), (".x", "run/.x"), ("...", "run/...")],
+)
+def test_dots_are_the_folder_the_user_is_in(run, tmp_path, monkeypatch, given, place):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "run")
+    assert Run("01", Settings(run_dir=given)).folder == tmp_path / place
+    if given not in (".", "..", "..."):
+        settings = dataclasses.replace(run.settings, save_model=given, load_model=given)
+        model = tmp_path / f"{place}.keras"
+        assert Run("01", settings).model_path == model
+        model.parent.mkdir(exist_ok=True)
+        model.touch()
+        assert Run("01", settings).starting_model() == model
+
+
+def test_without_a_current_folder_only_what_begins_there_is_refused(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert Run("01", Settings()).folder == mscnn.project_root() / "runs/latest"
+    assert mscnn.load_dataset("digits").name == "digits"
+    with pytest.raises(MSCNNError, match="No model file 'missing'"):
+        Run("01", dataclasses.replace(run.settings, load_model="missing")).starting_model()
+    with pytest.raises(MSCNNError, match=r"where '\./x' begins, has been deleted: give the whole path"):
+        Run("01", Settings(run_dir="./x"))
+
+
+def test_settled_paths_mean_the_same_in_every_folder(run, tmp_path, tiny_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tiny_path.parent)
+    (tmp_path / "mine.keras").touch()
+    (run.folder / "first.keras").touch()
+    settings = Settings(dataset=tiny_path.name, load_model="~/mine", save_model="./new", run_dir=str(run.folder))
+    settled = mscnn.settled(settings)
+    assert settled.dataset == str(tiny_path)
+    assert settled.load_model == str(tmp_path / "mine.keras")
+    assert settled.save_model == str(tiny_path.parent / "new.keras")
+    assert mscnn.settled(settled) == settled
+    same = dataclasses.replace(run.settings, load_model="first", save_model="new", dataset="digits")
+    assert mscnn.settled(same) == same, "what begins at the project or the run folder stays as it is"
+    assert mscnn.settled(Settings()) == Settings()
+
+
+@pytest.mark.parametrize("name", ["folder/", "/", ".", "..", "~", "a/.", "a/.."])
+def test_a_model_needs_the_name_of_a_file(name):
+    with pytest.raises(MSCNNError, match=r"save_model is the folder .*: add the name of a file"):
+        Settings(save_model=name)
+
+
 def test_a_missing_model_says_where_it_was_looked_for(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = Run("02", dataclasses.replace(run.settings, load_model="missing"))
