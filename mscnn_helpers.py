@@ -434,9 +434,15 @@ class Run:
         """Reads `metrics.json` or `history.json` (by its stem); an absent file reads as {}."""
         path = self.folder / f"{name}.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except json.JSONDecodeError as error:
+            record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except OSError as error:
+            raise MSCNNError(f"{path} cannot be read ({error.strerror}): see to its rights, or delete it.") from error
+        except ValueError as error:  # not JSON, or not UTF-8
             raise MSCNNError(f"{path} is damaged ({error}): delete it and run from notebook 01.") from error
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise MSCNNError(f"{path} is damaged (a {kind}, not an object): delete it and run from notebook 01.")
+        return record
 
     def write(self, name: str, **entries: Any) -> None:
         """Sets entries of `metrics.json` or `history.json` and keeps the rest."""
@@ -990,62 +996,161 @@ def _as_names(names: np.ndarray) -> list[str]:
     return names.reshape(-1).astype(str).tolist()
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif")
+SYSTEM_ENTRIES = re.compile(r"[.@$]|__|(thumbs\.db|desktop\.ini)$", re.IGNORECASE)  # of macOS, NAS, Windows, Jupyter
+SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
 
 
 def _image_folder(folder: Path) -> _Raw:
-    """Images in `train/<category>/*` and `test/<category>/*`, or without a split in `<category>/*`."""
-    train = folder / "train" if (folder / "train").is_dir() else folder
-    names = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Images in `train/<category>/*` and `test/<category>/*`, or without a split in `<category>/*`.
+
+    What is not read is printed: loose files, folders in a category's folder, other kinds of files.
+    """
+    splits = {split: _split_folder(folder, wanted) for split, wanted in SPLIT_FOLDERS.items()}
+    train, test = splits["train"] or folder, splits["test"]
+    names = [entry.name for entry in _entries(train) if entry.is_dir()]
     if len(names) < 2:
         raise MSCNNError(f"{train} needs a folder for each of at least two categories; it has {len(names)}.")
-    raw = _Raw(folder.name, str(folder), names, *_read_categories(train, names))
-    if train != folder and (folder / "test").is_dir():
-        raw.x_test, raw.y_test = _read_categories(folder / "test", names)
+    left_out = [entry for entry in _entries(train) if not entry.is_dir()]
+    x_train, y_train, unread = _read_categories(train, names)
+    raw, left_out = _Raw(folder.name, str(folder), names, x_train, y_train), left_out + unread
+    if train != folder:
+        left_out += [entry for entry in _entries(folder) if entry not in (train, test)]
+        if test:
+            raw.x_test, raw.y_test, unread = _read_categories(test, names)
+            left_out += unread + [entry for entry in _entries(test) if entry.name not in names]
+    if left_out:
+        print(f"Not read in {folder}: {_in_kinds(left_out)}.", flush=True)
     return raw
 
 
-def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = [], []
-    for label, name in enumerate(names):
-        files = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise MSCNNError(f"No images of category '{name}' in {folder / name}: add some, or take the category out.")
-        images += [read_image(path) for path in files]
-        labels += [label] * len(files)
-    return np.stack(images), np.asarray(labels)
+def _entries(folder: Path) -> list[Path]:
+    """What a person has put into a folder, in order; no hidden and no system entries."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if not SYSTEM_ENTRIES.match(entry.name))
+    except OSError as error:
+        raise MSCNNError(f"{folder} cannot be read: {error.strerror}. See to its rights.") from error
 
 
-def read_image(path: str | Path, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)) -> np.ndarray:
-    """Reads a picture as uint8 of `input_shape`: the middle square, resized.
+def _split_folder(folder: Path, wanted: Sequence[str]) -> Path | None:
+    """The folder of a split by one of its names, in capitals or not; None if there is none."""
+    found = [entry for entry in _entries(folder) if entry.is_dir() and entry.name.lower() in wanted]
+    if len(found) > 1:
+        raise MSCNNError(f"{folder} has {' and '.join(one.name for one in found)}: keep one of them, or merge them.")
+    return found[0] if found else None
+
+
+def _in_kinds(entries: Sequence[Path]) -> str:
+    """Number and kinds of files, folders and dead links, in words."""
+    kinds = ["folder" if one.is_dir() else one.suffix.lower() or "no suffix" for one in entries]
+    kinds = ["dead link" if not one.exists() else kind for one, kind in zip(entries, kinds, strict=True)]
+    told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    shown = ", ".join(one.name for one in entries[:3])
+    return f"{len(entries)} ({told}), such as {shown}"
+
+
+def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[Path]]:
+    """Images uint8 (N, 32, 32, 3), labels (N,), and what else lies in the categories' folders.
 
     Raises:
-        MSCNNError: the file is absent or not a picture.
+        MSCNNError: a category has no images, or some cannot be read; all of these are named.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
+
+    readable = set(IMAGE_SUFFIXES) & Image.registered_extensions().keys()
+    images, labels, left_out, unreadable = [], [], [], []
+    for label, name in enumerate(names):
+        entries = _entries(folder / name) if (folder / name).is_dir() else []
+        files = [entry for entry in entries if entry.suffix.lower() in readable and entry.is_file()]
+        left_out += [entry for entry in entries if entry not in files]
+        if not files:
+            besides = f" (it has {_in_kinds(entries)})" if entries else ""
+            raise MSCNNError(
+                f"No images of category '{name}' in {folder / name}{besides}: add some, or take the category out."
+            )
+        for file in files:
+            try:
+                images.append(read_image(file))
+                labels.append(label)
+            except MSCNNError as error:
+                unreadable.append(str(error))
+    if unreadable:
+        more = f"\nand {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+        told = "\n".join(unreadable[:10])
+        raise MSCNNError(f"{told}{more}\n{len(unreadable)} bad in {folder}: mend or remove, then start again.")
+    return np.stack(images), np.asarray(labels), left_out
+
+
+def read_image(picture, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)) -> np.ndarray:
+    """Reads a picture as uint8 of `input_shape`: the middle square, resized.
+
+    Args:
+        picture: a path (`~` is the user's home), a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3), of 0 to
+            255 or of floats from 0 to 1; uint8 also (H, W, 4), whose last channel is opacity.
+
+    Raises:
+        MSCNNError: the file is absent or not a picture, or the array is none.
+    """
+    from PIL import Image, ImageOps
 
     height, width, channels = input_shape
+    if isinstance(picture, np.ndarray):
+        picture = _image_of(picture)
+    name = "The image" if isinstance(picture, Image.Image) else path_from(str(picture), Path())
     try:
-        with Image.open(path) as picture:
-            picture = _flattened(ImageOps.exif_transpose(picture)).convert("RGB" if channels == 3 else "L")
+        with contextlib.ExitStack() as stack:
+            opened = picture if isinstance(picture, Image.Image) else stack.enter_context(Image.open(name))
+            flat = _flattened(_upright(opened)).convert("RGB" if channels == 3 else "L")
     except FileNotFoundError as error:
-        raise MSCNNError(f"There is no image at {path}: give the path of a picture file.") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError) as error:
-        raise MSCNNError(f"{path} cannot be read as an image: {error}") from error
-    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+        raise MSCNNError(f"There is no image at {name}: give the path of a picture file.") from error
+    except Exception as error:  # a damaged file fails in many ways: each of Pillow's readers has its own
+        reason = str(error) or type(error).__name__
+        raise MSCNNError(f"{name} cannot be read as an image: {reason}") from error
+    fitted = ImageOps.fit(flat, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted, np.uint8).reshape(height, width, channels)
+
+
+def _image_of(array: np.ndarray):
+    """A Pillow image of an array, see `read_image`."""
+    from PIL import Image
+
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 4:
+        return Image.fromarray(array)
+    return Image.fromarray(_as_uint8(array[None], "The image")[0].squeeze(-1 if array.shape[-1:] != (3,) else ()))
+
+
+def _upright(picture):
+    """A Pillow image turned as its camera says. (Pillow's own `exif_transpose` fails on other tags that are broken.)"""
+    from PIL import Image
+
+    try:
+        orientation = picture.getexif().get(0x0112)
+    except Exception:  # metadata that cannot be read turns nothing, and does no harm
+        orientation = None
+    turns = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+    turn = dict(enumerate(turns, start=2)).get(orientation)
+    return picture.transpose(Image.Transpose[turn]) if turn else picture
 
 
 def _flattened(picture):
     """A Pillow image without transparency (on white) and with 8 bits a channel."""
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16-bit grey
-        return Image.fromarray((np.asarray(picture) / 256).astype(np.uint8))
+    if picture.mode.startswith(("I", "F")):  # gray of 16 or 32 bits, or floats
+        return Image.fromarray(_in_8_bits(np.asarray(picture)))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture
+
+
+def _in_8_bits(values: np.ndarray) -> np.ndarray:
+    """Gray values as uint8; white is the least of 1 (of floats), 255 and 65,535 that none exceeds, else the largest."""
+    floats, values = values.dtype.kind == "f", np.nan_to_num(values.astype(np.float64), posinf=0).clip(0)
+    top = values.max(initial=0)
+    ranges = [1, 255, 65535] if floats else [255, 65535]
+    white = next((one for one in ranges if top <= one), top)
+    return np.round(values * (255 / white)).astype(np.uint8)
 
 
 def _resized(images: np.ndarray) -> np.ndarray:
@@ -3848,6 +3953,34 @@ def in_notebook_of_a_person() -> bool:
     return "ipykernel" in sys.modules and not os.environ.get("MSCNN_HEADLESS")
 
 
+def _print_anyway(text: str) -> None:
+    """Prints what a run says of itself: what the output's encoding lacks as escapes, and to nobody if it is closed."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with _closed_output_ignored():
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+@contextlib.contextmanager
+def _closed_output_ignored():
+    """From the moment when nobody reads the output any more, all that is printed goes nowhere."""
+    try:
+        yield
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _let_output_fail() -> None:
+    """A run outlives whoever reads its output: no encoding and no closed pipe stops it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class _Progress(logging.Handler):
     """Turns papermill's log into one line a code cell, and passes on what the cells print.
 
@@ -3866,9 +3999,9 @@ class _Progress(logging.Handler):
             number = int(message.removeprefix("Executing Cell").strip(" -"))
             if number in self.code_cells:
                 step = self.code_cells.index(number) + 1
-                print(f"[{self.title}] cell {step} of {len(self.code_cells)}", flush=True)
+                _print_anyway(f"[{self.title}] cell {step} of {len(self.code_cells)}")
         elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook", "<")):
-            print("    " + message.rstrip().replace("\n", "\n    "), flush=True)
+            _print_anyway("    " + message.rstrip().replace("\n", "\n    "))
 
 
 def _code_cells(notebook: Path) -> list[int]:
@@ -4027,6 +4160,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
+    _let_output_fail()
     parsed = command_line().parse_args(arguments)
     try:
         settings = Settings(**vars(parsed))
@@ -4035,7 +4169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checked_data(run)  # refused before a notebook takes the place of an older one
         # Else there is none, and a download that fails would be tried twice.
         run_all(settings)
-        print_result(Run("total", settings))
+        with _closed_output_ignored():
+            print_result(Run("total", settings))
     except MSCNNError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

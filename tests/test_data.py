@@ -11,9 +11,11 @@ import os
 import pickle
 import re
 import ssl
+import struct
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1229,3 +1231,153 @@ def test_batches_follow_a_given_order_with_repetitions():
 def test_batches_are_not_autotuned():
     """The autotuner's thread made the end of an epoch wait for up to 16 s while the processor idled."""
     assert mscnn.batches(counted(5), 2).options().autotune.enabled is False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What people's folders and pictures hold besides
+# ------------------------------------------------------------------------------------------------------------
+
+
+def put(path: Path, content: bytes | None = None) -> Path:
+    """A file with such content; None: a picture of a brightness that its name decides."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        kind = {".jfif": "JPEG", ".avif": "AVIF"}.get(path.suffix.lower())
+        Image.new("RGB", (32, 32), (len(path.stem) * 20 % 256,) * 3).save(path, kind)
+    else:
+        path.write_bytes(content)
+    return path
+
+
+def category_folders(folder: Path, count: int = 12) -> Path:
+    for name in ("ant", "bee"):
+        for i in range(count):
+            put(folder / name / f"{i:03}.png")
+    return folder
+
+
+SYSTEM = ["ant/._000.png", "ant/Thumbs.db", "__MACOSX/ant/000.png", "@eaDir/000.png", ".DS_Store", "$RECYCLE.BIN/x.png"]
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_system_entries_are_passed_over_without_a_word(tmp_path, capsys, name):
+    folder = category_folders(tmp_path / "mine")
+    put(folder / name, b"\0\5")
+    data = mscnn.load_dataset(str(folder))
+    assert data.category_names == ("ant", "bee") and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".jfif", ".PNG"])
+def test_what_pillow_reads_is_read(tmp_path, suffix):
+    folder = category_folders(tmp_path / "mine")
+    put(folder / "ant" / f"more{suffix}")
+    sizes = mscnn.load_dataset(str(folder)).describe()["sizes"]
+    assert sum(sizes.values()) == 25
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ant/notes.txt", "1 (1 .txt), such as notes.txt"), ("ant/deep/000.png", "1 (1 folder), such as deep"),
+        ("loose.png", "1 (1 .png), such as loose.png"), ("ant/folder.png/x.png", "1 (1 folder), such as folder.png"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_told(tmp_path, capsys, name, told):
+    folder = category_folders(tmp_path / "mine")
+    put(folder / name) if name.endswith("png") else put(folder / name, b"text")
+    mscnn.load_dataset(str(folder))
+    assert told in capsys.readouterr().out
+
+
+def test_a_dead_link_is_told(tmp_path, capsys):
+    folder = category_folders(tmp_path / "mine")
+    (folder / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    mscnn.load_dataset(str(folder))
+    assert "1 (1 dead link), such as gone.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "Testing")])
+def test_splits_are_found_in_any_case_and_validation_is_told(tmp_path, capsys, train, test):
+    folder = tmp_path / "mine"
+    category_folders(folder / train)
+    category_folders(folder / test, 3)
+    category_folders(folder / "Val", 2)
+    put(folder / test / "wasp" / "000.png")
+    data = mscnn.load_dataset(str(folder))
+    assert (data.category_names, len(data.test)) == (("ant", "bee"), 6)
+    assert "2 (2 folder), such as Val, wasp" in capsys.readouterr().out
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path):
+    category_folders(tmp_path / "mine" / "train")
+    category_folders(tmp_path / "mine" / "training")
+    with pytest.raises(MSCNNError, match="has train and training: keep one of them"):
+        mscnn.load_dataset(str(tmp_path / "mine"))
+
+
+def test_all_bad_files_are_named_at_once(tmp_path):
+    folder = category_folders(tmp_path / "mine")
+    bad = [put(folder / "ant" / f"z{i}.jpg", b"<html>") for i in range(12)]
+    with pytest.raises(MSCNNError) as refusal:
+        mscnn.load_dataset(str(folder))
+    assert all(str(path) in str(refusal.value) for path in bad[:2])
+    assert "and 2 more" in str(refusal.value) and "12 bad in" in str(refusal.value)
+
+
+def turned_jpeg(path: Path, entries: bytes) -> Path:
+    """Upper half white, with these 12-byte entries of Exif and the orientation 6: a quarter turn."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32] = 255
+    count = 1 + len(entries) // 12
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, count) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + entries
+    exif += struct.pack("<I", 0) + struct.pack("<ii", -1, 0)
+    Image.fromarray(pixels).save(path, quality=95, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("entry", [struct.pack("<HHII", 0x11A, 10, 1, 38), struct.pack("<HHII", 0x11A, 5, 1, 9999)])
+def test_broken_metadata_does_not_keep_a_picture_from_being_turned(tmp_path, entry):
+    read = mscnn.read_image(turned_jpeg(tmp_path / "turned.jpg", entry))
+    assert (read[:, 24:] > 200).all() and (read[:, :8] < 50).all()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "empty", "folder"])
+def test_whatever_pillow_raises_names_the_file(tmp_path, kind):
+    good = put(tmp_path / "good.png").read_bytes()
+    text = good[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(70 * 2**20))) + good[33:]
+    path = tmp_path / "odd.png"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"text": text, "cut": good[:60], "empty": b""}[kind])
+    with pytest.raises(MSCNNError, match=r"odd\.png cannot be read as an image: ."):
+        mscnn.read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.full((8, 8), 65535, np.uint16), 255), (np.full((8, 8), 200, np.uint16), 200),
+        (np.full((8, 8), 70_000, np.int32), 255), (np.full((8, 8), 200, np.int32), 200),
+        (np.full((8, 8), 0.5, np.float32), 128), (np.full((8, 8), 100, np.float32), 100),
+    ],
+)  # fmt: skip
+def test_depth_never_wraps_round_or_turns_black(values, expected):
+    assert (mscnn.read_image(Image.fromarray(values)) == expected).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 40, 1), (40, 40, 3)])
+def test_an_array_is_read_as_a_picture_is(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = mscnn.read_image(Image.fromarray(pixels.squeeze()))
+    np.testing.assert_array_equal(mscnn.read_image(pixels), expected)
+    np.testing.assert_array_equal(mscnn.read_image(pixels / 255), expected)
+
+
+def test_an_array_that_is_no_picture_is_refused():
+    with pytest.raises(MSCNNError, match=r"The image has shape"):
+        mscnn.read_image(np.zeros((2, 40, 40, 3), np.uint8))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -688,3 +689,38 @@ def test_the_module_is_imported_quietly_and_without_jupyter():
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""
     assert result.stderr == "", "TensorFlow's start-up chatter is kept quiet"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"caf\xe9", b"", b"{"])
+def test_a_damaged_record_is_said_to_be(settings, content):
+    run = Run("05_evaluation_and_cam", settings)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "metrics.json").write_bytes(content)
+    with pytest.raises(MSCNNError, match=r"metrics\.json is damaged .*delete it and run from notebook 01"):
+        run.read("metrics")
+
+
+PRINTS = """
+import logging, mscnn_helpers as mscnn
+handler = mscnn._Progress("03", [1])
+for _ in range({times}):
+    handler.emit(logging.LogRecord("papermill", 20, "", 0, "✓ ship: 猫", (), None))
+"""
+
+
+def test_progress_survives_any_encoding():
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS.format(times=1)],
+        cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0 and b"\\u2713 ship: \\u732b" in done.stdout
+
+
+def test_progress_survives_a_reader_that_is_gone():
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTS.format(times=9999)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        running.stdout.readline()
+        running.stdout.close()
+        told = running.stderr.read()
+    assert running.returncode == 0 and not told
