@@ -1577,7 +1577,7 @@ class MultiStageCNN(keras.Model):
 
     def get_config(self):
         certificate = None if self.certificate is None else list(self.certificate)
-        chosen = {"threshold": self.threshold, "threshold_reason": self.threshold_reason}
+        chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_reason": self.threshold_reason}
         return {**self._settings, **chosen, "certificate": certificate}
 
     def load_own_variables(self, store):
@@ -1771,9 +1771,7 @@ class MultiStageCNN(keras.Model):
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
         count = len(self.category_names)
-        threshold = check_threshold(self.threshold if threshold is None else threshold)
-        if np.shape(threshold) not in ((), (count,)):
-            raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
+        threshold = self.threshold if threshold is None else self._checked_threshold(threshold)
         opinions, known = self.opinions(images, batch_size), self.known
         combined = self._combined(opinions)
         confidence, strange = sigmoid(combined), novelty(self._signs(opinions, combined, known), known)
@@ -1901,23 +1899,37 @@ class MultiStageCNN(keras.Model):
         return self.certificate
 
     @property
-    def threshold(self) -> float:
-        """Confidence below which an image is OTHER; setting it makes it one that was given."""
+    def threshold(self) -> float | np.ndarray:
+        """Confidence below which an image is OTHER: one for all, or one a category, (C,).
+
+        Setting it makes it one that was given.
+        """
         return self._threshold
 
     @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._threshold, self.threshold_reason = check_threshold(value), GIVEN
+    def threshold(self, value: float | Sequence[float]) -> None:
+        self._threshold, self.threshold_reason = self._checked_threshold(value), GIVEN
+
+    def _checked_threshold(self, value: float | Sequence[float]) -> float | np.ndarray:
+        """A float or a new float64 array (C,), whatever numbers were given."""
+        count = len(self.category_names)
+        if np.shape(check_threshold(value)) not in ((), (count,)):
+            raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one a category, ({count},).")
+        return float(value) if np.ndim(value) == 0 else np.array(value, np.float64)
 
     @property
     def valid_certificate(self) -> Certificate | None:
         """The certificate, if it is for the model's threshold."""
-        certified = self.certificate is not None and self.certificate.threshold == self.threshold
+        certified = self.certificate is not None and np.all(self.certificate.threshold == self.threshold)
         return self.certificate if certified else None
 
     def threshold_text(self) -> str:
         """What the threshold is, how it was chosen, and what is guaranteed of it; printable."""
-        return f"Threshold {self.threshold:.4f}, {self.threshold_reason}. {self.guarantee()}"
+        several = np.ndim(self.threshold) > 0
+        name = (
+            f"Thresholds {_span(self.threshold, '.4f')} by category" if several else f"Threshold {self.threshold:.4f}"
+        )
+        return f"{name}, {self.threshold_reason}. {self.guarantee()}"
 
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
@@ -1925,7 +1937,7 @@ class MultiStageCNN(keras.Model):
             return "No error rate is guaranteed: the model was not certified after its last training and calibration."
         if self.valid_certificate is None:
             return (
-                f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for "
+                f"No error rate is guaranteed at threshold {_span(self.threshold, 'g')}: the certificate is for "
                 f"{self.certificate.threshold:g} (model.threshold = model.certificate.threshold takes that one)."
             )
         return self.certificate.text()
@@ -1956,6 +1968,11 @@ class MultiStageCNN(keras.Model):
                 "images would be used to judge it. Use the seed and light_mode of its training (the pretrained model: "
                 "seed 0, no light_mode), or train a new model."
             )
+
+
+def _span(threshold: float | np.ndarray, form: str) -> str:
+    """A threshold, or the least and the largest of several."""
+    return " to ".join(f"{one:{form}}" for one in sorted({np.min(threshold), np.max(threshold)}))
 
 
 def _category_key(category: int) -> str:

@@ -449,6 +449,30 @@ def test_the_threshold_is_saved(trained_model, tmp_path):
     assert mscnn.load_model(tmp_path / "m.keras").threshold == 0.42
 
 
+@pytest.mark.parametrize(
+    "given", [[0.5, 0.6, 0.7, 0.8, 0.9], np.linspace(0.5, 0.9, 5, dtype=np.float32), np.float32(1)]
+)
+def test_thresholds_by_category_are_saved_and_told(certified, tmp_path, given):
+    certified.threshold = given
+    certified.save(tmp_path / "m.keras")
+    loaded = mscnn.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(loaded.threshold, np.asarray(given, np.float64))
+    assert loaded.valid_certificate is None
+    if np.ndim(given):
+        assert loaded.threshold_text().startswith(
+            "Thresholds 0.5000 to 0.9000 by category, as given. No error rate is "
+        )
+        assert "at threshold 0.5 to 0.9: the certificate is for " in loaded.guarantee()
+    certified.threshold = [certified.certificate.threshold] * 5  # the same decisions as that of the certificate
+    assert certified.valid_certificate == certified.certificate
+
+
+def test_thresholds_of_another_number_cannot_be_set(untrained_model):
+    with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
+        untrained_model.threshold = [0.5, 0.6, 0.7]
+    assert untrained_model.threshold == 0.7
+
+
 def test_a_fresh_process_decides_alike(model, trained_model_path, tiny_data, tmp_path):
     """With the module and the model file only, from another folder."""
     np.save(tmp_path / "images.npy", tiny_data.test.images)
