@@ -1944,9 +1944,18 @@ class MultiStageCNN(keras.Model):
 
     # ---- save, load
 
-    def save(self, filepath: str | Path, **kwargs) -> None:
-        """Saves the whole model as one `.keras` file, beside the old one first: a file is whole or the old one."""
+    def save(self, filepath: str | Path, overwrite: bool = True, **kwargs) -> None:
+        """Saves the whole model as one `.keras` file, beside the old one first: a file is whole or the old one.
+
+        Args:
+            overwrite: whether a file that is there may be replaced; nobody is asked.
+
+        Raises:
+            MSCNNError: it may not, or it cannot be written.
+        """
         path = Path(filepath)
+        if not overwrite and os.path.lexists(path):
+            raise MSCNNError(f"{path} is there already: give another name, or overwrite=True to replace it.")
         _write_whole(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
 
     def check_matches(self, data: Dataset) -> None:

@@ -467,6 +467,16 @@ def test_thresholds_by_category_are_saved_and_told(certified, tmp_path, given):
     assert certified.valid_certificate == certified.certificate
 
 
+def test_save_replaces_no_file_unless_it_may(untrained_model, tmp_path):
+    path = tmp_path / "precious.keras"
+    path.write_bytes(b"precious")
+    with pytest.raises(MSCNNError, match=r"precious.keras is there already: give another name, or overwrite=True"):
+        untrained_model.save(path, overwrite=False)
+    assert path.read_bytes() == b"precious"
+    untrained_model.save(tmp_path / "new.keras", overwrite=False)
+    assert (tmp_path / "new.keras").is_file()
+
+
 def test_thresholds_of_another_number_cannot_be_set(untrained_model):
     with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
         untrained_model.threshold = [0.5, 0.6, 0.7]
