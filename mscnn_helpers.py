@@ -1270,6 +1270,40 @@ def error_bound(errors: int, accepted: int, delta: float) -> float:
     return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
 
 
+def _checked_pair(
+    confidence: np.ndarray, right: np.ndarray, share: bool = False, empty: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Confidences, numbers (N,), and whether each prediction is right, bool (N,), as arrays.
+
+    Args:
+        share: whether a confidence has to lie between 0 and 1. empty: whether there may be none.
+
+    Raises:
+        MSCNNError: they are not that.
+    """
+    confidence, right = np.asarray(confidence), np.asarray(right)
+    if confidence.ndim != 1 or confidence.shape != right.shape:
+        raise MSCNNError(f"confidence is {confidence.shape} and right {right.shape}: give one of each an image, (N,).")
+    if not len(right):
+        if not empty:
+            raise MSCNNError("confidence and right are empty: there is nothing to measure without an image.")
+        return confidence.astype(np.float64), right.astype(bool)
+    if right.dtype != bool:  # 0 and 1, too: they may be labels, and any other label would count as right
+        raise MSCNNError(
+            f"right is {right.dtype}, not bool: it says of each prediction whether it is right, "
+            "such as labels == predicted."
+        )
+    if confidence.dtype.kind not in "biuf":
+        raise MSCNNError(f"confidence is {confidence.dtype}: it has to be numbers.")
+    unknown = int(np.isnan(confidence).sum())
+    if unknown:
+        raise MSCNNError(f"{unknown:,} of {len(confidence):,} confidences are NaN: leave out these images.")
+    if share and (confidence.min() < -1e-6 or confidence.max() > 1 + 1e-6):  # a float32 softmax may exceed 1
+        least, most = confidence.min(), confidence.max()
+        raise MSCNNError(f"Confidences lie between {least:g} and {most:g}: use 0 to 1, such as sigmoid() of log-odds.")
+    return confidence + 0.0 if confidence.dtype == bool else confidence, right
+
+
 def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tuple[int, int]:
     """Whether so many images could guarantee the risk at all, if the model made no error on them.
 
@@ -1308,7 +1342,7 @@ def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, d
     Raises:
         MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
     """
-    confidence, right = np.asarray(confidence), np.asarray(right, bool)
+    confidence, right = _checked_pair(confidence, right)
     steps, needed = check_enough_to_certify(len(right), risk, delta)
     descending = np.sort(confidence)[::-1]
     low, high, best = needed - 1, len(right) - 1, None  # fewer than that cannot reach it
@@ -2588,7 +2622,8 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray
     Returns:
         coverage float64 (N,), ascending to 1, and selective risk float64 (N,).
     """
-    confidence, wrong = np.asarray(confidence), 1.0 - np.asarray(right, np.float64)
+    confidence, right = _checked_pair(confidence, right)
+    wrong = 1.0 - right
     _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident
     mean_wrong = np.bincount(group, weights=wrong) / np.bincount(group)
     accepted = np.arange(1, len(wrong) + 1)
@@ -2605,7 +2640,8 @@ def e_aurc(confidence: np.ndarray, right: np.ndarray) -> float:
 
     Source: excess AURC (Geifman et al. 2019).
     """
-    return aurc(confidence, right) - aurc(np.asarray(right, np.float64), right)
+    _, right = _checked_pair(confidence, right)
+    return aurc(confidence, right) - aurc(right.astype(np.float64), right)
 
 
 def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -2614,19 +2650,20 @@ def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
     Unlike in the AURC an error counts the same at every coverage. By the trapezoidal rule it is exactly
     (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 with accuracy a. Source: Traub et al. 2024.
     """
-    coverage, risk = risk_coverage(confidence, right)
+    coverage, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
     undetected = coverage * risk  # (N,)
     return float((undetected.sum() - undetected[-1] / 2) / len(undetected))
 
 
 def brier_score(confidence: np.ndarray, right: np.ndarray) -> float:
     """Mean square of what the confidence lacks to 1 where right, and to 0 where wrong (Brier 1950)."""
-    return float(np.mean((np.asarray(confidence) - np.asarray(right, np.float64)) ** 2))
+    confidence, right = _checked_pair(confidence, right, share=True, empty=False)
+    return float(np.mean((confidence - right.astype(np.float64)) ** 2))
 
 
 def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
     """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
-    covered, risk = risk_coverage(confidence, right)
+    covered, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
     return float(risk[np.searchsorted(covered, coverage - 1e-9)])
 
 
@@ -2654,7 +2691,7 @@ def failure_metrics(confidence: np.ndarray, right: np.ndarray) -> dict[str, floa
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    right = np.asarray(right, bool)
+    confidence, right = _checked_pair(confidence, right)
     if right.all() or not right.any():
         return {"aurc": aurc(confidence, right), "auroc_failure": np.nan, "fpr95": np.nan}
     false_positives, true_positives, _ = roc_curve(right, confidence, drop_intermediate=False)
@@ -2801,7 +2838,8 @@ def confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> n
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
-    where = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
+    confidence, right = _checked_pair(confidence, right, share=True)
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(where, minlength=bins)
     sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, right)]
     mean, accuracy = (np.divide(s, count, out=np.full(bins, np.nan), where=count > 0) for s in sums)
@@ -2816,8 +2854,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10,
             else equally wide ones, of which most may be empty. Images of equal confidence that fall into two bins
             count in both with their mean accuracy, so that their order does not matter.
     """
+    confidence, right = _checked_pair(confidence, right, share=True)
     if equal_mass:
-        confidence, (_, group) = np.asarray(confidence), np.unique(confidence, return_inverse=True)
+        _, group = np.unique(confidence, return_inverse=True)
         right = (np.bincount(group, weights=right) / np.bincount(group))[group]
         parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
         gaps = [abs(confidence[part].mean() - right[part].mean()) * len(part) for part in parts if len(part)]
