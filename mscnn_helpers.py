@@ -1592,7 +1592,25 @@ class MultiStageCNN(keras.Model):
         channels = stage1_widths[0]  # of the texture
         shapes = zip(Known._fields, [(channels,), (channels, channels), (2, 3), ()], strict=True)
         self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
+        self._network_ids = self._ids_of_networks()
         self.built = True
+
+    def __setattr__(self, name, value):
+        if name in ("stage1", "companion", "stage2") and "_network_ids" in self.__dict__:
+            raise MSCNNError(self._not_replaced(name))
+        super().__setattr__(name, value)
+
+    def _ids_of_networks(self) -> dict[str, int]:
+        # Not the networks themselves: Keras would save them under this name
+        networks = {"stage1": self.stage1, "companion": self.companion, **self.stage2}
+        return {name: id(network) for name, network in networks.items()}
+
+    @staticmethod
+    def _not_replaced(name: str) -> str:
+        return (
+            f"{name} cannot be replaced: the file of a model holds weights for the networks it was built with. "
+            "Use set_weights() of that network, or build another MultiStageCNN (stage1_widths, stage2_widths)."
+        )
 
     @classmethod
     def for_dataset(cls, data: Dataset, policy: str | None = None, seed: int = 0, **settings) -> MultiStageCNN:
@@ -1985,9 +2003,11 @@ class MultiStageCNN(keras.Model):
             overwrite: whether a file that is there may be replaced; nobody is asked.
 
         Raises:
-            MSCNNError: it may not, or it cannot be written.
+            MSCNNError: it may not, it cannot be written, or a network is not the model's own any more.
         """
         path = Path(filepath)
+        for name, _ in self._ids_of_networks().items() ^ self._network_ids.items():
+            raise MSCNNError(self._not_replaced(name))
         if not overwrite and os.path.lexists(path):
             raise MSCNNError(f"{path} is there already: give another name, or overwrite=True to replace it.")
         _write_whole(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))

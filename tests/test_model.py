@@ -477,6 +477,21 @@ def test_save_replaces_no_file_unless_it_may(untrained_model, tmp_path):
     assert (tmp_path / "new.keras").is_file()
 
 
+@pytest.mark.parametrize("name", ["stage1", "companion", "stage2"])
+def test_a_network_is_not_replaced(untrained_model, name):
+    before = getattr(untrained_model, name)
+    with pytest.raises(MSCNNError, match=rf"^{name} cannot be replaced: .*set_weights"):
+        setattr(untrained_model, name, untrained_model.new_stage2(name="mine"))
+    assert getattr(untrained_model, name) is before
+
+
+def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
+    untrained_model.stage2["category_1"] = untrained_model.new_stage2(name="mine")
+    with pytest.raises(MSCNNError, match="category_1 cannot be replaced"):
+        untrained_model.save(tmp_path / "m.keras")
+    assert not list(tmp_path.iterdir())
+
+
 def test_thresholds_of_another_number_cannot_be_set(untrained_model):
     with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
         untrained_model.threshold = [0.5, 0.6, 0.7]
