@@ -2056,11 +2056,13 @@ def log_odds_tensor(logits, category):
 
 
 def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int) -> np.ndarray:
-    """Runs a graph over images, `batch_size` at a time: (N, ...) -> float32 (N, width).
+    """Runs a graph over images, `batch_size` (1 or more) at a time: (N, ...) -> float32 (N, width).
 
     A batch of more than 8 is filled up to a multiple of 8, so that few shapes occur: each new one
     costs the libraries below TensorFlow some milliseconds of preparation.
     """
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise MSCNNError(f"batch_size is {batch_size}: it is a number of images, a whole number from 1 on.")
     results = [np.zeros((0, width), np.float32)]
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

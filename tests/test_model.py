@@ -492,6 +492,16 @@ def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", None])
+def test_a_batch_size_that_is_no_number_of_images(untrained_model, tiny_data, batch_size):
+    images = tiny_data.test.images[:3]
+    for ask in (untrained_model.stage1_logits, untrained_model.stage1_views, untrained_model.opinions):
+        with pytest.raises(MSCNNError, match=f"batch_size is {batch_size}: it is a number of images"):
+            ask(images, batch_size=batch_size)
+    with pytest.raises(MSCNNError, match="batch_size is"):
+        untrained_model.stage2_log_odds(images, 0, batch_size)
+
+
 def test_thresholds_of_another_number_cannot_be_set(untrained_model):
     with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
         untrained_model.threshold = [0.5, 0.6, 0.7]
