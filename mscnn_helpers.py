@@ -2979,11 +2979,13 @@ MAP_COLOURS = "magma"  # perceptually uniform, and readable without colour visio
 def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
     """A figure and its axes in a flat array; closed for pyplot, so that a notebook shows it only once."""
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained"
     )
     plt.close(figure)
+    FigureCanvasAgg(figure)  # closing takes its canvas, without which each text is measured on a new, whole picture
     return figure, axes.ravel()
 
 
@@ -3076,17 +3078,24 @@ def _plot_runs(axis, runs: list[list[float]], label: str, colour: str) -> None:
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
-    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row."""
+    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row.
+
+    Of many categories only the colours are shown, and not every name.
+    """
     import seaborn
 
     labels = [*names, OTHER] if len(names) < len(matrix) else list(names)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    size = 2.5 + 0.55 * len(labels)
+    few, size = len(labels) <= 31, min(2.5 + 0.55 * len(labels), 20)  # inches
     figure, (axis,) = _axes(1, 1, size + 0.8, size)
     seaborn.heatmap(
-        share, annot=matrix, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis, linewidths=0.5, annot_kws={"fontsize": 8},
-        xticklabels=labels, yticklabels=labels, cbar_kws={"label": "share of the true category"},
+        share, annot=matrix if few else None, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis,
+        linewidths=0.5 if few else 0, annot_kws={"fontsize": 8}, xticklabels=False, yticklabels=False,
+        cbar_kws={"label": "share of the true category"},
     )  # fmt: skip
+    named = np.arange(0, len(labels), -(-len(labels) // 80))
+    for set_ticks in (axis.set_xticks, axis.set_yticks):
+        set_ticks(named + 0.5, [labels[i] for i in named])
     axis.set(title=title, xlabel="decided", ylabel="true")
     axis.tick_params(axis="x", rotation=45)
     axis.tick_params(axis="y", rotation=0)

@@ -272,3 +272,17 @@ def test_augmentation_shows_the_original_first(tiny_data):
     np.testing.assert_array_equal(shown[4], tiny_data.train.images[1])
     assert any((one != shown[0]).any() for one in shown[1:4])
     rendered(figure)
+
+
+@pytest.mark.parametrize(("count", "named"), [(30, 31), (60, 61), (300, 76)])
+def test_confusion_of_many_categories(count, named, monkeypatch):
+    from matplotlib.backends import backend_agg
+
+    pictures = []
+    drawn = backend_agg.RendererAgg.__init__
+    monkeypatch.setattr(backend_agg.RendererAgg, "__init__", lambda *a: (pictures.append(a[1:3]), drawn(*a))[1])
+    figure = mscnn.plot_confusion(np.eye(count + 1, dtype=int), [f"c{i}" for i in range(count)], "many")
+    assert len(pictures) < 5, "each takes its megabytes"
+    assert max(figure.get_size_inches()) < 21
+    assert len(figure.axes[0].get_yticklabels()) == named
+    assert len(figure.axes[0].texts) == (31**2 if count == 30 else 0)
