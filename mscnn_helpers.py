@@ -2995,9 +2995,14 @@ def _legend_below(figure, axis) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
+def _literal(text: str) -> str:
+    """For Matplotlib, which takes what is between two $ for a formula: a name means what it says."""
+    return text.replace("$", r"\$")
+
+
 def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8, color=colour)
+    axis.set_title(_literal(title), fontsize=8, color=colour)
     axis.set_axis_off()
 
 
@@ -3009,7 +3014,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short
         _show_image(axis, image, caption)
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     return figure
 
 
@@ -3022,7 +3027,7 @@ def plot_samples(data: Dataset, columns: int = 8):
     for row, (indices, name) in enumerate(zip(chosen, data.category_names, strict=True)):
         for column, i in enumerate(indices):
             _show_image(axes[row * columns + column], data.train.images[i], name if column == 0 else "")
-    figure.suptitle(f"{data.name}: {columns} train images of each category")
+    figure.suptitle(f"{_literal(data.name)}: {columns} train images of each category")
     return figure
 
 
@@ -3095,8 +3100,8 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
     )  # fmt: skip
     named = np.arange(0, len(labels), -(-len(labels) // 80))
     for set_ticks in (axis.set_xticks, axis.set_yticks):
-        set_ticks(named + 0.5, [labels[i] for i in named])
-    axis.set(title=title, xlabel="decided", ylabel="true")
+        set_ticks(named + 0.5, [_literal(labels[i]) for i in named])
+    axis.set(title=_literal(title), xlabel="decided", ylabel="true")
     axis.tick_params(axis="x", rotation=45)
     axis.tick_params(axis="y", rotation=0)
     return figure
@@ -3112,7 +3117,7 @@ def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dic
     figure, (axis,) = _axes(1, 1, 6, 4)
     for label, (confidence, right) in curves.items():
         coverage, risk = risk_coverage(confidence, right)
-        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, right):.4f})")
+        (line,) = axis.plot(coverage, risk, label=f"{_literal(label)} (AURC {aurc(confidence, right):.4f})")
         accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
         if accepted:
             axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
@@ -3135,8 +3140,8 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     for label, (confidence, right) in curves.items():
         mean, accuracy, count = reliability(confidence, right, bins)
         error = calibration_error(confidence, right, bins)
-        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
-        counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
+        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{_literal(label)} (ECE {error:.3f})")
+        counts.stairs(count, np.linspace(0, 1, bins + 1), label=_literal(label), linewidth=1.5)
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
@@ -3188,7 +3193,7 @@ def plot_retraining(results: Sequence[Retraining]):
     place = np.arange(len(results))
     axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
     axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
-    labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
+    labels = [f"{_literal(r.category)}\n{'kept' if r.kept else 'put back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
     _legend_below(figure, axis)
@@ -3208,11 +3213,11 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
             (second, trace.stage2_map, "why right"),
         ):
             _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
-        top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
+        top = "\n".join(f"{_literal(name)} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
         colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
-        text.text(0, 0.02, _verdict(trace, bool(wrong)), fontsize=11, weight="bold", color=colour)
+        text.text(0, 0.02, _literal(_verdict(trace, bool(wrong))), fontsize=11, weight="bold", color=colour)
     return figure
 
 
