@@ -2072,6 +2072,26 @@ def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int
     return np.concatenate(results)
 
 
+def _check_model_file(path: Path) -> None:
+    """Raises MSCNNError for what is known to keep a file from being loaded, whatever is in it otherwise."""
+    if keras.backend.backend() != "tensorflow":
+        raise MSCNNError(
+            f"Keras runs on {keras.backend.backend()}, and this project on TensorFlow: set the environment variable "
+            "KERAS_BACKEND=tensorflow (or the backend in keras.json) and start Python anew."
+        )
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise MSCNNError(f"Cannot read {path}: {error.strerror}. Its rights have to let you read it.") from error
+    if not start:
+        raise MSCNNError(f"{path} is empty: get or save it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise MSCNNError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull.")
+    if path.suffix != ".keras":
+        raise MSCNNError(f"{path} has no name that ends in .keras: rename it, if it is a model of this project.")
+
+
 def load_model(path: str | Path) -> MultiStageCNN:
     """Loads a model file; "pretrained" is the one that comes with the project.
 
@@ -2083,6 +2103,7 @@ def load_model(path: str | Path) -> MultiStageCNN:
         raise MSCNNError(
             f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
         )
+    _check_model_file(Path(path))
     try:
         model = keras.saving.load_model(path)
     except Exception as error:  # a broken file fails in many ways: zip, JSON, HDF5, Keras

@@ -502,6 +502,27 @@ def test_a_batch_size_that_is_no_number_of_images(untrained_model, tiny_data, ba
         untrained_model.stage2_log_odds(images, 0, batch_size)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("m.keras", b"", "is empty"),
+        ("m.keras", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("m", b"PK", "ends in .keras"),
+    ],
+)
+def test_why_a_file_is_no_model(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MSCNNError, match=reason):
+        mscnn.load_model(tmp_path / name)
+
+
+def test_a_backend_other_than_tensorflow_is_named(tmp_path, monkeypatch):
+    (tmp_path / "m.keras").write_bytes(b"PK")
+    monkeypatch.setattr(mscnn.keras.backend, "backend", lambda: "jax")
+    with pytest.raises(MSCNNError, match=r"Keras runs on jax.*KERAS_BACKEND=tensorflow"):
+        mscnn.load_model(tmp_path / "m.keras")
+
+
 def test_thresholds_of_another_number_cannot_be_set(untrained_model):
     with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
         untrained_model.threshold = [0.5, 0.6, 0.7]
