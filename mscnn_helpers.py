@@ -1723,6 +1723,40 @@ def error_bound(errors: int, accepted: int, delta: float) -> float:
     return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
 
 
+def _checked_pair(
+    confidence: np.ndarray, right: np.ndarray, share: bool = False, empty: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Confidences, numbers (N,), and whether each prediction is right, bool (N,), as arrays.
+
+    Args:
+        share: whether a confidence has to lie between 0 and 1. empty: whether there may be none.
+
+    Raises:
+        MSCNNError: they are not that.
+    """
+    confidence, right = np.asarray(confidence), np.asarray(right)
+    if confidence.ndim != 1 or confidence.shape != right.shape:
+        raise MSCNNError(f"confidence is {confidence.shape} and right {right.shape}: give one of each an image, (N,).")
+    if not len(right):
+        if not empty:
+            raise MSCNNError("confidence and right are empty: there is nothing to measure without an image.")
+        return confidence.astype(np.float64), right.astype(bool)
+    if right.dtype != bool:  # 0 and 1, too: they may be labels, and any other label would count as right
+        raise MSCNNError(
+            f"right is {right.dtype}, not bool: it says of each prediction whether it is right, "
+            "such as labels == predicted."
+        )
+    if confidence.dtype.kind not in "biuf":
+        raise MSCNNError(f"confidence is {confidence.dtype}: it has to be numbers.")
+    unknown = int(np.isnan(confidence).sum())
+    if unknown:
+        raise MSCNNError(f"{unknown:,} of {len(confidence):,} confidences are NaN: leave out these images.")
+    if share and (confidence.min() < -1e-6 or confidence.max() > 1 + 1e-6):  # a float32 softmax may exceed 1
+        least, most = confidence.min(), confidence.max()
+        raise MSCNNError(f"Confidences lie between {least:g} and {most:g}: use 0 to 1, such as sigmoid() of log-odds.")
+    return confidence + 0.0 if confidence.dtype == bool else confidence, right
+
+
 def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tuple[int, int]:
     """Whether so many images could guarantee the risk at all, if the model made no error on them.
 
@@ -1761,7 +1795,7 @@ def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, d
     Raises:
         MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
     """
-    confidence, right = np.asarray(confidence), np.asarray(right, bool)
+    confidence, right = _checked_pair(confidence, right)
     steps, needed = check_enough_to_certify(len(right), risk, delta)
     descending = np.sort(confidence)[::-1]
     low, high, best = needed - 1, len(right) - 1, None  # fewer than that cannot reach it
@@ -2073,7 +2107,25 @@ class MultiStageCNN(keras.Model):
         shapes = [(texture,), (texture, texture), (detail,), (detail, detail), (2, 4), (3,)]
         shapes = zip(Known._fields, shapes, strict=True)
         self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
+        self._network_ids = self._ids_of_networks()
         self.built = True
+
+    def __setattr__(self, name, value):
+        if name in ("stage1", "companion", "stage2") and "_network_ids" in self.__dict__:
+            raise MSCNNError(self._not_replaced(name))
+        super().__setattr__(name, value)
+
+    def _ids_of_networks(self) -> dict[str, int]:
+        # Not the networks themselves: Keras would save them under this name
+        networks = {"stage1": self.stage1, "companion": self.companion, **self.stage2}
+        return {name: id(network) for name, network in networks.items()}
+
+    @staticmethod
+    def _not_replaced(name: str) -> str:
+        return (
+            f"{name} cannot be replaced: the file of a model holds weights for the networks it was built with. "
+            "Use set_weights() of that network, or build another MultiStageCNN (stage1_widths, stage2_widths)."
+        )
 
     @classmethod
     def for_dataset(cls, data: Dataset, policy: str | None = None, seed: int = 0, **settings) -> MultiStageCNN:
@@ -2092,7 +2144,7 @@ class MultiStageCNN(keras.Model):
 
     def get_config(self):
         certificate = None if self.certificate is None else list(self.certificate)
-        chosen = {"threshold": self.threshold, "threshold_reason": self.threshold_reason}
+        chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_reason": self.threshold_reason}
         return {**self._settings, **chosen, "certificate": certificate}
 
     def load_own_variables(self, store):
@@ -2286,9 +2338,7 @@ class MultiStageCNN(keras.Model):
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
         count = len(self.category_names)
-        threshold = check_threshold(self.threshold if threshold is None else threshold)
-        if np.shape(threshold) not in ((), (count,)):
-            raise MSCNNError(f"Thresholds are {np.shape(threshold)}: give one for all, or one a category, ({count},).")
+        threshold = self.threshold if threshold is None else self._checked_threshold(threshold)
         opinions, known = self.opinions(images, batch_size), self.known
         combined = self._combined(opinions)
         confidence, strange = sigmoid(combined), novelty(self._signs(opinions, combined, known), known)
@@ -2416,23 +2466,37 @@ class MultiStageCNN(keras.Model):
         return self.certificate
 
     @property
-    def threshold(self) -> float:
-        """Confidence below which an image is OTHER; setting it makes it one that was given."""
+    def threshold(self) -> float | np.ndarray:
+        """Confidence below which an image is OTHER: one for all, or one a category, (C,).
+
+        Setting it makes it one that was given.
+        """
         return self._threshold
 
     @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._threshold, self.threshold_reason = check_threshold(value), GIVEN
+    def threshold(self, value: float | Sequence[float]) -> None:
+        self._threshold, self.threshold_reason = self._checked_threshold(value), GIVEN
+
+    def _checked_threshold(self, value: float | Sequence[float]) -> float | np.ndarray:
+        """A float or a new float64 array (C,), whatever numbers were given."""
+        count = len(self.category_names)
+        if np.shape(check_threshold(value)) not in ((), (count,)):
+            raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one a category, ({count},).")
+        return float(value) if np.ndim(value) == 0 else np.array(value, np.float64)
 
     @property
     def valid_certificate(self) -> Certificate | None:
         """The certificate, if it is for the model's threshold."""
-        certified = self.certificate is not None and self.certificate.threshold == self.threshold
+        certified = self.certificate is not None and np.all(self.certificate.threshold == self.threshold)
         return self.certificate if certified else None
 
     def threshold_text(self) -> str:
         """What the threshold is, how it was chosen, and what is guaranteed of it; printable."""
-        return f"Threshold {self.threshold:.4f}, {self.threshold_reason}. {self.guarantee()}"
+        several = np.ndim(self.threshold) > 0
+        name = (
+            f"Thresholds {_span(self.threshold, '.4f')} by category" if several else f"Threshold {self.threshold:.4f}"
+        )
+        return f"{name}, {self.threshold_reason}. {self.guarantee()}"
 
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
@@ -2440,16 +2504,27 @@ class MultiStageCNN(keras.Model):
             return "No error rate is guaranteed: the model was not certified after its last training and calibration."
         if self.valid_certificate is None:
             return (
-                f"No error rate is guaranteed at threshold {self.threshold:g}: the certificate is for "
+                f"No error rate is guaranteed at threshold {_span(self.threshold, 'g')}: the certificate is for "
                 f"{self.certificate.threshold:g} (model.threshold = model.certificate.threshold takes that one)."
             )
         return self.certificate.text()
 
     # ---- save, load
 
-    def save(self, filepath: str | Path, **kwargs) -> None:
-        """Saves the whole model as one `.keras` file, beside the old one first: a file is whole or the old one."""
+    def save(self, filepath: str | Path, overwrite: bool = True, **kwargs) -> None:
+        """Saves the whole model as one `.keras` file, beside the old one first: a file is whole or the old one.
+
+        Args:
+            overwrite: whether a file that is there may be replaced; nobody is asked.
+
+        Raises:
+            MSCNNError: it may not, it cannot be written, or a network is not the model's own any more.
+        """
         path = Path(filepath)
+        for name, _ in self._ids_of_networks().items() ^ self._network_ids.items():
+            raise MSCNNError(self._not_replaced(name))
+        if not overwrite and os.path.lexists(path):
+            raise MSCNNError(f"{path} is there already: give another name, or overwrite=True to replace it.")
         _write_whole(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
 
     def check_matches(self, data: Dataset) -> None:
@@ -2473,6 +2548,11 @@ class MultiStageCNN(keras.Model):
             )
 
 
+def _span(threshold: float | np.ndarray, form: str) -> str:
+    """A threshold, or the least and the largest of several."""
+    return " to ".join(f"{one:{form}}" for one in sorted({np.min(threshold), np.max(threshold)}))
+
+
 def _category_key(category: int) -> str:
     return f"category_{category}"
 
@@ -2491,11 +2571,13 @@ def log_odds_tensor(logits, category):
 
 
 def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int) -> np.ndarray:
-    """Runs a graph over images, `batch_size` at a time: (N, ...) -> float32 (N, width).
+    """Runs a graph over images, `batch_size` (1 or more) at a time: (N, ...) -> float32 (N, width).
 
     A batch of more than 8 is filled up to a multiple of 8, so that few shapes occur: each new one
     costs the libraries below TensorFlow some milliseconds of preparation.
     """
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise MSCNNError(f"batch_size is {batch_size}: it is a number of images, a whole number from 1 on.")
     results = [np.zeros((0, width), np.float32)]
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -2503,6 +2585,26 @@ def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int
         filled = np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
         results.append(graph(tf.constant(filled)).numpy()[: len(batch)])
     return np.concatenate(results)
+
+
+def _check_model_file(path: Path) -> None:
+    """Raises MSCNNError for what is known to keep a file from being loaded, whatever is in it otherwise."""
+    if keras.backend.backend() != "tensorflow":
+        raise MSCNNError(
+            f"Keras runs on {keras.backend.backend()}, and this project on TensorFlow: set the environment variable "
+            "KERAS_BACKEND=tensorflow (or the backend in keras.json) and start Python anew."
+        )
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise MSCNNError(f"Cannot read {path}: {error.strerror}. Its rights have to let you read it.") from error
+    if not start:
+        raise MSCNNError(f"{path} is empty: get or save it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise MSCNNError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull.")
+    if path.suffix != ".keras":
+        raise MSCNNError(f"{path} has no name that ends in .keras: rename it, if it is a model of this project.")
 
 
 def load_model(path: str | Path) -> MultiStageCNN:
@@ -2516,6 +2618,7 @@ def load_model(path: str | Path) -> MultiStageCNN:
         raise MSCNNError(
             f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
         )
+    _check_model_file(Path(path))
     try:
         model = keras.saving.load_model(path)
     except Exception as error:  # a broken file fails in many ways: zip, JSON, HDF5, Keras
@@ -3077,7 +3180,8 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray
     Returns:
         coverage float64 (N,), ascending to 1, and selective risk float64 (N,).
     """
-    confidence, wrong = np.asarray(confidence), 1.0 - np.asarray(right, np.float64)
+    confidence, right = _checked_pair(confidence, right)
+    wrong = 1.0 - right
     _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident
     mean_wrong = np.bincount(group, weights=wrong) / np.bincount(group)
     accepted = np.arange(1, len(wrong) + 1)
@@ -3094,7 +3198,8 @@ def e_aurc(confidence: np.ndarray, right: np.ndarray) -> float:
 
     Source: excess AURC (Geifman et al. 2019).
     """
-    return aurc(confidence, right) - aurc(np.asarray(right, np.float64), right)
+    _, right = _checked_pair(confidence, right)
+    return aurc(confidence, right) - aurc(right.astype(np.float64), right)
 
 
 def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -3103,19 +3208,20 @@ def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
     Unlike in the AURC an error counts the same at every coverage. By the trapezoidal rule it is exactly
     (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 with accuracy a. Source: Traub et al. 2024.
     """
-    coverage, risk = risk_coverage(confidence, right)
+    coverage, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
     undetected = coverage * risk  # (N,)
     return float((undetected.sum() - undetected[-1] / 2) / len(undetected))
 
 
 def brier_score(confidence: np.ndarray, right: np.ndarray) -> float:
     """Mean square of what the confidence lacks to 1 where right, and to 0 where wrong (Brier 1950)."""
-    return float(np.mean((np.asarray(confidence) - np.asarray(right, np.float64)) ** 2))
+    confidence, right = _checked_pair(confidence, right, share=True, empty=False)
+    return float(np.mean((confidence - right.astype(np.float64)) ** 2))
 
 
 def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
     """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
-    covered, risk = risk_coverage(confidence, right)
+    covered, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
     return float(risk[np.searchsorted(covered, coverage - 1e-9)])
 
 
@@ -3143,7 +3249,7 @@ def failure_metrics(confidence: np.ndarray, right: np.ndarray) -> dict[str, floa
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    right = np.asarray(right, bool)
+    confidence, right = _checked_pair(confidence, right)
     if right.all() or not right.any():
         return {"aurc": aurc(confidence, right), "auroc_failure": np.nan, "fpr95": np.nan}
     false_positives, true_positives, _ = roc_curve(right, confidence, drop_intermediate=False)
@@ -3324,7 +3430,8 @@ def confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> n
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
-    where = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
+    confidence, right = _checked_pair(confidence, right, share=True)
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(where, minlength=bins)
     sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, right)]
     mean, accuracy = (np.divide(s, count, out=np.full(bins, np.nan), where=count > 0) for s in sums)
@@ -3339,8 +3446,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10,
             else equally wide ones, of which most may be empty. Images of equal confidence that fall into two bins
             count in both with their mean accuracy, so that their order does not matter.
     """
+    confidence, right = _checked_pair(confidence, right, share=True)
     if equal_mass:
-        confidence, (_, group) = np.asarray(confidence), np.unique(confidence, return_inverse=True)
+        _, group = np.unique(confidence, return_inverse=True)
         right = (np.bincount(group, weights=right) / np.bincount(group))[group]
         parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
         gaps = [abs(confidence[part].mean() - right[part].mean()) * len(part) for part in parts if len(part)]
@@ -3441,11 +3549,13 @@ MAP_COLOURS = "magma"  # perceptually uniform, and readable without colour visio
 def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
     """A figure and its axes in a flat array; closed for pyplot, so that a notebook shows it only once."""
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained"
     )
     plt.close(figure)
+    FigureCanvasAgg(figure)  # closing takes its canvas, without which each text is measured on a new, whole picture
     return figure, axes.ravel()
 
 
@@ -3455,9 +3565,14 @@ def _legend_below(figure, axis) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
+def _literal(text: str) -> str:
+    """For Matplotlib, which takes what is between two $ for a formula: a name means what it says."""
+    return text.replace("$", r"\$")
+
+
 def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8, color=colour)
+    axis.set_title(_literal(title), fontsize=8, color=colour)
     axis.set_axis_off()
 
 
@@ -3469,7 +3584,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short
         _show_image(axis, image, caption)
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     return figure
 
 
@@ -3482,7 +3597,7 @@ def plot_samples(data: Dataset, columns: int = 8):
     for row, (indices, name) in enumerate(zip(chosen, data.category_names, strict=True)):
         for column, i in enumerate(indices):
             _show_image(axes[row * columns + column], data.train.images[i], name if column == 0 else "")
-    figure.suptitle(f"{data.name}: {columns} train images of each category")
+    figure.suptitle(f"{_literal(data.name)}: {columns} train images of each category")
     return figure
 
 
@@ -3538,18 +3653,25 @@ def _plot_runs(axis, runs: list[list[float]], label: str, colour: str) -> None:
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
-    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row."""
+    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row.
+
+    Of many categories only the colours are shown, and not every name.
+    """
     import seaborn
 
     labels = [*names, OTHER] if len(names) < len(matrix) else list(names)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    size = 2.5 + 0.55 * len(labels)
+    few, size = len(labels) <= 31, min(2.5 + 0.55 * len(labels), 20)  # inches
     figure, (axis,) = _axes(1, 1, size + 0.8, size)
     seaborn.heatmap(
-        share, annot=matrix, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis, linewidths=0.5, annot_kws={"fontsize": 8},
-        xticklabels=labels, yticklabels=labels, cbar_kws={"label": "share of the true category"},
+        share, annot=matrix if few else None, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis,
+        linewidths=0.5 if few else 0, annot_kws={"fontsize": 8}, xticklabels=False, yticklabels=False,
+        cbar_kws={"label": "share of the true category"},
     )  # fmt: skip
-    axis.set(title=title, xlabel="decided", ylabel="true")
+    named = np.arange(0, len(labels), -(-len(labels) // 80))
+    for set_ticks in (axis.set_xticks, axis.set_yticks):
+        set_ticks(named + 0.5, [_literal(labels[i]) for i in named])
+    axis.set(title=_literal(title), xlabel="decided", ylabel="true")
     axis.tick_params(axis="x", rotation=45)
     axis.tick_params(axis="y", rotation=0)
     return figure
@@ -3565,7 +3687,7 @@ def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dic
     figure, (axis,) = _axes(1, 1, 6, 4)
     for label, (confidence, right) in curves.items():
         coverage, risk = risk_coverage(confidence, right)
-        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, right):.4f})")
+        (line,) = axis.plot(coverage, risk, label=f"{_literal(label)} (AURC {aurc(confidence, right):.4f})")
         accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
         if accepted:
             axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
@@ -3588,8 +3710,8 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     for label, (confidence, right) in curves.items():
         mean, accuracy, count = reliability(confidence, right, bins)
         error = calibration_error(confidence, right, bins)
-        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
-        counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
+        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{_literal(label)} (ECE {error:.3f})")
+        counts.stairs(count, np.linspace(0, 1, bins + 1), label=_literal(label), linewidth=1.5)
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
@@ -3641,7 +3763,7 @@ def plot_retraining(results: Sequence[Retraining]):
     place = np.arange(len(results))
     axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
     axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
-    labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
+    labels = [f"{_literal(r.category)}\n{'kept' if r.kept else 'put back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
     _legend_below(figure, axis)
@@ -3661,11 +3783,11 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
             (second, trace.stage2_map, "why right"),
         ):
             _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
-        top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
+        top = "\n".join(f"{_literal(name)} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
         colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
-        text.text(0, 0.02, _verdict(trace, bool(wrong)), fontsize=11, weight="bold", color=colour)
+        text.text(0, 0.02, _literal(_verdict(trace, bool(wrong))), fontsize=11, weight="bold", color=colour)
     return figure
 
 

@@ -150,6 +150,44 @@ def test_e_aurc_is_0_for_a_confidence_that_knows_and_grows_with_what_it_does_not
     assert mscnn.e_aurc(swapped, right) > 0.1
 
 
+MEASURES = {
+    "threshold_for_risk": lambda *pair: mscnn.threshold_for_risk(*pair, 0.9),
+    "error_at_coverage": lambda *pair: mscnn.error_at_coverage(*pair, 0.5),
+    "coverage_at_error": lambda *pair: mscnn.coverage_at_error(*pair, 0.5),
+    "calibration_error, equal mass": lambda *pair: mscnn.calibration_error(*pair, equal_mass=True),
+    **{name: getattr(mscnn, name) for name in (
+        "risk_coverage", "aurc", "e_aurc", "augrc", "brier_score", "failure_metrics", "reliability",
+        "calibration_error",
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_is_no_confidence_or_not_whether_right_is_refused(name):
+    measure, right = MEASURES[name], np.arange(20) % 4 > 0
+    confidence = np.linspace(0, 1, 20)
+    measure(list(confidence), list(right))
+    for labels in (right.astype(int), right + 0.0, np.arange(20)):
+        with pytest.raises(mscnn.MSCNNError, match=r"right is (int|float)\d+, not bool: .* labels == predicted"):
+            measure(confidence, labels)
+    with pytest.raises(mscnn.MSCNNError, match=r"confidence is \(20,\) and right \(19,\)"):
+        measure(confidence, right[1:])
+    with pytest.raises(mscnn.MSCNNError, match="3 of 20 confidences are NaN"):
+        measure(np.where(np.arange(20) < 3, np.nan, confidence), right)
+
+
+@pytest.mark.parametrize("name", ["brier_score", "reliability", "calibration_error", "calibration_error, equal mass"])
+def test_log_odds_are_no_share(name):
+    with pytest.raises(mscnn.MSCNNError, match=r"between -3 and 3: use 0 to 1"):
+        MEASURES[name](np.array([-3.0, 0.5, 3.0]), np.array([False, True, True]))
+
+
+@pytest.mark.parametrize("name", ["augrc", "brier_score", "error_at_coverage"])
+def test_nothing_is_measured_without_an_image(name):
+    with pytest.raises(mscnn.MSCNNError, match="empty"):
+        MEASURES[name](np.zeros(0), np.zeros(0, bool))
+
+
 def test_brier_score_by_hand():
     assert mscnn.brier_score(np.array([1.0, 0.5, 0.2]), np.array([True, False, False])) == pytest.approx(0.29 / 3)
 

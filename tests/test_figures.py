@@ -272,3 +272,37 @@ def test_augmentation_shows_the_original_first(tiny_data):
     np.testing.assert_array_equal(shown[4], tiny_data.train.images[1])
     assert any((one != shown[0]).any() for one in shown[1:4])
     rendered(figure)
+
+
+@pytest.mark.parametrize(("count", "named"), [(30, 31), (60, 61), (300, 76)])
+def test_confusion_of_many_categories(count, named, monkeypatch):
+    from matplotlib.backends import backend_agg
+
+    pictures = []
+    drawn = backend_agg.RendererAgg.__init__
+    monkeypatch.setattr(backend_agg.RendererAgg, "__init__", lambda *a: (pictures.append(a[1:3]), drawn(*a))[1])
+    figure = mscnn.plot_confusion(np.eye(count + 1, dtype=int), [f"c{i}" for i in range(count)], "many")
+    assert len(pictures) < 5, "each takes its megabytes"
+    assert max(figure.get_size_inches()) < 21
+    assert len(figure.axes[0].get_yticklabels()) == named
+    assert len(figure.axes[0].texts) == (31**2 if count == 30 else 0)
+
+
+@pytest.mark.parametrize("name", ["$$", "a$_$b", "$x$", "5$", r"\$a$"])
+def test_names_are_drawn_as_they_are(name, tmp_path):
+    from matplotlib.text import Text
+
+    drawn = trace(truth=name, verdict=name)._replace(top3=[(name, 0.5)] * 3)
+    figures = {
+        "confusion": mscnn.plot_confusion(np.eye(2, dtype=int), (name, "x"), name),
+        "images": mscnn.plot_images(pictures(1), [name], name),
+        "retraining": mscnn.plot_retraining([mscnn.Retraining(name, 0.4, 0.3, True)]),
+        "traces": mscnn.plot_decision_traces([drawn]),
+        "risk": mscnn.plot_risk_coverage({name: scores(5)}),
+        "reliability": mscnn.plot_reliability({name: scores(5)}),
+    }
+    for what, figure in figures.items():
+        figure.savefig(tmp_path / "figure.svg")  # a formula that is none raises here
+        read = [one._preprocess_math(one.get_text()) for one in figure.findobj(Text)]
+        assert any(name in text for text, _ in read), what
+        assert not any(math and name in text for text, math in read), what

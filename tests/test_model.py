@@ -496,6 +496,86 @@ def test_the_threshold_is_saved(trained_model, tmp_path):
     assert mscnn.load_model(tmp_path / "m.keras").threshold == 0.42
 
 
+@pytest.mark.parametrize(
+    "given", [[0.5, 0.6, 0.7, 0.8, 0.9], np.linspace(0.5, 0.9, 5, dtype=np.float32), np.float32(1)]
+)
+def test_thresholds_by_category_are_saved_and_told(certified, tmp_path, given):
+    certified.threshold = given
+    certified.save(tmp_path / "m.keras")
+    loaded = mscnn.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(loaded.threshold, np.asarray(given, np.float64))
+    assert loaded.valid_certificate is None
+    if np.ndim(given):
+        assert loaded.threshold_text().startswith(
+            "Thresholds 0.5000 to 0.9000 by category, as given. No error rate is "
+        )
+        assert "at threshold 0.5 to 0.9: the certificate is for " in loaded.guarantee()
+    certified.threshold = [certified.certificate.threshold] * 5  # the same decisions as that of the certificate
+    assert certified.valid_certificate == certified.certificate
+
+
+def test_save_replaces_no_file_unless_it_may(untrained_model, tmp_path):
+    path = tmp_path / "precious.keras"
+    path.write_bytes(b"precious")
+    with pytest.raises(MSCNNError, match=r"precious.keras is there already: give another name, or overwrite=True"):
+        untrained_model.save(path, overwrite=False)
+    assert path.read_bytes() == b"precious"
+    untrained_model.save(tmp_path / "new.keras", overwrite=False)
+    assert (tmp_path / "new.keras").is_file()
+
+
+@pytest.mark.parametrize("name", ["stage1", "companion", "stage2"])
+def test_a_network_is_not_replaced(untrained_model, name):
+    before = getattr(untrained_model, name)
+    with pytest.raises(MSCNNError, match=rf"^{name} cannot be replaced: .*set_weights"):
+        setattr(untrained_model, name, untrained_model.new_stage2(name="mine"))
+    assert getattr(untrained_model, name) is before
+
+
+def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
+    untrained_model.stage2["category_1"] = untrained_model.new_stage2(name="mine")
+    with pytest.raises(MSCNNError, match="category_1 cannot be replaced"):
+        untrained_model.save(tmp_path / "m.keras")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", None])
+def test_a_batch_size_that_is_no_number_of_images(untrained_model, tiny_data, batch_size):
+    images = tiny_data.test.images[:3]
+    for ask in (untrained_model.stage1_logits, untrained_model.stage1_views, untrained_model.opinions):
+        with pytest.raises(MSCNNError, match=f"batch_size is {batch_size}: it is a number of images"):
+            ask(images, batch_size=batch_size)
+    with pytest.raises(MSCNNError, match="batch_size is"):
+        untrained_model.stage2_log_odds(images, 0, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("m.keras", b"", "is empty"),
+        ("m.keras", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        ("m", b"PK", "ends in .keras"),
+    ],
+)
+def test_why_a_file_is_no_model(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MSCNNError, match=reason):
+        mscnn.load_model(tmp_path / name)
+
+
+def test_a_backend_other_than_tensorflow_is_named(tmp_path, monkeypatch):
+    (tmp_path / "m.keras").write_bytes(b"PK")
+    monkeypatch.setattr(mscnn.keras.backend, "backend", lambda: "jax")
+    with pytest.raises(MSCNNError, match=r"Keras runs on jax.*KERAS_BACKEND=tensorflow"):
+        mscnn.load_model(tmp_path / "m.keras")
+
+
+def test_thresholds_of_another_number_cannot_be_set(untrained_model):
+    with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
+        untrained_model.threshold = [0.5, 0.6, 0.7]
+    assert untrained_model.threshold == 0.7
+
+
 def test_a_fresh_process_decides_alike(model, trained_model_path, tiny_data, tmp_path):
     """With the module and the model file only, from another folder."""
     np.save(tmp_path / "images.npy", tiny_data.test.images)
