@@ -77,6 +77,9 @@ def _without_native_logs():
             os.close(stderr)
 
 
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":  # before Keras looks for it, in its own words
+    raise ImportError(f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']}: this project needs tensorflow. Unset it.")
+
 with _without_native_logs():
     import keras
     import tensorflow as tf

@@ -724,3 +724,10 @@ def test_progress_survives_a_reader_that_is_gone():
         running.stdout.close()
         told = running.stderr.read()
     assert running.returncode == 0 and not told
+
+
+def test_another_backend_is_refused_at_import():
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    command = [sys.executable, "-c", "import mscnn_helpers"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert "KERAS_BACKEND is jax: this project needs tensorflow" in done.stderr.splitlines()[-1]
