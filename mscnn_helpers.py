@@ -35,9 +35,11 @@ References
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import errno
 import functools
@@ -49,6 +51,8 @@ import os
 import pickle
 import platform
 import re
+import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -382,6 +386,7 @@ class Run:
     """
 
     def __init__(self, notebook: str, settings: Settings):
+        _check_injected_parameters()
         self.notebook, self.settings, self.started = notebook, settings, time.time()
         self.folder = places_of(settings.run_dir, project_root())[0]
         self.figures = self.folder / "figures"
@@ -486,8 +491,31 @@ class Run:
         """Records the notebook's seconds; the last cell of each notebook."""
         seconds = dict(self.read("metrics").get("seconds", {}))
         seconds[self.notebook] = round(time.time() - self.started, 1)
-        self.write("metrics", seconds=seconds)
+        ends = {"status": "finished", "ended": _now()} if self.notebook == NOTEBOOKS[-1] else {}
+        self.write("metrics", seconds=seconds, **ends)
         print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
+
+
+def injected_names(cells: Iterable[str]) -> list[str]:
+    """The names that papermill has set, in the cell that it puts behind the parameters, by the sources of all cells."""
+    injected = [ast.parse(cell).body for cell in cells if cell.startswith("# Parameters\n")]
+    return [target.id for body in injected for line in body if isinstance(line, ast.Assign) for target in line.targets]
+
+
+def _check_injected_parameters() -> None:
+    """Raises MSCNNError if papermill has set what is no parameter, of which papermill itself only warns."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    names = [one.name for one in dataclasses.fields(Settings)]
+    unknown = [name for name in injected_names(cells) if name not in names]
+    if unknown:
+        hint = _did_you_mean(unknown[0], names)
+        raise MSCNNError(f"Unknown parameter '{unknown[0]}'.{hint} The parameters are {', '.join(names)}.")
+
+
+def _now() -> str:
+    """The time, in ISO 8601 with its zone."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _with_suffix(path: Path, name: str) -> Path:
@@ -3846,6 +3874,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "tensorflow": tf.__version__, **found}
 
 
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` behind it where files have changed; None where there is none."""
+    root = project_root()
+    if not (root / ".git").exists():  # else it would be that of a repository around it
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def checked_data(run: Run) -> Dataset:
     """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
 
@@ -3967,13 +4007,22 @@ def start_data(run: Run) -> Dataset:
     """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
     settings, data, start = run.settings, checked_data(run), run.starting_model()
     goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
+    _remove_results(run)
     for name in ("metrics",) if goes_on else ("metrics", "history"):
         run.replace(name, {})
     run.write(
         "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settled(settings)), versions=versions(),
-        device=device_name(),
+        device=device_name(), status="running", started=_now(), commit=commit(),
     )  # fmt: skip
     return data
+
+
+def _remove_results(run: Run) -> None:
+    """Removes figures and notebooks of an earlier run, which would pass for those of this one; but not its models."""
+    later = [name for name in NOTEBOOKS if name > run.notebook]
+    pages = [run.folder / "notebooks" / f"{name}.{kind}" for name in later for kind in ("ipynb", "html")]
+    for path in [*run.figures.glob("*.png"), *pages]:
+        path.unlink(missing_ok=True)
 
 
 def settled(settings: Settings) -> Settings:
@@ -4212,6 +4261,26 @@ def _surroundings():
                     os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _ending_written_down(run: Run):
+    """Writes into `metrics.json` how a run that has begun ended, if not well."""
+    try:
+        yield
+    except (MSCNNError, KeyboardInterrupt) as error:
+        if run.read("metrics").get("status") == "running":
+            ending = {"status": "failed", "reason": str(error)} if str(error) else {"status": "interrupted"}
+            run.write("metrics", ended=_now(), **ending)
+        raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end a run as Ctrl-C does."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
+
+
 def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
@@ -4220,7 +4289,7 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     _make_folders(run)  # and so is a folder that cannot be written
     settings = settled(settings)
     # A page is made while the next notebook runs.
-    with _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
+    with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
         for name in notebooks:
             run_notebook(name, settings, pages)
     seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
@@ -4287,6 +4356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
     parsed = command_line().parse_args(arguments)
+    usual = signal.signal(signal.SIGTERM, _terminate)
     try:
         settings = Settings(**vars(parsed))
         run = Run("total", settings)
@@ -4299,11 +4369,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MSCNNError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(
             "\ninterrupted. What is finished lies in the run folder; a finished model is still whole.", file=sys.stderr
         )
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, usual)
     return 0
 
 

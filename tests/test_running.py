@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import types
 import zipfile
 
@@ -731,3 +733,40 @@ def test_another_backend_is_refused_at_import():
     command = [sys.executable, "-c", "import mscnn_helpers"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert "KERAS_BACKEND is jax: this project needs tensorflow" in done.stderr.splitlines()[-1]
+
+
+def test_a_name_that_is_no_parameter_is_refused(settings, monkeypatch):
+    cells = ["", "# Parameters\nepochs = 5\nepoch = 6\n", "def other():\n    pass"]
+    assert mscnn.injected_names(cells) == ["epochs", "epoch"]
+    shell = types.SimpleNamespace(user_ns={"In": cells})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    with pytest.raises(MSCNNError, match=r"Unknown parameter 'epoch'\. Did you mean epochs\?"):
+        Run("02_stage1_training", settings)
+
+
+def test_a_run_writes_down_when_it_began_and_how_it_ended(settings):
+    run = Run("01_data_and_light_mode", settings)
+    old = [run.figures / "samples.png", run.folder / "notebooks" / "05_evaluation_and_cam.html"]
+    own, model = run.folder / "notes.png", run.model_path
+    mscnn.start_data(run)
+    for path in (*old, own):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of an earlier run")
+    mscnn.start_data(run)
+    assert not any(path.exists() for path in old) and own.exists() and not model.exists()
+    begun = run.read("metrics")
+    assert begun["status"] == "running" and "+" in begun["started"][10:] and "commit" in begun
+    for error, status in ((MSCNNError("no luck"), "failed"), (mscnn._Terminated(), "interrupted")):
+        run.write("metrics", status="running")
+        with pytest.raises(type(error)), mscnn._ending_written_down(run):
+            raise error
+        assert run.read("metrics")["status"] == status
+    Run("05_evaluation_and_cam", settings).finish()
+    assert run.read("metrics")["status"] == "finished"
+
+
+def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):
+    monkeypatch.setattr(mscnn, "run_all", lambda settings: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    usual = signal.getsignal(signal.SIGTERM)
+    assert mscnn.main(["--dataset", str(tiny_path), "--run_dir", str(tmp_path / "run")]) == 143
+    assert signal.getsignal(signal.SIGTERM) == usual
