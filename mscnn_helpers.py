@@ -2631,7 +2631,7 @@ def _check_model_file(path: Path) -> None:
     except OSError as error:
         raise MSCNNError(f"Cannot read {path}: {error.strerror}. Its rights have to let you read it.") from error
     if not start:
-        raise MSCNNError(f"{path} is empty: get or save it again.")
+        raise MSCNNError(f"{path} is damaged or not a model of this project: it is empty. Get or save it again.")
     if start.startswith(b"version https://git-lfs"):
         raise MSCNNError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull.")
     if path.suffix != ".keras":
