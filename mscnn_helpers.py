@@ -45,6 +45,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -58,6 +59,8 @@ import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +74,11 @@ import numpy as np
 def _without_native_logs():
     """Hides what TensorFlow's C++ side prints to stderr while it is imported (no log level does)."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    stderr = os.dup(2)
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed: nothing is printed
+        yield
+        return
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 2)
         try:
@@ -483,6 +490,7 @@ class Run:
         """
         if self.read("metrics").get("dataset", {}).get("fallback"):
             figure.text(0.5, 1.0, FALLBACK_NOTICE, ha="center", va="bottom", color="firebrick", weight="bold")
+        make_legible(figure)
         path = self.figures / f"{name}.png"
         _write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
         return figure
@@ -496,10 +504,21 @@ class Run:
         print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
 
 
-def injected_names(cells: Iterable[str]) -> list[str]:
+def injected_names(cells: Sequence[str]) -> list[str]:
     """The names that papermill has set, in the cell that it puts behind the parameters, by the sources of all cells."""
-    injected = [ast.parse(cell).body for cell in cells if cell.startswith("# Parameters\n")]
-    return [target.id for body in injected for line in body if isinstance(line, ast.Assign) for target in line.targets]
+    pairs = itertools.pairwise(cells)
+    injected = [cell for before, cell in pairs if cell.startswith("# Parameters\n") and "run_dir" in _assigned(before)]
+    return [name for cell in injected for name in _assigned(cell)]
+
+
+def _assigned(cell: str) -> list[str]:
+    """The names that a cell sets; none where it is not plain Python."""
+    try:
+        lines = ast.parse(cell).body
+    except SyntaxError:
+        return []
+    targets = [getattr(line, "targets", [getattr(line, "target", None)]) for line in lines]
+    return [target.id for several in targets for target in several if isinstance(target, ast.Name)]
 
 
 def _check_injected_parameters() -> None:
@@ -654,6 +673,8 @@ class _Raw:
     y_train: np.ndarray
     x_test: np.ndarray | None = None
     y_test: np.ndarray | None = None
+    x_held: np.ndarray | None = None  # of a validation split: for calibration and certification
+    y_held: np.ndarray | None = None
     flip: bool = True
     published: str = ""  # hashes that were checked and stand for the images, where there are such
 
@@ -662,8 +683,8 @@ class _Raw:
         """SHA-256 over the published hashes, or over every image and label."""
         if self.published:
             return _digest([*self.names, self.published])
-        labels = [y.astype(np.int64) for y in (self.y_train, self.y_test) if y is not None]
-        return _digest(self.names, *labels, *(x for x in (self.x_train, self.x_test) if x is not None))
+        labels = [y.astype(np.int64) for y in (self.y_train, self.y_test, self.y_held) if y is not None]
+        return _digest(self.names, *labels, *(x for x in (self.x_train, self.x_test, self.x_held) if x is not None))
 
 
 def data_folder() -> Path:
@@ -1033,9 +1054,10 @@ SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing"), "v
 
 
 def _image_folder(folder: Path) -> _Raw:
-    """Images in `train/<category>/*` and `test/<category>/*`, or without a split in `<category>/*`.
+    """Images in `train/<category>/*`, `val/...` and `test/...`, or without a split in `<category>/*`.
 
-    What is not read is printed: loose files, folders in a category's folder, other kinds of files.
+    A validation split with two images or more of each category is held out for calibration and certification. What is
+    not read is printed: loose files, folders in a category's folder, other kinds of files, a smaller validation split.
     """
     splits = {split: _split_folder(folder, wanted) for split, wanted in SPLIT_FOLDERS.items()}
     train, test = splits["train"] or folder, splits["test"]
@@ -1046,13 +1068,36 @@ def _image_folder(folder: Path) -> _Raw:
     x_train, y_train, unread = _read_categories(train, names)
     raw, left_out = _Raw(folder.name, str(folder), names, x_train, y_train), left_out + unread
     if train != folder:
-        left_out += [entry for entry in _entries(folder) if entry not in (train, test)]
+        held = splits["val"] if splits["val"] and _holds_enough(splits["val"], names) else None
+        left_out += [entry for entry in _entries(folder) if entry not in (train, held, test)]
+        if held:
+            raw.x_held, raw.y_held, unread = _read_categories(held, names)
+            left_out += unread + [entry for entry in _entries(held) if entry.name not in names]
         if test:
             raw.x_test, raw.y_test, unread = _read_categories(test, names)
             left_out += unread + [entry for entry in _entries(test) if entry.name not in names]
     if left_out:
         print(f"Not read in {folder}: {_in_kinds(left_out)}.", flush=True)
     return raw
+
+
+def _holds_enough(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a validation split can be halved by category; prints why not."""
+    counts = {name: len(_image_files(folder / name)[0]) for name in names}
+    few = [f"{count} of '{name}'" for name, count in counts.items() if count < 2]
+    if few:
+        reason = f"it has {', '.join(few[:5])}{' and more' if len(few) > 5 else ''}"
+        print(f"{folder} is left out: it takes two images or more of each category, and {reason}.", flush=True)
+    return not few
+
+
+def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a category's folder that can be read as images, and all that a person has put there."""
+    from PIL import Image
+
+    readable = set(IMAGE_SUFFIXES) & Image.registered_extensions().keys()
+    entries = _entries(folder) if folder.is_dir() else []
+    return [entry for entry in entries if entry.suffix.lower() in readable and entry.is_file()], entries
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -1086,13 +1131,9 @@ def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np
     Raises:
         MSCNNError: a category has no images, or some cannot be read; all of these are named.
     """
-    from PIL import Image
-
-    readable = set(IMAGE_SUFFIXES) & Image.registered_extensions().keys()
     images, labels, left_out, unreadable = [], [], [], []
     for label, name in enumerate(names):
-        entries = _entries(folder / name) if (folder / name).is_dir() else []
-        files = [entry for entry in entries if entry.suffix.lower() in readable and entry.is_file()]
+        files, entries = _image_files(folder / name)
         left_out += [entry for entry in entries if entry not in files]
         if not files:
             besides = f" (it has {_in_kinds(entries)})" if entries else ""
@@ -1193,7 +1234,7 @@ def _resized(images: np.ndarray) -> np.ndarray:
     return np.concatenate([np.clip(np.round(resize(chunk)), 0, 255).astype(np.uint8) for chunk in chunks])
 
 
-LIGHT_FLOOR = (1500, 300)  # light mode keeps at least this many train and test images
+LIGHT_FLOOR = (1500, 300, 500)  # light mode keeps at least so many train, test and validation images
 LEAST = 4  # images of a category: two to train on, one each for calibration and certification
 
 
@@ -1201,22 +1242,30 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     """Stratified, seeded splits: 90 % train, 5 % calibration, 5 % certification, and the test images.
 
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
-    a calibration on a handful of images is worth nothing. Without test images a fifth is set aside.
+    a calibration on a handful of images is worth nothing. Without test images a fifth is set aside. A validation split
+    of the data's own is halved for calibration and certification, and train stays whole.
     """
-    _check_categories(raw)
+    least = LEAST if raw.x_held is None else 2
+    _check_categories(raw, least + (raw.x_test is None))
     found = raw.fingerprint
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None:
-        train, test = _parted(train, round(0.2 * len(train)), seed, (LEAST, 1))
+        train, test = _parted(train, round(0.2 * len(train)), seed, (least, 1))
     else:
         test = Split(raw.x_test, raw.y_test.astype(np.int64))
+    rest = None if raw.x_held is None else Split(raw.x_held, raw.y_held.astype(np.int64))
     if light_mode:
-        train, test = (
-            _parted(one, max(len(one) // 10, floor), seed, (0, least))[1] if len(one) >= floor + len(raw.names) else one
-            for one, floor, least in zip((train, test), LIGHT_FLOOR, (LEAST, 1), strict=True)
+        train, test, rest = (
+            _parted(one, max(len(one) // 10, floor), seed, (0, few))[1]
+            if one is not None and len(one) >= floor + len(raw.names)
+            else one
+            for one, floor, few in zip((train, test, rest), LIGHT_FLOOR, (least, 1, 2), strict=True)
         )
-    held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
-    train, rest = _parted(train, 2 * held, seed, (2, 2))
+    if rest is None:
+        held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
+        train, rest = _parted(train, 2 * held, seed, (2, 2))
+    else:
+        held = len(rest) // 2
     calibration, certification = _parted(rest, held, seed)
     splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(
@@ -1224,8 +1273,8 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     )
 
 
-def _check_categories(raw: _Raw) -> None:
-    """Raises MSCNNError unless the categories have names that can be told apart, and enough images to be split."""
+def _check_categories(raw: _Raw, least: int) -> None:
+    """Raises MSCNNError unless the categories have names that can be told apart, and `least` images or more."""
     names = list(raw.names)
     unfit = [name for name in names if names.count(name) > 1 or name == OTHER or not name.strip()]
     if len(names) < 2 or unfit:
@@ -1233,7 +1282,6 @@ def _check_categories(raw: _Raw) -> None:
             f"Categories are {', '.join(names)}{f' (here {unfit[0]!r})' if unfit else ''}: "
             f"use two or more different names, none of them {OTHER} or blank."
         )
-    least = LEAST + (raw.x_test is None)
     counts = np.bincount(raw.y_train, minlength=len(names))
     few = [f"{names[category]} ({counts[category]})" for category in np.flatnonzero(counts < least)]
     if few:
@@ -1754,6 +1802,33 @@ def error_bound(errors: int, accepted: int, delta: float) -> float:
     return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
 
 
+def _one_an_image(**given: Any) -> list[np.ndarray]:
+    """What is given by name as arrays, or raises MSCNNError if they are not (N,) with the same N."""
+    arrays = {name: np.asarray(value) for name, value in given.items()}
+    if len({array.shape for array in arrays.values()}) > 1 or any(array.ndim != 1 for array in arrays.values()):
+        shapes = " and ".join(f"{name} {array.shape}" for name, array in arrays.items()).replace(" ", " is ", 1)
+        raise MSCNNError(f"{shapes}: give one of each an image, (N,).")
+    return list(arrays.values())
+
+
+def _check_numbers(confidence: np.ndarray) -> None:
+    """Raises MSCNNError unless confidences are numbers, none of them NaN."""
+    if confidence.dtype.kind not in "biuf":
+        raise MSCNNError(f"confidence is {confidence.dtype}: it has to be numbers.")
+    unknown = int(np.isnan(confidence).sum())
+    if unknown:
+        raise MSCNNError(f"{unknown:,} of {len(confidence):,} confidences are NaN: leave out these images.")
+
+
+def _check_categories_within(category: np.ndarray, count: int) -> None:
+    """Raises MSCNNError unless categories are integers from 0 to below `count`."""
+    if category.dtype.kind not in "iu" or (len(category) and not 0 <= category.min() <= category.max() < count):
+        found = (
+            f"{category.min()} to {category.max()}" if category.dtype.kind in "iuf" and len(category) else "no numbers"
+        )
+        raise MSCNNError(f"Categories are {category.dtype}, {found}: use integers from 0 to {count - 1}.")
+
+
 def _checked_pair(
     confidence: np.ndarray, right: np.ndarray, share: bool = False, empty: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -1765,9 +1840,7 @@ def _checked_pair(
     Raises:
         MSCNNError: they are not that.
     """
-    confidence, right = np.asarray(confidence), np.asarray(right)
-    if confidence.ndim != 1 or confidence.shape != right.shape:
-        raise MSCNNError(f"confidence is {confidence.shape} and right {right.shape}: give one of each an image, (N,).")
+    confidence, right = _one_an_image(confidence=confidence, right=right)
     if not len(right):
         if not empty:
             raise MSCNNError("confidence and right are empty: there is nothing to measure without an image.")
@@ -1777,11 +1850,7 @@ def _checked_pair(
             f"right is {right.dtype}, not bool: it says of each prediction whether it is right, "
             "such as labels == predicted."
         )
-    if confidence.dtype.kind not in "biuf":
-        raise MSCNNError(f"confidence is {confidence.dtype}: it has to be numbers.")
-    unknown = int(np.isnan(confidence).sum())
-    if unknown:
-        raise MSCNNError(f"{unknown:,} of {len(confidence):,} confidences are NaN: leave out these images.")
+    _check_numbers(confidence)
     if share and (confidence.min() < -1e-6 or confidence.max() > 1 + 1e-6):  # a float32 softmax may exceed 1
         least, most = confidence.min(), confidence.max()
         raise MSCNNError(f"Confidences lie between {least:g} and {most:g}: use 0 to 1, such as sigmoid() of log-odds.")
@@ -1861,6 +1930,8 @@ def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
     """
     if not 0 < coverage <= 1:
         raise MSCNNError(f"coverage is {coverage:g}: it is a share of the images, above 0 and up to 1.")
+    (confidence,) = _one_an_image(confidence=confidence)
+    _check_numbers(confidence)
     if not len(confidence):
         raise MSCNNError("A threshold for a coverage needs images to count: there are none.")
     wanted = int(np.ceil(coverage * len(confidence) - 1e-9))  # 0.7 of 10 images are 7, whatever 0.7 is in binary
@@ -1873,6 +1944,8 @@ def thresholds_by_category(category: np.ndarray, confidence: np.ndarray, coverag
     One threshold for all accepts fewer images of a hard category than of an easy one; these accept the same share of
     each, and so more errors of the hard ones. A category without images gets the threshold of all.
     """
+    category, confidence = _one_an_image(category=category, confidence=confidence)
+    _check_categories_within(category, count)
     groups = [confidence[category == c] for c in range(count)]
     return np.array([threshold_for_coverage(one if len(one) else confidence, coverage) for one in groups])
 
@@ -2015,6 +2088,9 @@ def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np
     A proper score: it falls when the confidences rank better and when they are better calibrated. NaN where
     Stage 1 predicts a category for no image.
     """
+    confidence, right = _checked_pair(confidence, right, share=True)
+    category, _ = _one_an_image(category=category, confidence=confidence)
+    _check_categories_within(category, count)
     given = np.clip(np.where(right, confidence, 1 - confidence), 1e-12, 1)  # what was given to the truth
     images = np.bincount(category, minlength=count)
     total = np.bincount(category, weights=-np.log(given), minlength=count)
@@ -2108,6 +2184,7 @@ class MultiStageCNN(keras.Model):
         source_fingerprint: str = "",
         **kwargs,
     ):
+        _check_keras()
         super().__init__(**kwargs)
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
@@ -2618,13 +2695,21 @@ def _in_batches(graph: Callable, images: np.ndarray, batch_size: int, width: int
     return np.concatenate(results)
 
 
+def _check_keras() -> None:
+    """Raises MSCNNError if Keras is set up, by keras.json or otherwise, in a way that no network here works with."""
+    wanted = {"backend": (keras.config.backend(), "tensorflow"),
+              "image_data_format": (keras.config.image_data_format(), "channels_last")}  # fmt: skip
+    for setting, (found, needed) in wanted.items():
+        if found != needed:
+            raise MSCNNError(
+                f"Keras has the {setting} {found}, and this project needs {needed}: set it in "
+                f"{_keras_home()}/keras.json (KERAS_BACKEND sets the backend, too) and start Python anew."
+            )
+
+
 def _check_model_file(path: Path) -> None:
     """Raises MSCNNError for what is known to keep a file from being loaded, whatever is in it otherwise."""
-    if keras.backend.backend() != "tensorflow":
-        raise MSCNNError(
-            f"Keras runs on {keras.backend.backend()}, and this project on TensorFlow: set the environment variable "
-            "KERAS_BACKEND=tensorflow (or the backend in keras.json) and start Python anew."
-        )
+    _check_keras()
     try:
         with open(path, "rb") as file:
             start = file.read(40)
@@ -2645,6 +2730,8 @@ def load_model(path: str | Path) -> MultiStageCNN:
         MSCNNError: it is missing, damaged or not of this project.
     """
     path = project_root() / PRETRAINED if str(path) == "pretrained" else path
+    if os.path.isdir(path):
+        raise MSCNNError(f"{path} is a folder: give the path of a .keras file of a finished run, or pretrained.")
     if not Path(path).is_file():
         raise MSCNNError(
             f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
@@ -3299,6 +3386,7 @@ def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, flo
         accuracy_other_wrong: accuracy where OTHER counts as an error. stage_report_accuracy: share of
         images accepted where Stage 1 is right or rejected where it is wrong.
     """
+    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
     accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
     return {
         "coverage": accepted.mean(),
@@ -3308,11 +3396,40 @@ def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, flo
     }
 
 
+def category_metrics(decisions: Decisions, labels: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What the final decisions are worth for each category: the entry `categories` of `metrics.json`.
+
+    Args:
+        labels: true categories, (B,). names: (C,).
+
+    Returns:
+        By name, of the images that show the category: their number (images), accuracy, coverage and
+        selective_accuracy as in `selective_metrics`; and precision: of those decided to show it, the share that does.
+    """
+    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
+    accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
+
+    def share(hits: np.ndarray) -> float:
+        return hits.mean() if len(hits) else np.nan
+
+    return {
+        name: {
+            "images": int((labels == c).sum()),
+            "accuracy": share(right[labels == c]),
+            "coverage": share(accepted[labels == c]),
+            "selective_accuracy": share(right[(labels == c) & accepted]),
+            "precision": share(right[decisions.category == c]),
+        }
+        for c, name in enumerate(names)
+    }
+
+
 def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict[str, dict[str, float]]:
     """The entries `stage1` and `two_stage` of `metrics.json`; all rates are fractions of 1.
 
     `stage1` is Stage 1 alone: its answers on one view, and its softmax as their confidence.
     """
+    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
     right, alone = decisions.stage1_category == labels, decisions.one_view_logits.argmax(axis=1)
     odds = log_odds(decisions.one_view_logits, alone)
     return {
@@ -3339,6 +3456,9 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     Returns:
         Difference of the two shares, lower and upper end.
     """
+    first, second = _one_an_image(first=first, second=second)
+    if not first.dtype == second.dtype == bool:
+        raise MSCNNError(f"first is {first.dtype} and second {second.dtype}: give whether something holds, as bool.")
     gained, lost, count = (second & ~first).sum() + 0.5, (first & ~second).sum() + 0.5, len(first) + 2
     middle = (gained - lost) / count
     half = 1.96 * np.sqrt((gained + lost) / count - middle**2) / np.sqrt(count)
@@ -3368,6 +3488,7 @@ def compare_decisions(
     Args:
         labels: true categories, (B,). names: C.
     """
+    _, _, labels = _one_an_image(first=first.category, second=second.category, labels=labels)
     accepted = [one.category < len(names) for one in (first, second)]
     wrong = [taken & (one.category != labels) for taken, one in zip(accepted, (first, second), strict=True)]
     groups = [(name, labels == c) for c, name in enumerate(names)] + [("all", np.ones(len(labels), bool))]
@@ -3442,6 +3563,7 @@ def unnoticed(verdicts: dict[str, Decisions], share: float = 0.05) -> dict[str, 
 
 def stage_truth(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
     """The truth of the stage report: the category where Stage 1 is right, OTHER where it is wrong; (B,)."""
+    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
     return np.where(decisions.stage1_category == labels, labels, other)
 
 
@@ -3504,6 +3626,7 @@ def class_activation_map(network: keras.Model, images: np.ndarray, category: int
     Returns:
         float32 (B, h, w); its mean plus the dense layer's bias is the logit.
     """
+    _check_categories_within(np.atleast_1d(category), network.output_shape[-1])
     features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
     weights = network.get_layer("scaled").scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
     return np.asarray(tf.cast(features, tf.float32)) @ weights
@@ -3583,8 +3706,9 @@ def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained"
-    )
+        rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained",
+        FigureClass=_figure_class(),
+    )  # fmt: skip
     plt.close(figure)
     FigureCanvasAgg(figure)  # closing takes its canvas, without which each text is measured on a new, whole picture
     return figure, axes.ravel()
@@ -3596,14 +3720,72 @@ def _legend_below(figure, axis) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
-def _literal(text: str) -> str:
-    """For Matplotlib, which takes what is between two $ for a formula: a name means what it says."""
-    return text.replace("$", r"\$")
+@functools.cache
+def _figure_class() -> type:
+    """Matplotlib's figure, made legible before it is drawn; no import at the top, for it takes a second."""
+    from matplotlib.figure import Figure
+
+    class LegibleFigure(Figure):
+        def draw(self, renderer):
+            make_legible(self)
+            super().draw(renderer)
+
+    return LegibleFigure
+
+
+def make_legible(figure) -> None:
+    """Draws all texts as they are: what is between two $ is no formula, and other scripts take a font that has them."""
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.text import Text
+
+    texts = {text: set(filter(str.isprintable, text.get_text())) for text in figure.findobj(Text)}
+    lacking = set().union(*texts.values()) - _characters_in(findfont(FontProperties()))
+    fallback = _font_with("".join(sorted(lacking))) if lacking else None
+    for text, characters in texts.items():
+        text.set_parse_math("\\mathdefault" in text.get_text())  # which are Matplotlib's own, of a logarithmic axis
+        if fallback and characters & lacking and fallback not in text.get_fontfamily():
+            text.set_fontfamily([*text.get_fontfamily(), fallback])
+
+
+@functools.cache
+def _characters_in(font: str) -> frozenset[str]:
+    """The characters that a font file has; none if it cannot be read."""
+    from matplotlib.font_manager import get_font
+
+    try:
+        return frozenset(map(chr, get_font(font).get_charmap()))
+    except Exception:  # of FreeType and of the file system: a font for the colours of emoji, one that has been deleted
+        return frozenset()
+
+
+@functools.cache
+def _font_with(characters: str) -> str | None:
+    """The installed font that has the most of these characters; None if none has any."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    wanted, families = set(characters), dict.fromkeys(font.name for font in fontManager.ttflist)
+    lacks = {
+        name: wanted - _characters_in(findfont(FontProperties(family=[name])))
+        for name in families
+        if not name.startswith("Last Resort")  # Matplotlib's, which has a box for every character
+    }
+    best = min(lacks, key=lambda name: len(lacks[name]))
+    for script in sorted({unicodedata.name(one, "UNKNOWN").split()[0] for one in lacks[best]}):
+        _warn_of_boxes(script)
+    return best if lacks[best] < wanted else None
+
+
+@functools.cache
+def _warn_of_boxes(script: str) -> None:
+    """Says, once, that a script cannot be drawn, in place of Matplotlib, which says it of each character and figure."""
+    remedy = "Install one that does, such as one of Noto, and start Python anew."
+    warnings.warn(f"No installed font has these {script} characters: figures show boxes there. {remedy}", stacklevel=2)
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
 
 
 def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axis.set_title(_literal(title), fontsize=8, color=colour)
+    axis.set_title(title, fontsize=8, color=colour)
     axis.set_axis_off()
 
 
@@ -3615,7 +3797,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short
         _show_image(axis, image, caption)
-    figure.suptitle(_literal(title))
+    figure.suptitle(title)
     return figure
 
 
@@ -3628,7 +3810,7 @@ def plot_samples(data: Dataset, columns: int = 8):
     for row, (indices, name) in enumerate(zip(chosen, data.category_names, strict=True)):
         for column, i in enumerate(indices):
             _show_image(axes[row * columns + column], data.train.images[i], name if column == 0 else "")
-    figure.suptitle(f"{_literal(data.name)}: {columns} train images of each category")
+    figure.suptitle(f"{data.name}: {columns} train images of each category")
     return figure
 
 
@@ -3701,8 +3883,8 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
     )  # fmt: skip
     named = np.arange(0, len(labels), -(-len(labels) // 80))
     for set_ticks in (axis.set_xticks, axis.set_yticks):
-        set_ticks(named + 0.5, [_literal(labels[i]) for i in named])
-    axis.set(title=_literal(title), xlabel="decided", ylabel="true")
+        set_ticks(named + 0.5, [labels[i] for i in named])
+    axis.set(title=title, xlabel="decided", ylabel="true")
     axis.tick_params(axis="x", rotation=45)
     axis.tick_params(axis="y", rotation=0)
     return figure
@@ -3718,7 +3900,7 @@ def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dic
     figure, (axis,) = _axes(1, 1, 6, 4)
     for label, (confidence, right) in curves.items():
         coverage, risk = risk_coverage(confidence, right)
-        (line,) = axis.plot(coverage, risk, label=f"{_literal(label)} (AURC {aurc(confidence, right):.4f})")
+        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, right):.4f})")
         accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
         if accepted:
             axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
@@ -3741,8 +3923,8 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     for label, (confidence, right) in curves.items():
         mean, accuracy, count = reliability(confidence, right, bins)
         error = calibration_error(confidence, right, bins)
-        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{_literal(label)} (ECE {error:.3f})")
-        counts.stairs(count, np.linspace(0, 1, bins + 1), label=_literal(label), linewidth=1.5)
+        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
+        counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
     axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
@@ -3773,9 +3955,10 @@ def select(decisions: Decisions, indices: np.ndarray) -> Decisions:
 
 def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float], marked: float, split: str):
     """What a threshold buys on the images of a split: coverage and selective accuracy, with one threshold marked."""
+    confidence, right = _checked_pair(confidence, right)
     figure, (axis,) = _axes(1, 1, 6, 3.6)
     grid = np.asarray(thresholds)
-    accepted = np.asarray(confidence)[None, :] >= grid[:, None]  # (thresholds, N)
+    accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
     with np.errstate(invalid="ignore"):
         accuracy = (accepted & right).sum(axis=1) / accepted.sum(axis=1)
     axis.plot(grid, accepted.mean(axis=1), label="coverage")
@@ -3794,7 +3977,7 @@ def plot_retraining(results: Sequence[Retraining]):
     place = np.arange(len(results))
     axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
     axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
-    labels = [f"{_literal(r.category)}\n{'kept' if r.kept else 'put back'}" for r in results]
+    labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
     _legend_below(figure, axis)
@@ -3814,11 +3997,11 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
             (second, trace.stage2_map, "why right"),
         ):
             _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
-        top = "\n".join(f"{_literal(name)} {p:.1%}" for name, p in trace.top3)
+        top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
         colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
-        text.text(0, 0.02, _literal(_verdict(trace, bool(wrong))), fontsize=11, weight="bold", color=colour)
+        text.text(0, 0.02, _verdict(trace, bool(wrong)), fontsize=11, weight="bold", color=colour)
     return figure
 
 
@@ -4127,22 +4310,25 @@ def in_notebook_of_a_person() -> bool:
     return "ipykernel" in sys.modules and not os.environ.get("MSCNN_HEADLESS")
 
 
-def _print_anyway(text: str) -> None:
+def _print_anyway(text: str, error: bool = False) -> None:
     """Prints what a run says of itself: what the output's encoding lacks as escapes, and to nobody if it is closed."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     with _closed_output_ignored():
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 @contextlib.contextmanager
 def _closed_output_ignored():
     """From the moment when nobody reads the output any more, all that is printed goes nowhere."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
         yield
-        if sys.stdout:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _let_output_fail() -> None:
@@ -4195,6 +4381,7 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
         MSCNNError: a cell failed; the message holds its error and names the partial notebook.
     """
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
 
     source = project_root() / "notebooks" / f"{name}.ipynb"
@@ -4216,6 +4403,9 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
     except papermill.PapermillExecutionError as error:
         told = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
         raise MSCNNError(f"{told}\n({name}, cell {error.exec_count}; the notebook so far: {target})") from error
+    except NoSuchKernel as error:
+        remedy = f"{sys.executable} -m pip install ipykernel"
+        raise MSCNNError(f"{name}: Jupyter knows no kernel named {error.name} here. Install it: {remedy}") from error
     except DeadKernelError as error:
         raise MSCNNError(
             f"{name}: its Python process died, most often because the memory is used up. "
@@ -4236,7 +4426,7 @@ def _write_html(notebook: Path) -> None:
         html = re.sub(rf'href="({"|".join(NOTEBOOKS)})\.ipynb', r'href="\1.html', html)  # from page to page
         _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
     except Exception as error:  # nbconvert, Jinja and the file system each have their own
-        print(f"No page could be made of {notebook}: {error}", file=sys.stderr)
+        _print_anyway(f"No page could be made of {notebook}: {error}", error=True)
 
 
 @contextlib.contextmanager
@@ -4266,10 +4456,12 @@ def _ending_written_down(run: Run):
     """Writes into `metrics.json` how a run that has begun ended, if not well."""
     try:
         yield
-    except (MSCNNError, KeyboardInterrupt) as error:
-        if run.read("metrics").get("status") == "running":
-            ending = {"status": "failed", "reason": str(error)} if str(error) else {"status": "interrupted"}
-            run.write("metrics", ended=_now(), **ending)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        ending = {"status": "interrupted"} if interrupted else {"status": "failed", "reason": str(error) or repr(error)}
+        with contextlib.suppress(MSCNNError):  # the reason is in `error`
+            if run.read("metrics").get("status") == "running":
+                run.write("metrics", ended=_now(), **ending)
         raise
 
 
@@ -4356,7 +4548,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
     parsed = command_line().parse_args(arguments)
-    usual = signal.signal(signal.SIGTERM, _terminate)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
+    usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         settings = Settings(**vars(parsed))
         run = Run("total", settings)
@@ -4367,15 +4560,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _closed_output_ignored():
             print_result(Run("total", settings))
     except MSCNNError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        _print_anyway(f"\nerror: {error}", error=True)
         return 1
     except KeyboardInterrupt as error:
-        print(
-            "\ninterrupted. What is finished lies in the run folder; a finished model is still whole.", file=sys.stderr
-        )
+        kept = "What is finished lies in the run folder; a finished model is still whole."
+        _print_anyway(f"\ninterrupted. {kept}", error=True)
         return 143 if isinstance(error, _Terminated) else 130
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, usual)
     return 0
 
 

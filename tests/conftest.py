@@ -38,6 +38,13 @@ def write_tiny_npz(path: Path, train: int = 600, test: int = 100) -> Path:
     return path
 
 
+def gross_strangers(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """What no model may take for one of its categories, uint8 (B, H, W, channels) a kind."""
+    some = np.zeros((60, *shape), np.uint8)
+    kinds = mscnn.made_up_images(some, 7)
+    return {kind: kinds[kind] for kind in ("uniform noise", "Gaussian noise", "one colour", "stripes")}
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory) -> Path:
     """The `.npz` file of `tiny_data`."""

@@ -1296,16 +1296,70 @@ def test_a_dead_link_is_told(tmp_path, capsys):
     assert "1 (1 dead link), such as gone.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "Testing")])
-def test_splits_are_found_in_any_case_and_validation_is_told(tmp_path, capsys, train, test):
+@pytest.mark.parametrize(("train", "val", "test"), [("Train", "Valid", "TEST"), ("training", "validation", "Testing")])
+def test_splits_are_found_in_any_case(tmp_path, capsys, train, val, test):
     folder = tmp_path / "mine"
-    category_folders(folder / train)
-    category_folders(folder / test, 3)
-    category_folders(folder / "Val", 2)
+    for name, count in ((train, 12), (val, 4), (test, 3)):
+        category_folders(folder / name, count)
     put(folder / test / "wasp" / "000.png")
     data = mscnn.load_dataset(str(folder))
-    assert (data.category_names, len(data.test)) == (("ant", "bee"), 6)
-    assert "2 (2 folder), such as Val, wasp" in capsys.readouterr().out
+    assert data.describe()["sizes"] == {"train": 24, "calibration": 4, "certification": 4, "test": 6}
+    assert "1 (1 folder), such as wasp" in capsys.readouterr().out
+
+
+def photographs(folder: Path, split: str, counts: dict[str, int]) -> None:
+    """Pictures whose first pixel says which split they are of and which of its images they are."""
+    for name, count in counts.items():
+        for i in range(count):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), ({"train": 0, "val": 100, "test": 200}[split], i, 0)).save(
+                folder / split / name / f"{i:03}.png"
+            )
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+@pytest.mark.parametrize("light", [True, False])
+def test_a_validation_split_is_halved_by_category_and_train_stays_whole(tmp_path, with_test, light):
+    photographs(tmp_path, "train", {"ant": 20, "bee": 10})
+    photographs(tmp_path, "val", {"ant": 9, "bee": 2})
+    if with_test:
+        photographs(tmp_path, "test", {"ant": 2, "bee": 2})
+    data = mscnn.load_dataset(str(tmp_path), light)
+    assert np.bincount(data.calibration.labels).tolist() in ([4, 1], [5, 1])
+    assert np.bincount(data.calibration.labels).sum() + np.bincount(data.certification.labels).sum() == 11
+    assert (data.certification.labels == 1).sum() == 1
+    held = [tuple(image[0, 0]) for split in (data.calibration, data.certification) for image in split.images]
+    assert {red for red, _, _ in held} == {100}
+    assert (data.train.images[:, 0, 0, 0] == 0).all() and len(data.train) == (30 if with_test else 24)
+
+
+def test_light_mode_takes_a_tenth_of_a_validation_split():
+    labels = np.arange(10_000) % 2
+    images = np.zeros((10_000, 2, 2, 1), np.uint8)
+    raw = mscnn._Raw("many", "", ["a", "b"], images, labels, images, labels, images[:7_000], labels[:7_000])
+    sizes = mscnn._split(raw, light_mode=True, seed=0).describe()["sizes"]
+    assert sizes == {"train": 1500, "calibration": 350, "certification": 350, "test": 1000}
+
+
+def test_a_validation_split_that_is_too_small_is_left_out_and_named(tmp_path, capsys):
+    photographs(tmp_path, "train", {"ant": 20, "bee": 20})
+    photographs(tmp_path, "val", {"ant": 9, "bee": 1})
+    data = mscnn.load_dataset(str(tmp_path))
+    assert not any((split.images[:, 0, 0, 0] == 100).any() for split in (data.train, data.calibration, data.test))
+    told = capsys.readouterr().out
+    assert (
+        f"{tmp_path / 'val'} is left out: it takes two images or more of each category, and it has 1 of 'bee'" in told
+    )
+    assert "1 (1 folder), such as val" in told
+
+
+def test_another_validation_split_is_other_data(tmp_path):
+    prints = []
+    for count in (4, 6):
+        photographs(tmp_path, "train", {"ant": 20, "bee": 20})
+        photographs(tmp_path, "val", {"ant": count, "bee": count})
+        prints.append(mscnn.load_dataset(str(tmp_path)).source_fingerprint)
+    assert prints[0] != prints[1]
 
 
 def test_two_folders_for_one_split_are_refused(tmp_path):

@@ -233,6 +233,53 @@ def test_selective_metrics_by_hand():
     }
 
 
+def test_category_metrics_by_hand():
+    decided, stage1 = [0, 0, 10, 1, 10, 0], [0, 0, 0, 1, 1, 0]
+    got = mscnn.category_metrics(decisions_of(decided, stage1), np.array([0, 0, 0, 1, 0, 1]), ("ant", "bee", "cow"))
+    assert got["ant"] == {
+        "images": 4, "accuracy": 3 / 4, "coverage": 2 / 4, "selective_accuracy": 1.0, "precision": pytest.approx(2 / 3),
+    }  # fmt: skip
+    assert got["bee"] == {"images": 2, "accuracy": 0.5, "coverage": 1.0, "selective_accuracy": 0.5, "precision": 1.0}
+    assert got["cow"]["images"] == 0 and np.isnan([v for k, v in got["cow"].items() if k != "images"]).all()
+
+
+SIX, FIVE = np.zeros(6, int), np.zeros(5, int)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: mscnn.selective_metrics(decisions_of(SIX, SIX), FIVE),
+        lambda: mscnn.category_metrics(decisions_of(SIX, SIX), FIVE, ("ant", "bee")),
+        lambda: mscnn.evaluate(decisions_of(SIX, SIX), FIVE, 0.7),
+        lambda: mscnn.stage_truth(decisions_of(SIX, SIX), FIVE, 10),
+        lambda: mscnn.compare_decisions(decisions_of(SIX, SIX), decisions_of(FIVE, FIVE), SIX, ("ant", "bee")),
+        lambda: mscnn.paired_difference(SIX == 0, FIVE == 0),
+        lambda: mscnn.thresholds_by_category(SIX, FIVE / 2, 0.5, 3),
+        lambda: mscnn.log_loss_by_category(SIX, FIVE / 2, FIVE == 0, 3),
+        lambda: mscnn.threshold_for_coverage(np.zeros((5, 1)), 0.5),
+        lambda: mscnn.plot_thresholds(SIX / 2, FIVE == 0, [0.5], 0.5, "test"),
+    ],
+)
+def test_arrays_of_different_length_are_named(measure):
+    with pytest.raises(mscnn.MSCNNError, match=r" is \([56],.*: give one of each an image, \(N,\)"):
+        measure()
+
+
+def test_what_is_no_truth_value_no_number_or_no_category_is_named():
+    for wrong, message in (
+        (lambda: mscnn.paired_difference(SIX, SIX), "first is int64 and second int64: .* as bool"),
+        (lambda: mscnn.threshold_for_coverage(np.array([np.nan, 0.5]), 0.5), "1 of 2 confidences are NaN"),
+        (lambda: mscnn.thresholds_by_category(SIX + 3, SIX / 2, 0.5, 3), "Categories are int64, 3 to 3: .* 0 to 2"),
+        (
+            lambda: mscnn.log_loss_by_category(SIX - 1, SIX / 2, SIX == 0, 3),
+            "Categories are int64, -1 to -1: .* 0 to 2",
+        ),
+    ):
+        with pytest.raises(mscnn.MSCNNError, match=message):
+            wrong()
+
+
 def test_a_model_that_rejects_everything_is_not_praised_by_the_honest_figures():
     """The stage report alone would: it scores Stage 1's error rate, here 79 %."""
     labels = np.zeros(100, int)

@@ -179,3 +179,9 @@ def test_traces_without_truth_and_without_images(model, images):
     assert [trace.truth for trace in mscnn.trace_decisions(model, images[:2])] == ["", ""]
     assert {trace.verdict for trace in mscnn.trace_decisions(model, images, threshold=1)} == {mscnn.OTHER}
     assert mscnn.trace_decisions(model, images[:0]) == []
+
+
+@pytest.mark.parametrize("category", [-1, 5, 1.0])
+def test_a_map_of_no_category_is_refused(trained_model, tiny_data, category):
+    with pytest.raises(mscnn.MSCNNError, match=r"Categories are .*: use integers from 0 to 4"):
+        mscnn.class_activation_map(trained_model.stage1, tiny_data.test.images[:2], category)

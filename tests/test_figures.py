@@ -2,6 +2,7 @@
 
 import ast
 import io
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -306,3 +307,29 @@ def test_names_are_drawn_as_they_are(name, tmp_path):
         read = [one._preprocess_math(one.get_text()) for one in figure.findobj(Text)]
         assert any(name in text for text, _ in read), what
         assert not any(math and name in text for text, math in read), what
+
+
+def test_names_in_another_script_take_a_font_that_has_it(monkeypatch):
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.text import Text
+
+    monkeypatch.setattr(mscnn, "_warn_of_boxes", lambda script: pytest.fail(f"{script} can be drawn"))
+    name = "⌒⌓"  # which DejaVu Sans lacks, and another of Matplotlib's own fonts has
+    assert not set(name) & mscnn._characters_in(findfont(FontProperties()))
+    figure = mscnn.plot_images(pictures(2), [name, "cat"])
+    figure.canvas.draw()
+    fonts = {text.get_text(): text.get_fontfamily() for text in figure.findobj(Text)}
+    assert set(name) <= mscnn._characters_in(findfont(FontProperties(family=[fonts[name][-1]])))
+    assert len(fonts["cat"]) == 1
+
+
+def test_a_script_without_a_font_gives_one_note(monkeypatch):
+    for cached in (mscnn._font_with, mscnn._warn_of_boxes):
+        cached.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for names in (["𓀀", "cat"], ["𓀀𓀁", "cat"]):  # hieroglyphs
+            mscnn.plot_confusion(np.eye(2, dtype=int), names, "two").canvas.draw()
+            mscnn.plot_images(pictures(2), names).canvas.draw()
+    (note,) = told
+    assert str(note.message).startswith("No installed font has these EGYPTIAN characters: figures show boxes there")

@@ -1,6 +1,7 @@
 """Section 5: the model: both stages together, freezing, fingerprints, decide, save and load."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import gross_strangers
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import Decisions, MSCNNError, MultiStageCNN
@@ -230,13 +232,6 @@ def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     assert (model.decide(mscnn.made_up_images(digits.test.images)["uniform noise"]).novelty > 0).all()
 
 
-def gross_strangers(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """What no model may take for one of its categories, uint8 (B, H, W, channels) a kind."""
-    some = np.zeros((60, *shape), np.uint8)
-    kinds = mscnn.made_up_images(some, 7)
-    return {kind: kinds[kind] for kind in ("uniform noise", "Gaussian noise", "one colour", "stripes")}
-
-
 def assert_notices_strangers(model: MultiStageCNN, images: np.ndarray) -> None:
     """All gross strangers are OTHER by the second reason, and hardly any image of the categories is."""
     for kind, found in gross_strangers(model.image_shape).items():
@@ -262,16 +257,29 @@ def photographs_of_few_kinds(categories: int, count: int) -> mscnn.Dataset:
     return mscnn._split(mscnn._Raw("strips", "", names, *arrays), light_mode=False, seed=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("categories", "count"), [(3, 60), (4, 60), (3, 300)])
-def test_models_of_folders_of_photographs_notice_gross_strangers(categories, count):
-    data = photographs_of_few_kinds(categories, count)
+def trained_on(data: mscnn.Dataset) -> MultiStageCNN:
     recipe, model = mscnn.recipe_for(len(data.train), epochs=5), MultiStageCNN.for_dataset(data)
     mscnn.train_stage1(model, data, recipe)
     mscnn.train_companion(model, data, recipe)
     mscnn.train_stage2(model, data, recipe)
     model.calibrate(data.calibration)
-    assert_notices_strangers(model, data.test.images)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("categories", "count"), [(3, 60), (4, 60), (3, 300)])
+def test_models_of_folders_of_photographs_notice_gross_strangers(categories, count):
+    data = photographs_of_few_kinds(categories, count)
+    assert_notices_strangers(trained_on(data), data.test.images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_models_of_light_mode_and_of_digits_notice_gross_strangers(name):
+    if name == "cifar10" and mscnn._find_cifar10() is None:
+        pytest.skip("CIFAR-10 is not at hand")
+    data = mscnn.load_dataset(name, light_mode=name == "cifar10")
+    assert_notices_strangers(trained_on(data), data.test.images)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
@@ -555,6 +563,7 @@ def test_a_batch_size_that_is_no_number_of_images(untrained_model, tiny_data, ba
         ("m.keras", b"", "is empty"),
         ("m.keras", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         ("m", b"PK", "ends in .keras"),
+        ("m.keras", b"PK\3\4 and no more", "is damaged or not a model of this project"),
     ],
 )
 def test_why_a_file_is_no_model(tmp_path, name, content, reason):
@@ -563,11 +572,27 @@ def test_why_a_file_is_no_model(tmp_path, name, content, reason):
         mscnn.load_model(tmp_path / name)
 
 
-def test_a_backend_other_than_tensorflow_is_named(tmp_path, monkeypatch):
+def test_a_folder_is_no_model(tmp_path):
+    with pytest.raises(MSCNNError, match=r"is a folder: give the path of a \.keras file"):
+        mscnn.load_model(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(trained_model_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # root, who may run this, has every right
+    with pytest.raises(MSCNNError, match=r"Cannot read .*: Permission denied\. Its rights have to let you read it"):
+        mscnn.load_model(trained_model_path)
+
+
+@pytest.mark.parametrize(("setting", "found"), [("backend", "jax"), ("image_data_format", "channels_first")])
+def test_a_keras_that_is_set_up_otherwise_is_named(tmp_path, tiny_data, monkeypatch, setting, found):
     (tmp_path / "m.keras").write_bytes(b"PK")
-    monkeypatch.setattr(mscnn.keras.backend, "backend", lambda: "jax")
-    with pytest.raises(MSCNNError, match=r"Keras runs on jax.*KERAS_BACKEND=tensorflow"):
-        mscnn.load_model(tmp_path / "m.keras")
+    monkeypatch.setattr(mscnn.keras.config, setting, lambda: found)
+    for make in (lambda: mscnn.load_model(tmp_path / "m.keras"), lambda: MultiStageCNN.for_dataset(tiny_data)):
+        with pytest.raises(MSCNNError, match=rf"Keras has the {setting} {found}, and .*keras\.json"):
+            make()
 
 
 def test_thresholds_of_another_number_cannot_be_set(untrained_model):
@@ -628,9 +653,8 @@ def test_saving_into_a_new_folder_makes_it(model, tmp_path):
 
 
 def test_a_missing_model_is_named(tmp_path):
-    for path in (tmp_path / "none.keras", tmp_path):
-        with pytest.raises(MSCNNError, match=f"There is no model file at {path}"):
-            mscnn.load_model(path)
+    with pytest.raises(MSCNNError, match=f"There is no model file at {tmp_path / 'none.keras'}"):
+        mscnn.load_model(tmp_path / "none.keras")
 
 
 def truncated(path: Path, whole: Path) -> None:

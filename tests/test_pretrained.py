@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pretrained
 import pytest
-from conftest import ROOT
+from conftest import ROOT, gross_strangers
 
 import mscnn_helpers as mscnn
 
@@ -80,6 +80,13 @@ def test_the_pretrained_model_is_what_its_card_says():
 
 
 @made
+def test_the_pretrained_model_notices_gross_strangers():
+    model = mscnn.load_model(FILE)
+    for kind, images in gross_strangers(model.image_shape).items():
+        assert set(model.decide(images, threshold=0).reasons()) == {mscnn.STRANGE}, kind
+
+
+@made
 def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
     if mscnn._find_cifar10() is None:
         pytest.skip("CIFAR-10 is not at hand")
@@ -87,7 +94,9 @@ def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
     model, record = mscnn.load_model(FILE), json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))
     model.check_matches(cifar10)
     images, labels = cifar10.test.images[:1000], cifar10.test.labels[:1000]
-    measured = mscnn.evaluate(model.decide(images), labels, model.threshold)
+    decisions = model.decide(images)
+    assert (decisions.novelty > 0).mean() <= 0.05
+    measured = mscnn.evaluate(decisions, labels, model.threshold)
     for got, said in (
         (measured["stage1"]["accuracy"], record["figures"]["accuracy of Stage 1, one look"]),
         (measured["two_stage"]["coverage"], record["figures"]["coverage"]),

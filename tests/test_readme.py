@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -238,6 +239,19 @@ def test_shell_blocks_are_shell(text):
     for kind, block in FENCE.findall(text):
         if kind == "sh":
             subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_the_loop_of_papermill_fails_with_a_notebook(tmp_path):
+    (loop,) = [block for kind, block in FENCE.findall(TEXTS["en"]) if 'papermill "$notebook"' in block]
+    for name in (".venv/bin/activate", *NOTEBOOKS):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    fake = tmp_path / "papermill"
+    fake.write_text('#!/bin/sh\necho "$1" >> asked\ncase "$1" in *03_*) exit 1;; esac\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["bash", "-c", loop], cwd=tmp_path, env=environment).returncode == 1
+    assert (tmp_path / "asked").read_text().split() == NOTEBOOKS[:3]
 
 
 @both

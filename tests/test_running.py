@@ -1,5 +1,6 @@
 """Section 10: what notebooks start and end with, the notebook runner, the command line."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT, write_tiny_npz
+from jupyter_client.kernelspec import NoSuchKernel
 from PIL import Image
 
 import mscnn_helpers as mscnn
@@ -736,7 +738,7 @@ def test_another_backend_is_refused_at_import():
 
 
 def test_a_name_that_is_no_parameter_is_refused(settings, monkeypatch):
-    cells = ["", "# Parameters\nepochs = 5\nepoch = 6\n", "def other():\n    pass"]
+    cells = ['run_dir: str = "runs/latest"', "# Parameters\nepochs = 5\nepoch = 6\n", "# Parameters\nx = 1", "%cd .."]
     assert mscnn.injected_names(cells) == ["epochs", "epoch"]
     shell = types.SimpleNamespace(user_ns={"In": cells})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
@@ -756,13 +758,47 @@ def test_a_run_writes_down_when_it_began_and_how_it_ended(settings):
     assert not any(path.exists() for path in old) and own.exists() and not model.exists()
     begun = run.read("metrics")
     assert begun["status"] == "running" and "+" in begun["started"][10:] and "commit" in begun
-    for error, status in ((MSCNNError("no luck"), "failed"), (mscnn._Terminated(), "interrupted")):
+    ends = ((MSCNNError("no luck"), "failed"), (RuntimeError(), "failed"), (mscnn._Terminated(), "interrupted"))
+    for error, status in ends:
         run.write("metrics", status="running")
         with pytest.raises(type(error)), mscnn._ending_written_down(run):
             raise error
         assert run.read("metrics")["status"] == status
     Run("05_evaluation_and_cam", settings).finish()
     assert run.read("metrics")["status"] == "finished"
+
+
+def test_a_damaged_record_does_not_hide_why_a_run_ended(settings):
+    run = Run("01_data_and_light_mode", settings)
+    run.write("metrics", status="running")
+    (run.folder / "metrics.json").write_text("{")
+    with pytest.raises(MSCNNError, match="no luck"), mscnn._ending_written_down(run):
+        raise MSCNNError("no luck")
+
+
+def test_the_command_line_can_be_called_from_any_thread(monkeypatch):
+    monkeypatch.setattr(mscnn, "checked_data", lambda run: None)
+    monkeypatch.setattr(mscnn, "run_all", lambda settings: None)
+    monkeypatch.setattr(mscnn, "print_result", lambda run: None)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert threads.submit(mscnn.main, ["--dataset", "digits"]).result() == 0
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-"])
+def test_a_closed_output_does_no_harm(redirection, tmp_path):
+    command = f"{sys.executable} mscnn_helpers.py --dataset nothing --run_dir {tmp_path} {redirection}"
+    assert subprocess.run(command, shell=True, cwd=ROOT, timeout=100).returncode == 1
+
+
+def test_a_missing_kernel_is_named(project, monkeypatch):
+    project("one", "")
+
+    def refuse(*args, **kwargs):
+        raise NoSuchKernel("python3")
+
+    monkeypatch.setattr("papermill.execute_notebook", refuse)
+    with pytest.raises(MSCNNError, match=r"Jupyter knows no kernel named python3 here\. Install it: .*ipykernel"):
+        mscnn.run_all(Settings(), ["one"])
 
 
 def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):
