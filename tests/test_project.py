@@ -267,7 +267,12 @@ def test_conda_and_package_use_the_same_ranges():
 
 def test_every_import_is_required():
     """What the modules import themselves must not come in by luck, as something else's dependency."""
-    other_names = {"sklearn": "scikit-learn", "PIL": "pillow", "IPython": "ipykernel"}
+    other_names = {
+        "sklearn": "scikit-learn",
+        "PIL": "pillow",
+        "IPython": "ipykernel",
+        "jupyter_client": "jupyter-client",
+    }
     only_on_colab = {"google"}
     modules = sorted(ROOT.glob("mscnn_*.py"))
     imported = set()
