@@ -717,7 +717,7 @@ def _keras_home() -> Path:
     return (home if usable else Path(tempfile.gettempdir())) / ".keras"
 
 
-def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) -> Dataset:
+def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0) -> Dataset:
     """Loads a data set and splits it; see `Settings.dataset` for the names.
 
     `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
@@ -727,6 +727,11 @@ def load_dataset(name: str = "auto", light_mode: bool = False, seed: int = 0) ->
         MSCNNError: the data is absent, damaged or not of the form described in the README, or the seed is no seed.
     """
     check_seed(seed)
+    if not isinstance(name, (str, os.PathLike)):
+        raise MSCNNError(f"dataset is {name!r}: give its name, or the path of a .npz file or an image folder.")
+    if not isinstance(light_mode, (bool, np.bool_)):
+        raise MSCNNError(f"light_mode is {light_mode!r}: it has to be True or False.")
+    name = str(name)
     if name != "auto":
         return _split(_read_dataset(name), light_mode, seed)
     try:
@@ -1165,6 +1170,10 @@ def read_image(picture, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)
     """
     from PIL import Image, ImageOps
 
+    if not isinstance(picture, (str, os.PathLike, np.ndarray, Image.Image)):
+        raise MSCNNError(f"The image is a {type(picture).__name__}: give a path, a Pillow image or an array.")
+    if len(input_shape) != 3 or input_shape[2] not in (1, 3):
+        raise MSCNNError(f"input_shape is {tuple(input_shape)}: use (height, width, 1) or (height, width, 3).")
     height, width, channels = input_shape
     if isinstance(picture, np.ndarray):
         picture = _image_of(picture)
@@ -1655,6 +1664,7 @@ ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the co
 NOVEL_SHARE = 0.01  # of the calibration images is called like nothing known: the price of noticing what is
 OWN_SHARE = 0.0025  # of them, by the texture alone, and by the detail alone
 FEW_IMAGES = 1000  # below this number a quantile of a hundredth is a matter of chance
+FEW_SHARE = 0.0005  # then, of the sum, whose tail is the heaviest; what is grossly strange shows in the other two
 
 
 def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -1811,6 +1821,23 @@ def _one_an_image(**given: Any) -> list[np.ndarray]:
     return list(arrays.values())
 
 
+def _checked_labels(category: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Labels as an array, or raises MSCNNError if they are not integers, one for each image that was decided on."""
+    _, labels = _one_an_image(decisions=category, labels=labels)
+    if labels.dtype.kind not in "iu" and len(labels):
+        raise MSCNNError(f"labels are {labels.dtype}: give the true categories as integers from 0.")
+    return labels
+
+
+def _check_share(name: str, value: float, zero: bool = True, one: bool = True) -> None:
+    """Raises MSCNNError unless a value is a number from 0 to 1; without 0, or without both, if it may not be these."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not (number and 0 <= value <= 1 and (zero or value > 0) and (one or value < 1)):
+        shown = f"{value:g}" if number else repr(value)
+        limits = "from 0 to 1" if zero else "above 0 and up to 1" if one else "between 0 and 1"
+        raise MSCNNError(f"{name} is {shown}: it is a share, a number {limits}, such as 0.01 for 1 %.")
+
+
 def _check_numbers(confidence: np.ndarray) -> None:
     """Raises MSCNNError unless confidences are numbers, none of them NaN."""
     if confidence.dtype.kind not in "biuf":
@@ -1867,8 +1894,7 @@ def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tu
         MSCNNError: they could not, or a value is outside its range.
     """
     for name, value in (("risk", risk), ("delta", delta)):
-        if not 0 < value < 1:
-            raise MSCNNError(f"{name} is {value:g}: it has to lie between 0 and 1, such as 0.01 for 1 %.")
+        _check_share(name, value, zero=False, one=False)
     steps = max(1, int(np.ceil(np.log2(max(images, 1)))))
     needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
     if images < needed:
@@ -1928,8 +1954,7 @@ def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
     Raises:
         MSCNNError: coverage is not a share, or there are no images.
     """
-    if not 0 < coverage <= 1:
-        raise MSCNNError(f"coverage is {coverage:g}: it is a share of the images, above 0 and up to 1.")
+    _check_share("coverage", coverage, zero=False)
     (confidence,) = _one_an_image(confidence=confidence)
     _check_numbers(confidence)
     if not len(confidence):
@@ -1959,8 +1984,9 @@ def threshold_for_costs(wrong: float, other: float) -> float:
     Raises:
         MSCNNError: a cost is not positive.
     """
-    if not (wrong > 0 and other > 0):
-        raise MSCNNError(f"The costs are {wrong:g} (wrong answer) and {other:g} (OTHER): both have to be above 0.")
+    numbers = all(isinstance(cost, (int, float, np.number)) for cost in (wrong, other))
+    if not (numbers and wrong > 0 and other > 0):
+        raise MSCNNError(f"The costs are {wrong!r} (wrong answer) and {other!r} (OTHER): use numbers above 0.")
     return max(0.0, 1 - other / wrong)
 
 
@@ -2054,7 +2080,8 @@ def known_scale(known: Known, signs: np.ndarray) -> Known:
     NOVEL_SHARE of the images lie beyond a limit: OWN_SHARE beyond that of the texture, as many beyond that of the
     detail, and so many beyond that of the sum that all make up the share. Fewer than FEW_IMAGES tell little of their
     own tails: then one image at most lies beyond a limit, that of the sum, and no limit is below the bound that the
-    next image of a normal distribution keeps with the same share (its prediction interval, Student's t).
+    next image of a normal distribution exceeds with a probability of OWN_SHARE, or FEW_SHARE for the sum (its
+    prediction interval, Student's t).
     """
     known = known._replace(scale=np.stack([signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-6)]))
     parts, count = _parts_of_novelty(signs, known), len(signs)  # (N, 3)
@@ -2064,7 +2091,7 @@ def known_scale(known: Known, signs: np.ndarray) -> Known:
     usual = ~((parts[:, 1] > texture) | (parts[:, 2] > detail))  # all, where the features are not known yet: NaN
     limits = np.array([_exceeded_by(beyond - (~usual).sum(), parts[usual, 0]), texture, detail])
     if few and count > 1:
-        shares = np.array([NOVEL_SHARE - 2 * OWN_SHARE, OWN_SHARE, OWN_SHARE])
+        shares = np.array([FEW_SHARE, OWN_SHARE, OWN_SHARE])
         limits = np.maximum(limits, _next_image_bound(parts, shares))
     return known._replace(limits=limits)
 
@@ -2219,8 +2246,13 @@ class MultiStageCNN(keras.Model):
         self.built = True
 
     def __setattr__(self, name, value):
-        if name in ("stage1", "companion", "stage2") and "_network_ids" in self.__dict__:
-            raise MSCNNError(self._not_replaced(name))
+        if "_network_ids" in self.__dict__:  # all is built
+            if name in ("stage1", "companion", "stage2"):
+                raise MSCNNError(self._not_replaced(name))
+            if name in ("category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"):
+                raise MSCNNError(
+                    f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN."
+                )
         super().__setattr__(name, value)
 
     def _ids_of_networks(self) -> dict[str, int]:
@@ -2532,9 +2564,10 @@ class MultiStageCNN(keras.Model):
         if frozen:
             names = ", ".join(self.category_names[c] for c in frozen)
             raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
-        self.certificate = None
         opinions, rows = self.opinions(split.images), self.rows.numpy()
-        pair, right = (opinions.stage1, opinions.stage2), opinions.category == split.labels
+        labels = _checked_labels(opinions.category, split.labels)
+        self.certificate = None
+        pair, right = (opinions.stage1, opinions.stage2), opinions.category == labels
         everything = categories is None and len(free) == len(self.category_names)
         if everything:
             self.common_row.assign(fit_common_row(*pair, right))
@@ -2566,7 +2599,8 @@ class MultiStageCNN(keras.Model):
             MSCNNError: too few images, or the risk cannot be guaranteed; threshold and certificate stay as they were.
         """
         decisions = self.decide(split.images)
-        right, familiar = decisions.stage1_category == split.labels, decisions.familiar
+        labels, familiar = _checked_labels(decisions.category, split.labels), decisions.familiar
+        right = decisions.stage1_category == labels
         found = threshold_for_risk(decisions.confidence[familiar], right[familiar], risk, delta)
         self.certificate = found._replace(images=len(split))
         self.threshold = self.certificate.threshold
@@ -2628,7 +2662,9 @@ class MultiStageCNN(keras.Model):
         Raises:
             MSCNNError: it may not, it cannot be written, or a network is not the model's own any more.
         """
-        path = Path(filepath)
+        path = path_from(str(filepath), Path())
+        if path.suffix != ".keras" or os.path.isdir(path):
+            raise MSCNNError(f"{path} is no name for a model file: give one that ends in .keras.")
         for name, _ in self._ids_of_networks().items() ^ self._network_ids.items():
             raise MSCNNError(self._not_replaced(name))
         if not overwrite and os.path.lexists(path):
@@ -2729,7 +2765,11 @@ def load_model(path: str | Path) -> MultiStageCNN:
     Raises:
         MSCNNError: it is missing, damaged or not of this project.
     """
-    path = project_root() / PRETRAINED if str(path) == "pretrained" else path
+    if not isinstance(path, (str, os.PathLike)):
+        raise MSCNNError(
+            f"The model file is {path!r}: give the path of a .keras file of a finished run, or pretrained."
+        )
+    path = project_root() / PRETRAINED if str(path) == "pretrained" else path_from(str(path), Path())
     if os.path.isdir(path):
         raise MSCNNError(f"{path} is a folder: give the path of a .keras file of a finished run, or pretrained.")
     if not Path(path).is_file():
@@ -3339,6 +3379,7 @@ def brier_score(confidence: np.ndarray, right: np.ndarray) -> float:
 
 def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
     """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
+    _check_share("coverage", coverage)
     covered, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
     return float(risk[np.searchsorted(covered, coverage - 1e-9)])
 
@@ -3348,6 +3389,7 @@ def coverage_at_error(confidence: np.ndarray, right: np.ndarray, error: float) -
 
     Among images of equal confidence some can be accepted by lot: ties as in `risk_coverage`.
     """
+    _check_share("error", error)
     covered, risk = risk_coverage(confidence, right)
     return float(covered[risk <= error].max(initial=0.0))
 
@@ -3386,7 +3428,7 @@ def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, flo
         accuracy_other_wrong: accuracy where OTHER counts as an error. stage_report_accuracy: share of
         images accepted where Stage 1 is right or rejected where it is wrong.
     """
-    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
+    labels = _checked_labels(decisions.category, labels)
     accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
     return {
         "coverage": accepted.mean(),
@@ -3406,7 +3448,7 @@ def category_metrics(decisions: Decisions, labels: np.ndarray, names: Sequence[s
         By name, of the images that show the category: their number (images), accuracy, coverage and
         selective_accuracy as in `selective_metrics`; and precision: of those decided to show it, the share that does.
     """
-    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
+    labels = _checked_labels(decisions.category, labels)
     accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
 
     def share(hits: np.ndarray) -> float:
@@ -3429,7 +3471,7 @@ def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict
 
     `stage1` is Stage 1 alone: its answers on one view, and its softmax as their confidence.
     """
-    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
+    labels = _checked_labels(decisions.category, labels)
     right, alone = decisions.stage1_category == labels, decisions.one_view_logits.argmax(axis=1)
     odds = log_odds(decisions.one_view_logits, alone)
     return {
@@ -3488,7 +3530,8 @@ def compare_decisions(
     Args:
         labels: true categories, (B,). names: C.
     """
-    _, _, labels = _one_an_image(first=first.category, second=second.category, labels=labels)
+    _one_an_image(first=first.category, second=second.category)
+    labels = _checked_labels(first.category, labels)
     accepted = [one.category < len(names) for one in (first, second)]
     wrong = [taken & (one.category != labels) for taken, one in zip(accepted, (first, second), strict=True)]
     groups = [(name, labels == c) for c, name in enumerate(names)] + [("all", np.ones(len(labels), bool))]
@@ -3563,7 +3606,7 @@ def unnoticed(verdicts: dict[str, Decisions], share: float = 0.05) -> dict[str, 
 
 def stage_truth(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
     """The truth of the stage report: the category where Stage 1 is right, OTHER where it is wrong; (B,)."""
-    _, labels = _one_an_image(decisions=decisions.category, labels=labels)
+    labels = _checked_labels(decisions.category, labels)
     return np.where(decisions.stage1_category == labels, labels, other)
 
 
@@ -3571,6 +3614,7 @@ def classification_report(truth: np.ndarray, decided: np.ndarray, names: Sequenc
     """scikit-learn's report over the C categories and OTHER."""
     from sklearn.metrics import classification_report as report
 
+    truth, decided = _one_an_image(truth=truth, decided=decided)
     return report(truth, decided, labels=range(len(names) + 1), target_names=[*names, OTHER], digits=3, zero_division=0)
 
 
@@ -3578,12 +3622,15 @@ def confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> n
     """Confusion matrix with OTHER last, int (C+1, C+1): rows are the truth, columns the decision."""
     from sklearn.metrics import confusion_matrix
 
+    truth, decided = _one_an_image(truth=truth, decided=decided)
     return confusion_matrix(truth, decided, labels=range(len(names) + 1))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
     confidence, right = _checked_pair(confidence, right, share=True)
+    if not isinstance(bins, (int, np.integer)) or bins < 1:
+        raise MSCNNError(f"bins is {bins!r}: it is a number of bins, a whole number from 1 on.")
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(where, minlength=bins)
     sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, right)]
@@ -3626,6 +3673,7 @@ def class_activation_map(network: keras.Model, images: np.ndarray, category: int
     Returns:
         float32 (B, h, w); its mean plus the dense layer's bias is the logit.
     """
+    _check_explained(network, images)
     _check_categories_within(np.atleast_1d(category), network.output_shape[-1])
     features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
     weights = network.get_layer("scaled").scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
@@ -3643,6 +3691,7 @@ def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: 
     Returns:
         float32 (B, h, w), at least 0.
     """
+    _check_explained(network, images, layer)
     features = network.get_layer(layer).output
     maps = keras.Model(network.inputs[0], features)(images, training=False)  # (B, h, w, K)
     head = keras.Model(features, network.outputs[0])
@@ -3652,6 +3701,19 @@ def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: 
     gradient = tf.cast(tape.gradient(value, maps), tf.float32)  # (B, h, w, K)
     weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (B, 1, 1, K)
     return np.asarray(tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=-1)))
+
+
+def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "pooled") -> None:
+    """Raises MSCNNError for images of another dtype or shape, or a layer that is not there."""
+    shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
+    if dtype != np.uint8 or shape[1:] != network.input_shape[1:]:
+        wanted = ", ".join(map(str, network.input_shape[1:]))
+        raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).")
+    names = [one.name for one in network.layers]
+    if layer not in names:
+        raise MSCNNError(
+            f"{network.name} has no layer '{layer}'.{_did_you_mean(layer, names)} Choose among: {', '.join(names)}."
+        )
 
 
 class DecisionTrace(NamedTuple):
@@ -3673,6 +3735,7 @@ def trace_decisions(
 ) -> list[DecisionTrace]:
     """Explains the decisions on uint8 images (B, H, W, channels), one trace an image."""
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
+    labels = None if labels is None else _checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
     traces = []
     for i, c in enumerate(decisions.stage1_category):
@@ -3791,6 +3854,8 @@ def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black")
 
 def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", columns: int = 8):
     """A grid of uint8 images (N, H, W, channels), a caption above each."""
+    if len(captions) != len(images):
+        raise MSCNNError(f"{len(captions)} captions for {len(images)} images: give one of each image, '' for none.")
     rows = max(1, -(-len(images) // columns))
     figure, axes = _axes(rows, columns, 1.25, 1.5)
     for axis in axes:
@@ -3872,7 +3937,10 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
     """
     import seaborn
 
+    matrix = np.asarray(matrix)
     labels = [*names, OTHER] if len(names) < len(matrix) else list(names)
+    if matrix.shape != (len(labels), len(labels)) or matrix.dtype.kind not in "iu":
+        raise MSCNNError(f"The matrix is {matrix.dtype} {matrix.shape}: use counts, integers, for {len(labels)} names.")
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     few, size = len(labels) <= 31, min(2.5 + 0.55 * len(labels), 20)  # inches
     figure, (axis,) = _axes(1, 1, size + 0.8, size)
@@ -3935,6 +4003,8 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
 def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, names: Sequence[str], title: str):
     """Images with what was decided, how confidently, and what is true."""
     full, captions = [*names, OTHER], []
+    labels = _checked_labels(decisions.category, labels)
+    _check_categories_within(labels, len(full))
     fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
     for d, c, p, reason, t in zip(*fields, strict=True):
         said = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"

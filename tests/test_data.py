@@ -1435,3 +1435,24 @@ def test_an_array_is_read_as_a_picture_is(shape):
 def test_an_array_that_is_no_picture_is_refused():
     with pytest.raises(MSCNNError, match=r"The image has shape"):
         mscnn.read_image(np.zeros((2, 40, 40, 3), np.uint8))
+
+
+def test_a_data_set_is_named_by_text_or_a_path(tiny_path, tiny_data):
+    assert mscnn.load_dataset(tiny_path).fingerprint == tiny_data.fingerprint
+    for wrong in (None, 5):
+        with pytest.raises(MSCNNError, match=f"dataset is {wrong}: give its name, or the path"):
+            mscnn.load_dataset(wrong)
+    with pytest.raises(MSCNNError, match="light_mode is 'no': it has to be True or False"):
+        mscnn.load_dataset("digits", light_mode="no")
+
+
+@pytest.mark.parametrize("picture", [None, b"abc", [[1, 2], [3, 4]], 5])
+def test_what_is_no_picture_is_named(picture):
+    with pytest.raises(MSCNNError, match=r"The image is a \w+: give a path, a Pillow image or an array"):
+        mscnn.read_image(picture)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 32, 4)])
+def test_a_picture_has_three_sizes(shape):
+    with pytest.raises(MSCNNError, match=r"input_shape is \(32, 32.*: use \(height, width, 1\) or"):
+        mscnn.read_image(np.zeros((8, 8, 3), np.uint8), shape)

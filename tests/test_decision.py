@@ -343,9 +343,9 @@ def test_a_threshold_for_a_coverage_accepts_that_share(coverage, accepted):
     assert (confidence >= mscnn.threshold_for_coverage(confidence, coverage)).sum() == accepted
 
 
-@pytest.mark.parametrize("coverage", [0, 1.1, np.nan])
+@pytest.mark.parametrize("coverage", [0, 1.1, np.nan, "a", None, True])
 def test_a_coverage_that_is_no_share_is_refused(coverage):
-    with pytest.raises(MSCNNError, match=r"coverage is .*: it is a share of the images, above 0 and up to 1"):
+    with pytest.raises(MSCNNError, match=r"coverage is .*: it is a share, a number above 0 and up to 1"):
         mscnn.threshold_for_coverage(np.ones(3), coverage)
 
 
@@ -357,9 +357,9 @@ def test_a_threshold_for_costs_is_where_answering_begins_to_pay(wrong, other):
         assert (confidence >= threshold - 1e-9) == pays
 
 
-@pytest.mark.parametrize("costs", [(0, 1), (1, 0), (-1, 1)])
+@pytest.mark.parametrize("costs", [(0, 1), (1, 0), (-1, 1), ("2", 1)])
 def test_costs_that_are_none_are_refused(costs):
-    with pytest.raises(MSCNNError, match="both have to be above 0"):
+    with pytest.raises(MSCNNError, match="use numbers above 0"):
         mscnn.threshold_for_costs(*costs)
 
 

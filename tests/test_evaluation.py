@@ -259,6 +259,9 @@ SIX, FIVE = np.zeros(6, int), np.zeros(5, int)
         lambda: mscnn.log_loss_by_category(SIX, FIVE / 2, FIVE == 0, 3),
         lambda: mscnn.threshold_for_coverage(np.zeros((5, 1)), 0.5),
         lambda: mscnn.plot_thresholds(SIX / 2, FIVE == 0, [0.5], 0.5, "test"),
+        lambda: mscnn.plot_gallery(np.zeros((6, 8, 8, 3)), decisions_of(SIX, SIX, SIX / 2), FIVE, ("ant", "bee"), ""),
+        lambda: mscnn.confusion(SIX, FIVE, ("ant", "bee")),
+        lambda: mscnn.classification_report(SIX, FIVE, ("ant", "bee")),
     ],
 )
 def test_arrays_of_different_length_are_named(measure):
@@ -268,6 +271,18 @@ def test_arrays_of_different_length_are_named(measure):
 
 def test_what_is_no_truth_value_no_number_or_no_category_is_named():
     for wrong, message in (
+        (
+            lambda: mscnn.evaluate(decisions_of(SIX, SIX), SIX / 1, 0.7),
+            "labels are float64: give .* as integers from 0",
+        ),
+        (lambda: mscnn.selective_metrics(decisions_of(SIX, SIX), np.array(["ant"] * 6)), "labels are <U3"),
+        (lambda: mscnn.error_at_coverage(SIX / 2, SIX == 0, 2), "coverage is 2: it is a share, a number from 0 to 1"),
+        (lambda: mscnn.coverage_at_error(SIX / 2, SIX == 0, "1"), "error is '1': it is a share, a number from 0 to 1"),
+        (lambda: mscnn.threshold_for_risk(SIX / 2, SIX == 0, 1), "risk is 1: .* a number between 0 and 1"),
+        (lambda: mscnn.reliability(SIX / 2, SIX == 0, 0), "bins is 0: it is a number of bins"),
+        (lambda: mscnn.plot_confusion(np.eye(3), ("ant", "bee"), ""), r"The matrix is float64 \(3, 3\): use counts"),
+        (lambda: mscnn.plot_confusion(np.eye(3, dtype=int), ("ant",), ""), r"The matrix is int64 \(3, 3\): .* 2 names"),
+        (lambda: mscnn.plot_images(np.zeros((2, 8, 8, 3)), ["ant"]), "1 captions for 2 images"),
         (lambda: mscnn.paired_difference(SIX, SIX), "first is int64 and second int64: .* as bool"),
         (lambda: mscnn.threshold_for_coverage(np.array([np.nan, 0.5]), 0.5), "1 of 2 confidences are NaN"),
         (lambda: mscnn.thresholds_by_category(SIX + 3, SIX / 2, 0.5, 3), "Categories are int64, 3 to 3: .* 0 to 2"),

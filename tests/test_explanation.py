@@ -181,6 +181,21 @@ def test_traces_without_truth_and_without_images(model, images):
     assert mscnn.trace_decisions(model, images[:0]) == []
 
 
+def test_what_cannot_be_explained_is_refused(trained_model, tiny_data):
+    network, images = trained_model.stage1, tiny_data.test.images[:2]
+    for wrong, message in (
+        (
+            lambda: class_activation_map(network, images / 255, 1),
+            r"Images are float64 .*stage1 takes uint8 \(B, 32, 32, 3\)",
+        ),
+        (lambda: grad_cam(network, images[0], lambda z: z[:, 1]), r"Images are uint8 \(32, 32, 3\)"),
+        (lambda: grad_cam(network, images, lambda z: z[:, 1], "blok2"), r"no layer 'blok2'\. Did you mean block2\?"),
+        (lambda: mscnn.trace_decisions(trained_model, images, np.array([1])), r"decisions is \(2,\) and labels \(1,\)"),
+    ):
+        with pytest.raises(mscnn.MSCNNError, match=message):
+            wrong()
+
+
 @pytest.mark.parametrize("category", [-1, 5, 1.0])
 def test_a_map_of_no_category_is_refused(trained_model, tiny_data, category):
     with pytest.raises(mscnn.MSCNNError, match=r"Categories are .*: use integers from 0 to 4"):

@@ -572,6 +572,42 @@ def test_why_a_file_is_no_model(tmp_path, name, content, reason):
         mscnn.load_model(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["folder.keras", "m", "m.h5"])
+def test_a_model_is_saved_under_a_name_that_can_be_loaded(untrained_model, tmp_path, name):
+    (tmp_path / "folder.keras").mkdir()
+    with pytest.raises(MSCNNError, match=r"is no name for a model file: give one that ends in \.keras"):
+        untrained_model.save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.keras"]
+
+
+def test_a_model_is_saved_and_loaded_in_the_home_folder(untrained_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    untrained_model.save("~/m.keras")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.keras"]
+    assert mscnn.load_model("~/m.keras").fingerprints() == untrained_model.fingerprints()
+
+
+@pytest.mark.parametrize("name", ["category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"])
+def test_what_the_networks_were_made_for_cannot_be_changed(untrained_model, name):
+    with pytest.raises(MSCNNError, match=f"{name} cannot be changed: the networks were made for it"):
+        setattr(untrained_model, name, getattr(untrained_model, name))
+
+
+def test_labels_of_another_number_calibrate_nothing(trained_model, tiny_data):
+    split = mscnn.Split(tiny_data.calibration.images, tiny_data.calibration.labels[1:])
+    before = trained_model.fingerprints()
+    for use in (trained_model.calibrate, lambda split: trained_model.certify(split, 0.5)):
+        with pytest.raises(MSCNNError, match=r"decisions is \(90,\) and labels \(89,\)"):
+            use(split)
+    assert trained_model.fingerprints() == before
+
+
+def test_no_path_is_no_model():
+    with pytest.raises(MSCNNError, match=r"The model file is None: give the path of a \.keras file"):
+        mscnn.load_model(None)
+
+
 def test_a_folder_is_no_model(tmp_path):
     with pytest.raises(MSCNNError, match=r"is a folder: give the path of a \.keras file"):
         mscnn.load_model(tmp_path)
