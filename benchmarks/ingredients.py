@@ -111,9 +111,9 @@ def without_alternating_flip(training: Training) -> None:
     """Each image is mirrored at random."""
     import keras
 
-    import mscnn_helpers as mscnn
+    from mscnn_parts import training as room
 
-    mscnn.AlternatingFlip = lambda augmentation: keras.callbacks.Callback()
+    room.AlternatingFlip = lambda augmentation: keras.callbacks.Callback()
 
 
 def without_muon(training: Training) -> None:
@@ -121,19 +121,20 @@ def without_muon(training: Training) -> None:
     import keras
 
     import mscnn_helpers as mscnn
+    from mscnn_parts import training as room
 
     def sgd(recipe, steps):
         schedule = mscnn.learning_rate_schedule(recipe, steps)
         return keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
 
-    mscnn.muon_for = sgd
+    room.muon_for = sgd
 
 
 def without_schedule(training: Training) -> None:
     """A constant learning rate, a fifth of the peak."""
-    import mscnn_helpers as mscnn
+    from mscnn_parts import optimizers
 
-    mscnn.learning_rate_schedule = lambda recipe, steps: 0.2 * recipe.peak
+    optimizers.learning_rate_schedule = lambda recipe, steps: 0.2 * recipe.peak
 
 
 def without_augmentation(training: Training) -> None:
@@ -199,6 +200,7 @@ def with_sharpness_aware_steps(training: Training) -> None:
     import tensorflow as tf
 
     import mscnn_helpers as mscnn
+    from mscnn_parts import training as room
 
     class SharpnessAware(mscnn.Trainer):
         def train_step(self, data):
@@ -222,7 +224,7 @@ def with_sharpness_aware_steps(training: Training) -> None:
                 loss = self.compute_loss(images, labels, predicted)
             return tape.gradient(loss, [one.value for one in self.trainable_variables]), predicted, loss
 
-    mscnn.Trainer = SharpnessAware
+    room.Trainer = SharpnessAware
 
 
 def mixed(mix: Callable) -> None:
@@ -234,6 +236,7 @@ def mixed(mix: Callable) -> None:
     import tensorflow as tf
 
     import mscnn_helpers as mscnn
+    from mscnn_parts import training as room
 
     class Mixing(mscnn.Trainer):
         def call(self, inputs, training=False):
@@ -252,7 +255,7 @@ def mixed(mix: Callable) -> None:
                 y = self.share * y + (1 - self.share) * tf.reverse(y, [0])
             return super().compute_loss(x, y, y_pred, sample_weight, training)
 
-    mscnn.Trainer = Mixing
+    room.Trainer = Mixing
 
 
 def with_mixup(training: Training) -> None:

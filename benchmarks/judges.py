@@ -217,6 +217,7 @@ def features_as_input(trial: Trial) -> Opinion:
     import tensorflow as tf
 
     import mscnn_helpers as mscnn
+    from mscnn_parts import training as room
 
     model, data = trial.model, trial.data
     usual = selective.pooled_features(model.stage1, data.calibration.images).mean(axis=0)
@@ -236,11 +237,11 @@ def features_as_input(trial: Trial) -> Opinion:
             logits = self.network(tf.gather(self.images, inputs), training=training)
             return self.head(logits + self.more(tf.gather(self.features, inputs)))
 
-    plain, mscnn.Trainer = mscnn.Trainer, WithFeatures
+    plain, room.Trainer = room.Trainer, WithFeatures
     try:
         trainer = mscnn.Stage2Trainer(model, data, trial.recipe)
     finally:
-        mscnn.Trainer = plain
+        room.Trainer = plain
     trained = {}
     for c in range(len(data.category_names)):
         more.set_weights([np.zeros_like(one) for one in more.get_weights()])

@@ -344,10 +344,10 @@ def kept(path: Path, sources: list[Path], compute: Callable, *arguments) -> dict
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """One seed's outputs, computed once for the same module and models; `commit`: one of each part."""
-    module = ROOT / "mscnn_helpers.py"
-    parts = [kept(store(form) / f"outputs_{seed}.npz", [module, *models_of(form, seed)], _outputs, form, seed)]
+    code = [ROOT / "mscnn_helpers.py", *sorted((ROOT / "mscnn_parts").glob("*.py"))]
+    parts = [kept(store(form) / f"outputs_{seed}.npz", [*code, *models_of(form, seed)], _outputs, form, seed)]
     if dropout := dropout_of(form, seed):
-        parts.append(kept(store(form) / f"dropout_{seed}.npz", [module, *dropout], _dropout_outputs, form, seed))
+        parts.append(kept(store(form) / f"dropout_{seed}.npz", [*code, *dropout], _dropout_outputs, form, seed))
     return {name: value for part in parts for name, value in part.items()} | {"commit": [p["commit"] for p in parts]}
 
 

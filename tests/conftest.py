@@ -13,6 +13,7 @@ import pytest
 import mscnn_helpers as mscnn
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "mscnn_helpers.py", *sorted((ROOT / "mscnn_parts").glob("*.py"))]
 TINY_NAMES = ("airplane", "cat", "ship", "truck", "dog")
 TINY_COLOURS = np.array([[70, 150, 240], [235, 190, 60], [60, 60, 190], [225, 60, 60], [110, 200, 90]])
 
@@ -43,6 +44,15 @@ def gross_strangers(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     some = np.zeros((60, *shape), np.uint8)
     kinds = mscnn.made_up_images(some, 7)
     return {kind: kinds[kind] for kind in ("uniform noise", "Gaussian noise", "one colour", "stripes")}
+
+
+def patch_rooms(monkeypatch, name: str, value: object) -> None:
+    """Replaces a name wherever the project uses it: in every room that has it, and in the door."""
+    rooms = [module for module in sys.modules if module == "mscnn_helpers" or module.startswith("mscnn_parts.")]
+    bound = [module for module in rooms if name in vars(sys.modules[module])]
+    assert bound, f"no room has {name}"
+    for module in bound:
+        monkeypatch.setattr(sys.modules[module], name, value)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import selective
 import speed
 import targets
 import unknown
-from conftest import ROOT
+from conftest import ROOT, patch_rooms
 
 import mscnn_helpers as mscnn
 
@@ -156,7 +156,7 @@ def test_a_second_opinion_is_learned(trial, tiny_data, name):
 
 
 def test_no_image_trains_and_judges(tiny_data, monkeypatch):
-    monkeypatch.setattr(mscnn, "load_dataset", lambda *_, **__: tiny_data)
+    patch_rooms(monkeypatch, "load_dataset", lambda *_, **__: tiny_data)
     data = judges.split_for(judges.Form((0,), 300, 100, 0, "tiny"), seed=0)
     train, unseen, calibration = (
         {one.tobytes() for one in split.images} for split in (data.train, data.test, data.calibration)
@@ -189,13 +189,13 @@ def test_a_model_from_before_what_is_known_learns_it_before_it_is_measured(train
     model = mscnn.load_model(trained_model_path)
     before = model.known.limits
     model._known[-1].assign(np.full(3, np.nan))
-    monkeypatch.setattr(mscnn, "load_model", lambda _: model)
+    patch_rooms(monkeypatch, "load_model", lambda _: model)
     assert mscnn.load_model_for(tiny_data, "any").known.limits == pytest.approx(before)
 
 
 def test_cross_fitted_probabilities_are_of_networks_that_have_not_seen_the_image(trial, monkeypatch):
     seen, asked = [], []
-    monkeypatch.setattr(mscnn, "train_classifier", lambda network, data, *_: seen.append(data.train.images))
+    patch_rooms(monkeypatch, "train_classifier", lambda network, data, *_: seen.append(data.train.images))
 
     def softmax(network, images):
         asked.append(images)
@@ -404,7 +404,7 @@ def test_a_variant_is_compared_seed_by_seed():
 def module_as_it_was(monkeypatch):
     """Some variants replace a function of the module, as they may in a process of their own."""
     for name in ("muon_for", "learning_rate_schedule", "AlternatingFlip", "Trainer"):
-        monkeypatch.setattr(mscnn, name, getattr(mscnn, name))
+        patch_rooms(monkeypatch, name, getattr(mscnn, name))
 
 
 EVERY_VARIANT = ingredients.VARIANTS | ingredients.REGULARIZERS
@@ -445,7 +445,7 @@ def test_averaged_weights_are_the_mean_of_the_last_quarter(tiny_data, monkeypatc
     recipe = mscnn.Recipe(epochs=3, batch_size=16)
     training = ingredients.Training(network, recipe, steps=6, callbacks=[Watch()])
     ingredients.with_averaged_weights(training)
-    monkeypatch.setattr(mscnn, "KeepBestWeights", keras.callbacks.Callback)
+    patch_rooms(monkeypatch, "KeepBestWeights", keras.callbacks.Callback)
     mscnn.train_classifier(network, data, recipe, callbacks=training.callbacks)
     mean = np.mean([seen[4], seen[5]], axis=0)
     np.testing.assert_allclose(network.get_layer("logits").kernel.numpy(), mean, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,7 @@
 """Section 2: finding, checking, downloading, loading and splitting data. No network but this machine's own."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import gzip
@@ -23,11 +24,14 @@ import pytest
 import requests
 import tensorflow as tf
 import urllib3
-from conftest import TINY_NAMES, tiny_images
+from conftest import TINY_NAMES, patch_rooms, tiny_images
 from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Split, load_dataset
+from mscnn_parts.data import _Raw, _split
+from mscnn_parts.pictures import _as_uint8
+from mscnn_parts.sources import _cifar10, _fashion_mnist, _find_cifar10, _mnist, _npz
 
 SPLITS = ("train", "calibration", "certification", "test")
 
@@ -82,13 +86,13 @@ def batches(data_dir, monkeypatch):
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    monkeypatch.setattr(mscnn, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
+    patch_rooms(monkeypatch, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
     return folder, images, labels
 
 
 def test_the_publishers_layout_is_read_in_the_right_order(batches):
     folder, images, labels = batches
-    raw = mscnn._cifar10()
+    raw = _cifar10()
     assert np.array_equal(raw.x_train, images[:5].reshape(-1, 32, 32, 3))
     assert np.array_equal(raw.y_train, labels[:5].ravel())
     assert np.array_equal(raw.x_test, images[5])
@@ -114,7 +118,7 @@ def test_other_places_where_the_batches_may_lie(batches, data_dir, where):
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
     folder.rmdir()
-    assert np.array_equal(mscnn._cifar10().x_test, images[5])
+    assert np.array_equal(_cifar10().x_test, images[5])
 
 
 class Bomb:
@@ -194,7 +198,7 @@ def test_a_folder_that_may_not_be_read_is_named(data_dir, monkeypatch):
 
 
 def test_the_real_cifar10():
-    if mscnn._find_cifar10() is None:
+    if _find_cifar10() is None:
         pytest.skip("CIFAR-10 is not on disk; MSCNN_DATA_DIR says where it is")
     data = load_dataset("cifar10")
     assert [len(getattr(data, name)) for name in SPLITS] == [45_000, 2_500, 2_500, 10_000]
@@ -259,7 +263,7 @@ def silent_name_server(monkeypatch):
 @pytest.mark.parametrize("dataset", ["auto", "cifar10"])
 def test_a_silent_name_server_is_given_up(tmp_path, monkeypatch, silent_name_server, dataset):
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(mscnn, "DOWNLOAD_PATIENCE", 0.3)
+    patch_rooms(monkeypatch, "DOWNLOAD_PATIENCE", 0.3)
     begun = time.monotonic()
     if dataset == "auto":
         assert load_dataset(dataset).fallback
@@ -311,9 +315,9 @@ def archive(server, tmp_path, monkeypatch):
             entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    monkeypatch.setattr(mscnn, "CIFAR10_URL", address + path.name)
-    monkeypatch.setattr(mscnn, "CIFAR10_ARCHIVE_MD5", md5(path.read_bytes()))
-    monkeypatch.setattr(mscnn, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
+    patch_rooms(monkeypatch, "CIFAR10_URL", address + path.name)
+    patch_rooms(monkeypatch, "CIFAR10_ARCHIVE_MD5", md5(path.read_bytes()))
+    patch_rooms(monkeypatch, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path / "new" / "datasets"))
     return tmp_path / "new" / "datasets", images, path
 
@@ -322,7 +326,7 @@ def test_cifar10_is_downloaded_once(archive, monkeypatch):
     folder, images, served = archive
     data = load_dataset("auto")
     assert (data.name, data.fallback) == ("cifar10", False)
-    assert np.array_equal(mscnn._cifar10().x_test, images[5])
+    assert np.array_equal(_cifar10().x_test, images[5])
     expected = ["cifar-10-python.tar.gz", *(f"cifar-10-batches-py/{name}" for name in BATCHES)]
     assert files_in(folder) == sorted(expected)
 
@@ -406,7 +410,7 @@ def test_why_a_download_fails_is_told(data_dir, monkeypatch, capsys, when, error
         raise error
 
     if when == "get":
-        monkeypatch.setattr(mscnn, "_ask", lambda url: None)
+        patch_rooms(monkeypatch, "_ask", lambda url: None)
         monkeypatch.setattr("pooch.HTTPDownloader", lambda **_: fail)
     monkeypatch.setattr(requests, "head", fail)
     told = told.replace("DATA", re.escape(str(data_dir)))
@@ -427,7 +431,7 @@ def test_a_refusing_server_and_a_refusing_proxy(archive, monkeypatch):
     with pytest.raises(MSCNNError, match=r"127\.0\.0\.1:\d+ answers 403 Forbidden"):
         load_dataset("cifar10")
     monkeypatch.setenv("HTTPS_PROXY", mscnn.CIFAR10_URL.rpartition("/")[0])
-    monkeypatch.setattr(mscnn, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
+    patch_rooms(monkeypatch, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
     with pytest.raises(MSCNNError, match=r"proxy does not let it through: Tunnel connection failed: 403 Forbidden"):
         load_dataset("cifar10")
 
@@ -438,7 +442,7 @@ def test_an_archive_that_cannot_be_unpacked(archive, monkeypatch, capsys):
     def full(path, write):
         raise MSCNNError(f"Cannot write {path}: No space left on device. Choose another place.")
 
-    monkeypatch.setattr(mscnn, "_write_whole", full)
+    patch_rooms(monkeypatch, "_write_whole", full)
     assert load_dataset("auto").fallback
     assert f"Cannot write {folder / 'cifar-10-batches-py' / 'data_batch_1'}: No space left" in capsys.readouterr().out
 
@@ -466,7 +470,7 @@ def test_the_real_mnist():
     path = mscnn.data_folder() / "mnist.npz"
     if not path.is_file():
         pytest.skip("mnist.npz is not on disk; MSCNN_DATA_DIR says where it is")
-    raw = mscnn._mnist()
+    raw = _mnist()
     assert raw.x_train.shape == (60_000, 28, 28, 1)
     assert raw.y_train[:5].tolist() == [5, 0, 4, 1, 9]
 
@@ -477,13 +481,13 @@ def test_mnist_is_downloaded(data_dir, server, monkeypatch):
     monkeypatch.undo()  # the network is back
     monkeypatch.setenv("MSCNN_DATA_DIR", str(data_dir))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(mscnn, "KERAS_DATA_URL", address)
-    monkeypatch.setattr(mscnn, "MNIST_SHA256", hashlib.sha256((served / "mnist.npz").read_bytes()).hexdigest())
+    patch_rooms(monkeypatch, "KERAS_DATA_URL", address)
+    patch_rooms(monkeypatch, "MNIST_SHA256", hashlib.sha256((served / "mnist.npz").read_bytes()).hexdigest())
     assert load_dataset("mnist").name == "mnist"
     assert files_in(data_dir) == ["mnist.npz"]
 
     (data_dir / "mnist.npz").unlink()
-    monkeypatch.setattr(mscnn, "MNIST_SHA256", "0" * 64)
+    patch_rooms(monkeypatch, "MNIST_SHA256", "0" * 64)
     with pytest.raises(MSCNNError, match=r"The download of mnist\.npz failed.*hash"):
         load_dataset("mnist")
     assert files_in(data_dir) == []
@@ -522,10 +526,10 @@ def test_fashion_mnist(data_dir, server, monkeypatch, downloaded):
         monkeypatch.undo()
         monkeypatch.setenv("MSCNN_DATA_DIR", str(data_dir))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(mscnn, "KERAS_DATA_URL", address)
-    monkeypatch.setattr(mscnn, "FASHION_MD5", {name: md5(content) for name, content in files.items()})
+        patch_rooms(monkeypatch, "KERAS_DATA_URL", address)
+    patch_rooms(monkeypatch, "FASHION_MD5", {name: md5(content) for name, content in files.items()})
 
-    raw = mscnn._fashion_mnist()
+    raw = _fashion_mnist()
     assert np.array_equal(raw.x_train[..., 0], images[:300])
     assert np.array_equal(raw.y_train, labels[:300])
     assert np.array_equal(raw.x_test[..., 0], images[300:])
@@ -663,7 +667,7 @@ FLOATS = arrays(size=8)["x_train"] / 255  # float64 (200, 8, 8, 3), from 0 to 1
     ],
 )
 def test_floats_a_hair_outside_are_clipped(images):
-    levels = mscnn._as_uint8(images, "x_train")
+    levels = _as_uint8(images, "x_train")
     assert levels.dtype == np.uint8
     assert np.abs(levels.astype(int) - arrays(size=8)["x_train"]).max() <= 1
 
@@ -754,7 +758,7 @@ def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path, save):
         bad[place] ^= 0xFF
         path.write_bytes(bad)
         try:
-            raw = mscnn._npz(path)
+            raw = _npz(path)
             for name, one in content.items():
                 assert np.array_equal(getattr(raw, name), one), place
         except MSCNNError:
@@ -862,7 +866,7 @@ def test_a_relative_data_folder_is_where_the_user_was(tmp_path, monkeypatch, var
     monkeypatch.setenv(variable, "some/../data")
     for folder in ("shell/notebooks", "shell/data", "project/data"):
         (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "project")
+    patch_rooms(monkeypatch, "project_root", lambda: tmp_path / "project")
     end = "datasets" if variable == "KERAS_HOME" else ""
     for here, shell, expected in [
         ("shell", "shell", "shell"),
@@ -1007,7 +1011,7 @@ def test_a_picture_that_is_not_there(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> mscnn._Raw:
+def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> _Raw:
     """Images that are their own number, written in four bytes; categories of unequal size."""
 
     def some(first: int, number: int):
@@ -1015,7 +1019,7 @@ def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> mscnn._Raw:
         return images, np.resize(np.repeat(np.arange(len(weights)), weights), number)
 
     tests = (None, None) if test is None else some(count, test)
-    return mscnn._Raw("numbered", "here", ["a", "b", "c", "d"], *some(0, count), *tests)
+    return _Raw("numbered", "here", ["a", "b", "c", "d"], *some(0, count), *tests)
 
 
 def numbers(split: Split) -> np.ndarray:
@@ -1025,8 +1029,8 @@ def numbers(split: Split) -> np.ndarray:
 @pytest.fixture
 def split(monkeypatch):
     """`_split`, with the images left as small as they are."""
-    monkeypatch.setattr(mscnn, "_resized", lambda images: images)
-    return mscnn._split
+    patch_rooms(monkeypatch, "_resized", lambda images: images)
+    return _split
 
 
 @pytest.mark.parametrize(
@@ -1084,7 +1088,7 @@ def test_every_category_is_in_every_split(split, train, test, light):
     labels = [None if sizes is None else np.repeat(np.arange(len(sizes)), sizes) for sizes in (train, test)]
     images = [None if one is None else np.zeros((len(one), 2, 2, 1), np.uint8) for one in labels]
     names = [str(category) for category in range(len(train))]
-    data = split(mscnn._Raw("rare", "here", names, images[0], labels[0], images[1], labels[1]), light, seed=0)
+    data = split(_Raw("rare", "here", names, images[0], labels[0], images[1], labels[1]), light, seed=0)
     for name, least in zip(SPLITS, (2, 1, 1, 1), strict=True):
         assert np.bincount(getattr(data, name).labels, minlength=len(names)).min() >= least, name
     assert light or sum(len(getattr(data, name)) for name in SPLITS) == sum(train) + sum(test or [])
@@ -1124,7 +1128,7 @@ def test_what_a_named_light_data_set_says_of_itself():
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_the_fingerprint_sees_one_pixel_and_one_label(tiny_data, name):
-    split, replace = getattr(tiny_data, name), mscnn.dataclasses.replace
+    split, replace = getattr(tiny_data, name), dataclasses.replace
     images, labels = split.images.copy(), split.labels.copy()
     images[-1, -1, -1, -1] ^= 1
     labels[0] = (labels[0] + 1) % 5
@@ -1135,7 +1139,7 @@ def test_the_fingerprint_sees_one_pixel_and_one_label(tiny_data, name):
 
 
 def test_the_fingerprint_sees_the_names(tiny_data):
-    renamed = mscnn.dataclasses.replace(tiny_data, category_names=tuple(reversed(TINY_NAMES)))
+    renamed = dataclasses.replace(tiny_data, category_names=tuple(reversed(TINY_NAMES)))
     assert renamed.fingerprint != tiny_data.fingerprint
 
 
@@ -1178,7 +1182,7 @@ def test_channel_statistics_are_those_of_the_train_split(tiny_data):
 
 def test_channel_statistics_of_one_colour_can_be_divided_by(tiny_data):
     flat = Split(np.full((10, 32, 32, 3), 9, np.uint8), np.zeros(10, int))
-    mean, std = mscnn.dataclasses.replace(tiny_data, train=flat).channel_statistics()
+    mean, std = dataclasses.replace(tiny_data, train=flat).channel_statistics()
     assert mean.tolist() == [9, 9, 9]
     assert (std > 0).all()
 
@@ -1336,8 +1340,8 @@ def test_a_validation_split_is_halved_by_category_and_train_stays_whole(tmp_path
 def test_light_mode_takes_a_tenth_of_a_validation_split():
     labels = np.arange(10_000) % 2
     images = np.zeros((10_000, 2, 2, 1), np.uint8)
-    raw = mscnn._Raw("many", "", ["a", "b"], images, labels, images, labels, images[:7_000], labels[:7_000])
-    sizes = mscnn._split(raw, light_mode=True, seed=0).describe()["sizes"]
+    raw = _Raw("many", "", ["a", "b"], images, labels, images, labels, images[:7_000], labels[:7_000])
+    sizes = _split(raw, light_mode=True, seed=0).describe()["sizes"]
     assert sizes == {"train": 1500, "calibration": 350, "certification": 350, "test": 1000}
 
 

@@ -10,8 +10,11 @@ import matplotlib.figure
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import patch_rooms
 
 import mscnn_helpers as mscnn
+from mscnn_parts import figures
+from mscnn_parts.figures import _characters_in, _font_with, _warn_of_boxes
 
 NAMES = mscnn.CIFAR10_NAMES
 RNG = np.random.default_rng(0)
@@ -97,7 +100,7 @@ def texts(figure) -> list[str]:
 
 
 def test_every_figure_of_the_module_is_tested():
-    tree = ast.parse(Path(mscnn.__file__).read_text("utf-8"))
+    tree = ast.parse(Path(figures.__file__).read_text("utf-8"))
     made = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("plot_")}
     assert made == {f"plot_{name}" for name in (*FIGURES, *OF_DATA)}
 
@@ -313,18 +316,18 @@ def test_names_in_another_script_take_a_font_that_has_it(monkeypatch):
     from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
 
-    monkeypatch.setattr(mscnn, "_warn_of_boxes", lambda script: pytest.fail(f"{script} can be drawn"))
+    patch_rooms(monkeypatch, "_warn_of_boxes", lambda script: pytest.fail(f"{script} can be drawn"))
     name = "⌒⌓"  # which DejaVu Sans lacks, and another of Matplotlib's own fonts has
-    assert not set(name) & mscnn._characters_in(findfont(FontProperties()))
+    assert not set(name) & _characters_in(findfont(FontProperties()))
     figure = mscnn.plot_images(pictures(2), [name, "cat"])
     figure.canvas.draw()
     fonts = {text.get_text(): text.get_fontfamily() for text in figure.findobj(Text)}
-    assert set(name) <= mscnn._characters_in(findfont(FontProperties(family=[fonts[name][-1]])))
+    assert set(name) <= _characters_in(findfont(FontProperties(family=[fonts[name][-1]])))
     assert len(fonts["cat"]) == 1
 
 
 def test_a_script_without_a_font_gives_one_note(monkeypatch):
-    for cached in (mscnn._font_with, mscnn._warn_of_boxes):
+    for cached in (_font_with, _warn_of_boxes):
         cached.cache_clear()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -19,6 +19,8 @@ from conftest import gross_strangers
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import Decisions, MSCNNError, MultiStageCNN
+from mscnn_parts.data import _Raw, _split
+from mscnn_parts.sources import _find_cifar10
 
 ROOT = Path(mscnn.__file__).parent
 
@@ -254,7 +256,7 @@ def photographs_of_few_kinds(categories: int, count: int) -> mscnn.Dataset:
         images.append(strip[top : top + 96 : 3, left : left + 96 : 3])
     arrays = np.stack(images), labels
     names = [f"strip {c}" for c in range(categories)]
-    return mscnn._split(mscnn._Raw("strips", "", names, *arrays), light_mode=False, seed=0)
+    return _split(_Raw("strips", "", names, *arrays), light_mode=False, seed=0)
 
 
 def trained_on(data: mscnn.Dataset) -> MultiStageCNN:
@@ -276,7 +278,7 @@ def test_models_of_folders_of_photographs_notice_gross_strangers(categories, cou
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
 def test_models_of_light_mode_and_of_digits_notice_gross_strangers(name):
-    if name == "cifar10" and mscnn._find_cifar10() is None:
+    if name == "cifar10" and _find_cifar10() is None:
         pytest.skip("CIFAR-10 is not at hand")
     data = mscnn.load_dataset(name, light_mode=name == "cifar10")
     assert_notices_strangers(trained_on(data), data.test.images)

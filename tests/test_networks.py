@@ -10,6 +10,7 @@ from conftest import tiny_images
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import FusedBatchNormalization, RandomFlipCrop, WhiteningConv, build_cnn
+from mscnn_parts import networks
 
 # ------------------------------------------------------------------------------------------------------------
 # RandomFlipCrop
@@ -449,12 +450,12 @@ def test_the_probe_chooses_the_faster_one(monkeypatch, slow, expected):
         return convolve(images, *arguments, **options)
 
     monkeypatch.setattr(tf.nn, "conv2d", timed)
-    monkeypatch.setattr(mscnn.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(networks.time, "perf_counter", lambda: now[0])
     assert mscnn.fastest_policy(repeats=2) == expected
 
 
 def test_no_bfloat16_without_a_clear_gain(monkeypatch):
-    monkeypatch.setattr(mscnn.time, "perf_counter", iter(np.arange(100.0)).__next__)  # both take one tick
+    monkeypatch.setattr(networks.time, "perf_counter", iter(np.arange(100.0)).__next__)  # both take one tick
     assert mscnn.fastest_policy(repeats=2) == "float32"
 
 

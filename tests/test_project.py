@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import SOURCES
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -274,14 +275,13 @@ def test_every_import_is_required():
         "jupyter_client": "jupyter-client",
     }
     only_on_colab = {"google"}
-    modules = sorted(ROOT.glob("mscnn_*.py"))
     imported = set()
-    for node in (node for module in modules for node in ast.walk(ast.parse(module.read_text("utf-8")))):
+    for node in (node for module in SOURCES for node in ast.walk(ast.parse(module.read_text("utf-8")))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
-    imported -= {*sys.stdlib_module_names, *only_on_colab, *(module.stem for module in modules)}
+    imported -= {*sys.stdlib_module_names, *only_on_colab, "mscnn_helpers", "mscnn_parts"}
     assert "numpy" in imported
     required = {requirement.name for requirement in ranges()}
     assert {other_names.get(name, name) for name in imported} <= required

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import quality
 import selective
-from conftest import ROOT
+from conftest import ROOT, SOURCES
 from PIL import Image
 
 import mscnn_helpers as mscnn
@@ -153,7 +153,7 @@ def test_files_exist(text):
 
 @both
 def test_a_run_leaves_what_the_tree_shows(text):
-    source = (ROOT / "mscnn_helpers.py").read_text("utf-8")
+    source = "\n".join(path.read_text("utf-8") for path in SOURCES)
     cells = [cell for name in NOTEBOOKS for cell in json.loads((ROOT / name).read_text("utf-8"))["cells"]]
     notebooks = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     tree = next(block for kind, block in FENCE.findall(text) if block.startswith("runs/latest/\n"))
@@ -173,7 +173,7 @@ def test_a_run_leaves_what_the_tree_shows(text):
 
 @both
 def test_environment_variables_are_read(text):
-    source = (ROOT / "mscnn_helpers.py").read_text("utf-8")
+    source = "\n".join(path.read_text("utf-8") for path in SOURCES)
     named = set(re.findall(r"\bMSCNN_[A-Z_]+", text))
     assert named == {"MSCNN_DATA_DIR", "MSCNN_HEADLESS"}
     assert all(f'"{name}"' in source for name in named)

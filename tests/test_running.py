@@ -16,12 +16,14 @@ import zipfile
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, write_tiny_npz
+from conftest import ROOT, patch_rooms, write_tiny_npz
 from jupyter_client.kernelspec import NoSuchKernel
 from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings
+from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html
+from mscnn_parts.run_folder import _make_folders
 
 
 @pytest.fixture
@@ -104,12 +106,12 @@ def test_a_run_does_not_write_over_notebooks(settings, tmp_path, monkeypatch, ru
     (tmp_path / "checkout/mscnn_helpers.py").touch()
     if run_dir == "{parent}":  # the project lies in a folder `notebooks`
         (tmp_path / "notebooks/project").mkdir(parents=True)
-        monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "notebooks/project")
+        patch_rooms(monkeypatch, "project_root", lambda: tmp_path / "notebooks/project")
         run_dir = str(tmp_path)
     given = str(ROOT) if run_dir == "ROOT" else run_dir
     given = str(tmp_path / given) if (tmp_path / given).is_dir() and given not in ("", ".", "notebooks") else given
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, run_dir=given))
-    for refuses in (mscnn._make_folders, mscnn.checked_data, mscnn.continue_data):
+    for refuses in (_make_folders, mscnn.checked_data, mscnn.continue_data):
         with pytest.raises(MSCNNError, match=r"run_dir is .*notebooks.* Choose another run_dir"):
             refuses(run)
     assert not run.figures.exists()
@@ -253,7 +255,7 @@ def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
         asked.append(name)
         return dataclasses.replace(digits, fallback=name == "auto")
 
-    monkeypatch.setattr(mscnn, "load_dataset", load)
+    patch_rooms(monkeypatch, "load_dataset", load)
     mscnn.start_data(Run("01_data_and_light_mode", auto))
     data = mscnn.continue_data(Run("02_stage1_training", auto))
     assert (data.name, data.fallback) == ("digits", True)
@@ -392,7 +394,7 @@ def nothing_runs(monkeypatch):
     def refuse(*_):
         raise AssertionError("a notebook was started")
 
-    monkeypatch.setattr(mscnn, "run_notebook", refuse)
+    patch_rooms(monkeypatch, "run_notebook", refuse)
     monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is put back
 
 
@@ -434,7 +436,7 @@ PARAMETERS = "\n".join(
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project of its own; `project(name, cells...)` writes a notebook into it."""
-    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path)
+    patch_rooms(monkeypatch, "project_root", lambda: tmp_path)
     monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is put back
     (tmp_path / "notebooks").mkdir()
 
@@ -479,8 +481,8 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
         (folder / "mscnn_helpers.py").write_text(f"MADE_BY = {folder.name!r}\n")
     (other / "data").mkdir()
     (other / "images.npz").touch()
-    monkeypatch.setattr(mscnn, "project_root", lambda: project)
-    monkeypatch.setattr(mscnn, "_make_folders", lambda run: None)  # they lie in a checkout
+    patch_rooms(monkeypatch, "project_root", lambda: project)
+    patch_rooms(monkeypatch, "_make_folders", lambda run: None)  # they lie in a checkout
     monkeypatch.setenv("MSCNN_HEADLESS", "")
     monkeypatch.setenv("MSCNN_DATA_DIR", "data")
     monkeypatch.chdir(other / "notebooks")
@@ -495,8 +497,8 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
     mscnn.run_all(Settings(dataset="../images.npz", run_dir="../run {x}"), ("one",))
     expected = f"{project.name} {other / 'data'} {other / 'images.npz'} {other / 'run {x}'}"
     assert expected in outputs(other / "run {x}" / "notebooks" / "one.ipynb")
-    assert mscnn.os.environ["MSCNN_DATA_DIR"] == "data"
-    assert "MSCNN_PROJECT" not in mscnn.os.environ
+    assert os.environ["MSCNN_DATA_DIR"] == "data"
+    assert "MSCNN_PROJECT" not in os.environ
 
 
 def test_an_earlier_run_is_kept_where_auto_would_be_refused(
@@ -504,8 +506,8 @@ def test_an_earlier_run_is_kept_where_auto_would_be_refused(
 ):
     monkeypatch.setenv("MSCNN_HEADLESS", "")
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(mscnn, "_download", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no network")))
-    monkeypatch.setattr(mscnn, "run_notebook", lambda *_: pytest.fail("a notebook was started"))
+    patch_rooms(monkeypatch, "_download", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no network")))
+    patch_rooms(monkeypatch, "run_notebook", lambda *_: pytest.fail("a notebook was started"))
     run = Run("total", settings)
     run.write("metrics", dataset={"name": "cifar10"})
     run.model_path.write_bytes(trained_model_path.read_bytes())
@@ -530,9 +532,9 @@ def test_progress_counts_code_cells_only(project, tmp_path, capsys):
 
 def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, capsys):
     folder = project("bad", "print('so far')", "result = {}['nothing']", "print('never')")
-    monkeypatch.setattr(mscnn, "NOTEBOOKS", ("bad", "after"))
+    patch_rooms(monkeypatch, "NOTEBOOKS", ("bad", "after"))
     monkeypatch.setattr(mscnn.run_all, "__defaults__", (("bad", "after"),))
-    monkeypatch.setattr(mscnn, "checked_data", lambda run: None)
+    patch_rooms(monkeypatch, "checked_data", lambda run: None)
     assert mscnn.main([]) == 1
     partial = folder / "notebooks" / "bad.ipynb"
     printed = capsys.readouterr()
@@ -564,7 +566,7 @@ def test_links_between_the_notebooks_become_links_between_their_pages(tmp_path):
     text = "[next](03_stage2_training.ipynb), [another](other.ipynb)"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     nbformat.write(notebook, tmp_path / "page.ipynb")
-    mscnn._write_html(tmp_path / "page.ipynb")
+    _write_html(tmp_path / "page.ipynb")
     page = (tmp_path / "page.html").read_text("utf-8")
     assert 'href="03_stage2_training.html"' in page
     assert 'href="other.ipynb"' in page
@@ -705,8 +707,9 @@ def test_a_damaged_record_is_said_to_be(settings, content):
 
 
 PRINTS = """
-import logging, mscnn_helpers as mscnn
-handler = mscnn._Progress("03", [1])
+import logging
+from mscnn_parts.cli import _Progress
+handler = _Progress("03", [1])
 for _ in range({times}):
     handler.emit(logging.LogRecord("papermill", 20, "", 0, "✓ ship: 猫", (), None))
 """
@@ -758,10 +761,10 @@ def test_a_run_writes_down_when_it_began_and_how_it_ended(settings):
     assert not any(path.exists() for path in old) and own.exists() and not model.exists()
     begun = run.read("metrics")
     assert begun["status"] == "running" and "+" in begun["started"][10:] and "commit" in begun
-    ends = ((MSCNNError("no luck"), "failed"), (RuntimeError(), "failed"), (mscnn._Terminated(), "interrupted"))
+    ends = ((MSCNNError("no luck"), "failed"), (RuntimeError(), "failed"), (_Terminated(), "interrupted"))
     for error, status in ends:
         run.write("metrics", status="running")
-        with pytest.raises(type(error)), mscnn._ending_written_down(run):
+        with pytest.raises(type(error)), _ending_written_down(run):
             raise error
         assert run.read("metrics")["status"] == status
     Run("05_evaluation_and_cam", settings).finish()
@@ -772,14 +775,14 @@ def test_a_damaged_record_does_not_hide_why_a_run_ended(settings):
     run = Run("01_data_and_light_mode", settings)
     run.write("metrics", status="running")
     (run.folder / "metrics.json").write_text("{")
-    with pytest.raises(MSCNNError, match="no luck"), mscnn._ending_written_down(run):
+    with pytest.raises(MSCNNError, match="no luck"), _ending_written_down(run):
         raise MSCNNError("no luck")
 
 
 def test_the_command_line_can_be_called_from_any_thread(monkeypatch):
-    monkeypatch.setattr(mscnn, "checked_data", lambda run: None)
-    monkeypatch.setattr(mscnn, "run_all", lambda settings: None)
-    monkeypatch.setattr(mscnn, "print_result", lambda run: None)
+    patch_rooms(monkeypatch, "checked_data", lambda run: None)
+    patch_rooms(monkeypatch, "run_all", lambda settings: None)
+    patch_rooms(monkeypatch, "print_result", lambda run: None)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         assert threads.submit(mscnn.main, ["--dataset", "digits"]).result() == 0
 
@@ -802,7 +805,7 @@ def test_a_missing_kernel_is_named(project, monkeypatch):
 
 
 def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):
-    monkeypatch.setattr(mscnn, "run_all", lambda settings: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    patch_rooms(monkeypatch, "run_all", lambda settings: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
     usual = signal.getsignal(signal.SIGTERM)
     assert mscnn.main(["--dataset", str(tiny_path), "--run_dir", str(tmp_path / "run")]) == 143
     assert signal.getsignal(signal.SIGTERM) == usual

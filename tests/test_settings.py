@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from conftest import patch_rooms
 from papermill.cli import _resolve_type
 from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings, categories_from
+from mscnn_parts.files import _write_whole
 
 CIFAR10 = mscnn.CIFAR10_NAMES
 EVERYTHING = tuple(range(10))
@@ -321,7 +323,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
         raise error
 
     with pytest.raises(MSCNNError if isinstance(error, OSError) else type(error)) as caught:
-        mscnn._write_whole(path, half)
+        _write_whole(path, half)
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["file"]
     if isinstance(error, OSError):
@@ -330,13 +332,13 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
 
 def test_a_file_is_replaced_in_one_go(tmp_path):
     path = tmp_path / "new" / "file"
-    mscnn._write_whole(path, lambda partial: partial.write_text("one"))
+    _write_whole(path, lambda partial: partial.write_text("one"))
 
     def look_at_the_old_one(partial):
         partial.write_text("two")
         assert path.read_text() == "one"
 
-    mscnn._write_whole(path, look_at_the_old_one)
+    _write_whole(path, look_at_the_old_one)
     assert path.read_text() == "two"
     assert names_in(path.parent) == ["file"]
 
@@ -344,7 +346,7 @@ def test_a_file_is_replaced_in_one_go(tmp_path):
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(MSCNNError, match=r"Cannot write .*taken/model\.keras: .*Choose another place"):
-        mscnn._write_whole(tmp_path / "taken" / "model.keras", lambda path: path.write_text("x"))
+        _write_whole(tmp_path / "taken" / "model.keras", lambda path: path.write_text("x"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -424,7 +426,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, inside):
 
 
 def test_relative_folders_start_at_the_module(monkeypatch, tmp_path):
-    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path)
+    patch_rooms(monkeypatch, "project_root", lambda: tmp_path)
     assert Run("01", Settings()).folder == tmp_path / "runs" / "latest"
 
 
@@ -514,7 +516,7 @@ def test_without_a_home_only_what_names_it_is_refused(no_home, run, parameter, t
 def test_dots_are_the_folder_the_user_is_in(run, tmp_path, monkeypatch, given, place):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "run")
+    patch_rooms(monkeypatch, "project_root", lambda: tmp_path / "run")
     assert Run("01", Settings(run_dir=given)).folder == tmp_path / place
     if given not in (".", "..", "..."):
         settings = dataclasses.replace(run.settings, save_model=given, load_model=given)
@@ -611,7 +613,7 @@ def test_finish_records_the_seconds_of_each_notebook(run, capsys):
 def test_pretrained_is_the_model_that_comes_with_the_project(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = Run("05", dataclasses.replace(run.settings, load_model="pretrained"))
-    monkeypatch.setattr(mscnn, "project_root", lambda: tmp_path / "checkout")
+    patch_rooms(monkeypatch, "project_root", lambda: tmp_path / "checkout")
     with pytest.raises(MSCNNError, match=r"No model file 'notebooks/pretrained/cifar10\.keras'"):
         again.starting_model()
     (tmp_path / "checkout/notebooks/pretrained").mkdir(parents=True)

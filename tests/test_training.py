@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import patch_rooms
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
@@ -66,7 +67,7 @@ def test_learning_rate_rises_then_falls_to_nearly_nothing():
 def test_the_schedule_spans_the_training(untrained_model, few_images, monkeypatch):
     """96 images in batches of 40 are 3 steps an epoch."""
     asked, make = [], mscnn.learning_rate_schedule
-    monkeypatch.setattr(mscnn, "learning_rate_schedule", lambda *arguments: asked.append(arguments) or make(*arguments))
+    patch_rooms(monkeypatch, "learning_rate_schedule", lambda *arguments: asked.append(arguments) or make(*arguments))
     recipe = Recipe(epochs=2, batch_size=40)
     mscnn.train_stage1(untrained_model, few_images, recipe)
     assert asked == [(recipe, 6)]
@@ -242,7 +243,7 @@ def test_many_steps_in_one_call_give_the_same_network(few_images, monkeypatch):
     """As on a GPU, where one call takes all steps of an epoch."""
     trained = []
     for of_an_epoch in (lambda epoch: 1, lambda epoch: epoch):
-        monkeypatch.setattr(mscnn, "steps_per_call", of_an_epoch)
+        patch_rooms(monkeypatch, "steps_per_call", of_an_epoch)
         model = MultiStageCNN.for_dataset(few_images, "float32", stage1_widths=(8, 8), stage2_widths=(8, 8))
         recipe = Recipe(epochs=2, batch_size=16, stage2_share=0.5)
         history = mscnn.train_stage1(model, few_images, recipe)
@@ -440,7 +441,7 @@ def test_only_trainable_categories_are_trained_each_from_its_start(trained_model
             calls.append((category, start.name, seed))
             return {"accuracy": [0.5], "loss": [0.5]}
 
-    monkeypatch.setattr(mscnn, "Stage2Trainer", Spy)
+    patch_rooms(monkeypatch, "Stage2Trainer", Spy)
     trained_model.train_only("truck,1")
     histories = mscnn.train_stage2(trained_model, few_images, ONE_EPOCH)
     assert list(histories) == ["cat", "truck"]
@@ -504,7 +505,7 @@ def test_calibration_losses_are_those_of_the_decisions(model, tiny_data):
 
 def test_the_weakest_categories_have_the_highest_losses(model, tiny_data, monkeypatch):
     """A category that Stage 1 never predicts is not among them, unless all are asked for."""
-    monkeypatch.setattr(mscnn, "calibration_losses", lambda *_: np.array([0.3, np.nan, 0.1, 0.9, 0.3]))
+    patch_rooms(monkeypatch, "calibration_losses", lambda *_: np.array([0.3, np.nan, 0.1, 0.9, 0.3]))
     assert mscnn.weakest_categories(model, tiny_data) == (0, 3)
     assert mscnn.weakest_categories(model, tiny_data, 1) == (3,)
     assert mscnn.weakest_categories(model, tiny_data, 4) == (0, 2, 3, 4)
@@ -521,7 +522,7 @@ def noisy_training(monkeypatch):
             network.set_weights([rng.normal(size=w.shape) ** 2 for w in network.get_weights()])
         return {}
 
-    monkeypatch.setattr(mscnn, "train_stage2", ruin)
+    patch_rooms(monkeypatch, "train_stage2", ruin)
 
 
 def test_a_worse_category_is_put_back(trained_model, tiny_data, noisy_training, monkeypatch):
@@ -553,7 +554,7 @@ def test_each_category_is_judged_by_itself(trained_model, tiny_data, noisy_train
     before = trained_model.fingerprints()
     nan = np.nan
     losses = iter([np.array([0.5, 0.5, 0.5, nan, 0.5]), np.array([0.4, 0.5, 0.6, nan, 0.1])])
-    monkeypatch.setattr(mscnn, "calibration_losses", lambda *_: next(losses))
+    patch_rooms(monkeypatch, "calibration_losses", lambda *_: next(losses))
     results, _ = mscnn.retrain_stage2(trained_model, tiny_data, "0,1,2,3", ONE_EPOCH)
     assert [r.kept for r in results] == [True, False, False, False]
     after = trained_model.fingerprints()

@@ -1,0 +1,1 @@
+"""The rooms behind `mscnn_helpers`, one subject each; a room imports only from those above it (see CONTRIBUTING)."""

@@ -1,0 +1,67 @@
+"""What happens between the epochs of a training."""
+
+from __future__ import annotations
+
+import time
+
+import keras
+
+from mscnn_parts.layers import RandomFlipCrop
+
+SMALL_CROP = 0.75  # of height and width: little more than half of the work
+
+
+class EpochSeconds(keras.callbacks.Callback):
+    """Records how long each epoch takes, its validation included, in seconds."""
+
+    def on_train_begin(self, logs=None):
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds.append(time.perf_counter() - self.begun)
+
+
+class AlternatingFlip(keras.callbacks.Callback):
+    """Tells the augmentation which epoch it is, so that it mirrors each image in every second one."""
+
+    def __init__(self, augmentation: RandomFlipCrop):
+        super().__init__()
+        self.augmentation = augmentation
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.augmentation.epoch.assign(epoch)
+
+
+class SmallCropsFirst(keras.callbacks.Callback):
+    """Lets the first epochs see a random three quarters of each image's height and width, the others all of it.
+
+    A network that ends in a mean over its area takes images of any size, and what it learns of their parts first,
+    at half of the work, serves it in the whole. Source: progressive learning (Tan & Le 2021, section 4.2), which
+    shrinks the images instead.
+    """
+
+    def __init__(self, augmentation: RandomFlipCrop, epochs: int):
+        super().__init__()
+        self.augmentation, self.epochs = augmentation, epochs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.augmentation.share.assign(SMALL_CROP if epoch < self.epochs else 1.0)
+
+
+class KeepBestWeights(keras.callbacks.Callback):
+    """Puts back the weights of the epoch with the best accuracy on the calibration split (the later of equals)."""
+
+    def on_train_begin(self, logs=None):
+        self.best, self.weights, self.epoch = -1.0, None, 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs["val_accuracy"] >= self.best:
+            self.best, self.weights, self.epoch = logs["val_accuracy"], self.model.get_weights(), epoch + 1
+
+    def on_train_end(self, logs=None):
+        if self.weights is not None:
+            self.model.set_weights(self.weights)
+            print(f"Best on the calibration split: {self.best:.1%} after epoch {self.epoch}; its weights are kept.")

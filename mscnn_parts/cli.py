@@ -1,0 +1,291 @@
+"""The command line: runs the notebooks by papermill, and says what came out."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mscnn_parts.decision import STRANGE
+from mscnn_parts.downloads import data_folder
+from mscnn_parts.files import _here, _make_folder, _write_whole, project_root
+from mscnn_parts.run_folder import NOTEBOOKS, Run, _make_folders, _now, settled
+from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, MSCNNError, Settings
+from mscnn_parts.sources import _find_cifar10
+from mscnn_parts.thresholds import Certificate
+
+
+def _print_anyway(text: str, error: bool = False) -> None:
+    """Prints what a run says of itself: what the output's encoding lacks as escapes, and to nobody if it is closed."""
+    stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with _closed_output_ignored():
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+@contextlib.contextmanager
+def _closed_output_ignored():
+    """From the moment when nobody reads the output any more, all that is printed goes nowhere."""
+    with contextlib.suppress(BrokenPipeError):
+        yield
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _let_output_fail() -> None:
+    """A run outlives whoever reads its output: no encoding and no closed pipe stops it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Progress(logging.Handler):
+    """Turns papermill's log into one line a code cell, and passes on what the cells print.
+
+    Args:
+        title: the notebook's name.
+        code_cells: numbers, from 1, of the code cells of the notebook that is executed.
+    """
+
+    def __init__(self, title: str, code_cells: list[int]):
+        super().__init__()
+        self.title, self.code_cells = title, code_cells
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("Executing Cell"):
+            number = int(message.removeprefix("Executing Cell").strip(" -"))
+            if number in self.code_cells:
+                step = self.code_cells.index(number) + 1
+                _print_anyway(f"[{self.title}] cell {step} of {len(self.code_cells)}")
+        elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook", "<")):
+            _print_anyway("    " + message.rstrip().replace("\n", "\n    "))
+
+
+def _code_cells(notebook: Path) -> list[int]:
+    """Numbers of the code cells, counting the one that papermill puts behind the parameters."""
+    import nbformat
+
+    cells = nbformat.read(notebook, 4).cells
+    kinds = [("code",) * (1 + ("parameters" in cell.metadata.get("tags", []))) for cell in cells]
+    kinds = [k if cell.cell_type == "code" else ("text",) for k, cell in zip(kinds, cells, strict=True)]
+    return [number for number, kind in enumerate(sum(kinds, ()), start=1) if kind == "code"]
+
+
+def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Executor) -> Path:
+    """Runs one notebook by papermill into the run folder; its HTML page is left to `pages`.
+
+    Raises:
+        MSCNNError: a cell failed; the message holds its error and names the partial notebook.
+    """
+    import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
+
+    source = project_root() / "notebooks" / f"{name}.ipynb"
+    target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
+    _make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
+    logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
+    logger.addHandler(progress)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        papermill.execute_notebook(
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)),  # papermill formats them
+            dataclasses.asdict(settings),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=True,
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's, of the notebook's own prints nothing is lost
+        )
+    except papermill.PapermillExecutionError as error:
+        told = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
+        raise MSCNNError(f"{told}\n({name}, cell {error.exec_count}; the notebook so far: {target})") from error
+    except NoSuchKernel as error:
+        remedy = f"{sys.executable} -m pip install ipykernel"
+        raise MSCNNError(f"{name}: Jupyter knows no kernel named {error.name} here. Install it: {remedy}") from error
+    except DeadKernelError as error:
+        raise MSCNNError(
+            f"{name}: its Python process died, most often because the memory is used up. "
+            f"Close other programs, or use light_mode.\nThe notebook so far: {target}"
+        ) from error
+    finally:
+        logger.removeHandler(progress)
+        pages.submit(_write_html, target)
+    return target
+
+
+def _write_html(notebook: Path) -> None:
+    """Writes the notebook's page beside it; a page that cannot be made is no reason to lose a run."""
+    try:
+        from nbconvert import HTMLExporter
+
+        html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
+        html = re.sub(rf'href="({"|".join(NOTEBOOKS)})\.ipynb', r'href="\1.html', html)  # from page to page
+        _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
+    except Exception as error:  # nbconvert, Jinja and the file system each have their own
+        _print_anyway(f"No page could be made of {notebook}: {error}", error=True)
+
+
+@contextlib.contextmanager
+def _surroundings():
+    """What kernels inherit: whose notebooks they run, where data lies, and a home."""
+    if _here() is None:  # papermill asks for it
+        os.chdir(project_root())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        wanted = {"MSCNN_PROJECT": str(project_root())}  # read by the set-up cell
+        with contextlib.suppress(MSCNNError):
+            wanted["MSCNN_DATA_DIR"] = str(data_folder())
+        if not os.path.isabs(os.path.expanduser("~")):  # no home is known, and Jupyter needs one
+            wanted["HOME"] = folder
+        earlier = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in earlier.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _ending_written_down(run: Run):
+    """Writes into `metrics.json` how a run that has begun ended, if not well."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        ending = {"status": "interrupted"} if interrupted else {"status": "failed", "reason": str(error) or repr(error)}
+        with contextlib.suppress(MSCNNError):  # the reason is in `error`
+            if run.read("metrics").get("status") == "running":
+                run.write("metrics", ended=_now(), **ending)
+        raise
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end a run as Ctrl-C does."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
+
+
+def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
+    """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
+    started, run = time.time(), Run("total", settings)
+    os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
+    run.starting_model()  # a missing model is refused before anything runs
+    _make_folders(run)  # and so is a folder that cannot be written
+    settings = settled(settings)
+    # A page is made while the next notebook runs.
+    with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
+        for name in notebooks:
+            run_notebook(name, settings, pages)
+    seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
+    run.write("metrics", seconds=seconds)
+    return run.read("metrics")
+
+
+def print_result(run: Run) -> None:
+    """The end of a run: the report of the 11 categories, the figures that matter, and where to look."""
+    metrics = run.read("metrics")
+    one, two = metrics["stage1"], metrics["two_stage"]
+    data = metrics["dataset"]
+    print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
+    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two readings in notebook 05.\n")
+    print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
+    if data["fallback"]:
+        print(FALLBACK_NOTICE)
+    print(f"Accuracy of Stage 1 {one['accuracy']:.1%}, of all answers {two['accuracy']:.1%}. ", end="")
+    print(f"At threshold {two['threshold']:.4g}: ", end="")
+    accepted = "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} right"
+    print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
+    if metrics.get("certificate"):
+        print(Certificate(**metrics["certificate"]).text())
+    alone = f"of Stage 1 alone, by one look and its softmax, {one['aurc']:.4f}"
+    print(f"Area under the risk-coverage curve: {two['aurc']:.4f}; {alone}.")
+    if metrics.get("unnoticed"):
+        kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in metrics["unnoticed"].items())
+        print(f"{OTHER} does not notice everything. Accepted, though they show no category: {kinds}.")
+    if two.get("like_nothing_known"):
+        print(f"Called {STRANGE!r}, though they show a category: {two['like_nothing_known']:.1%} of the test images.")
+    if data["sizes"]["calibration"] < 20 * len(data["category_names"]):
+        print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
+    print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
+    print("  notebooks/05_evaluation_and_cam.html   the whole evaluation\n  figures/ · metrics.json · history.json")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser, made from `Settings`, so that names, types and defaults are the same everywhere."""
+    parser = argparse.ArgumentParser(
+        prog="python mscnn_helpers.py",
+        description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
+        "by running the notebooks 01 to 05 into a run folder.",
+        epilog="examples:\n"
+        "  a first look, minutes       python mscnn_helpers.py --epochs 5 --light_mode\n"
+        "  then retrain two of it      python mscnn_helpers.py --epochs 5 --light_mode --stage2_only "
+        "--stage2_categories ship,truck\n"
+        "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
+        "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0 "
+        "--run_dir runs/mine",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for one in dataclasses.fields(Settings):
+        says_nothing = one.default is False or one.default == ""  # but 0 does
+        text = one.metadata["help"] + ("" if says_nothing else f" (default: {one.default})")
+        if one.type == "bool":
+            parser.add_argument(f"--{one.name}", action="store_true", help=text)
+        else:
+            kind = {"int": int, "float": float, "str": str}[one.type]
+            parser.add_argument(f"--{one.name}", type=kind, default=one.default, metavar=one.type.upper(), help=text)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
+    _let_output_fail()
+    parsed = command_line().parse_args(arguments)
+    import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
+    from mscnn_parts.runs import checked_data
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
+    usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    try:
+        settings = Settings(**vars(parsed))
+        run = Run("total", settings)
+        if settings.dataset != "auto" or os.path.isdir(run.folder) or _find_cifar10():
+            checked_data(run)  # refused before a notebook takes the place of an older one
+        # Else there is none, and a download that fails would be tried twice.
+        run_all(settings)
+        with _closed_output_ignored():
+            print_result(Run("total", settings))
+    except MSCNNError as error:
+        _print_anyway(f"\nerror: {error}", error=True)
+        return 1
+    except KeyboardInterrupt as error:
+        kept = "What is finished lies in the run folder; a finished model is still whole."
+        _print_anyway(f"\ninterrupted. {kept}", error=True)
+        return 143 if isinstance(error, _Terminated) else 130
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, usual)
+    return 0

@@ -1,0 +1,201 @@
+"""A data set in four splits, and light mode."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mscnn_parts.files import _digest
+from mscnn_parts.settings import OTHER, MSCNNError
+
+IMAGE_SIZE = 32  # pixels; other sizes are resized when they are loaded
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, H, W, channels) and labels int64 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:  # of images, where a tuple would count its two fields
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Split:
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in four splits.
+
+    train: what training sees. calibration: choices (epochs, thresholds, roll-back). certification: only
+    for a certificate. test: only for the last number.
+    """
+
+    name: str
+    source: str
+    category_names: tuple[str, ...]
+    train: Split
+    calibration: Split
+    certification: Split
+    test: Split
+    flip: bool = True  # whether a mirrored image keeps its category (a digit does not)
+    fallback: bool = False
+    light_mode: bool = False
+    source_fingerprint: str = ""  # of the data as it was found, whatever the seed and light_mode
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.train.images.shape[1:]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every image and label of every split, in order."""
+        splits = (self.train, self.calibration, self.certification, self.test)
+        return _digest(self.category_names, *(array for split in splits for array in split))
+
+    def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the train split, (channels,) each, of pixels in 0..255."""
+        counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(self.train.images, -1, 0)])
+        levels, share = np.arange(256), counts / counts.sum(axis=1, keepdims=True)  # (channels, 256)
+        mean = share @ levels
+        return mean, np.sqrt(np.maximum(share @ levels**2 - mean**2, 1.0))
+
+    def describe(self) -> dict:
+        """What `metrics.json` says of the data."""
+        sizes = {name: len(getattr(self, name)) for name in ("train", "calibration", "certification", "test")}
+        return {
+            "name": self.name, "source": self.source, "fallback": self.fallback, "fingerprint": self.fingerprint,
+            "source_fingerprint": self.source_fingerprint,
+            "light_mode": self.light_mode, "category_names": list(self.category_names), "sizes": sizes,
+        }  # fmt: skip
+
+
+@dataclass
+class _Raw:
+    """A data set as it was found: uint8 images, integer labels, and no test split if there is none."""
+
+    name: str
+    source: str
+    names: Sequence[str]
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray | None = None
+    y_test: np.ndarray | None = None
+    x_held: np.ndarray | None = None  # of a validation split: for calibration and certification
+    y_held: np.ndarray | None = None
+    flip: bool = True
+    published: str = ""  # hashes that were checked and stand for the images, where there are such
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the published hashes, or over every image and label."""
+        if self.published:
+            return _digest([*self.names, self.published])
+        labels = [y.astype(np.int64) for y in (self.y_train, self.y_test, self.y_held) if y is not None]
+        return _digest(self.names, *labels, *(x for x in (self.x_train, self.x_test, self.x_held) if x is not None))
+
+
+def _resized(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, h, w, channels) -> (N, 32, 32, channels), a thousand images at a time."""
+    if images.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
+        return images
+    import tensorflow as tf
+
+    chunks = [images[i : i + 1000] for i in range(0, len(images), 1000)]
+    resize = functools.partial(tf.image.resize, size=(IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+    return np.concatenate([np.clip(np.round(resize(chunk)), 0, 255).astype(np.uint8) for chunk in chunks])
+
+
+LIGHT_FLOOR = (1500, 300, 500)  # light mode keeps at least so many train, test and validation images
+LEAST = 4  # images of a category: two to train on, one each for calibration and certification
+
+
+def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
+    """Stratified, seeded splits: 90 % train, 5 % calibration, 5 % certification, and the test images.
+
+    A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
+    a calibration on a handful of images is worth nothing. Without test images a fifth is set aside. A validation split
+    of the data's own is halved for calibration and certification, and train stays whole.
+    """
+    least = LEAST if raw.x_held is None else 2
+    _check_categories(raw, least + (raw.x_test is None))
+    found = raw.fingerprint
+    train = Split(raw.x_train, raw.y_train.astype(np.int64))
+    if raw.x_test is None:
+        train, test = _parted(train, round(0.2 * len(train)), seed, (least, 1))
+    else:
+        test = Split(raw.x_test, raw.y_test.astype(np.int64))
+    rest = None if raw.x_held is None else Split(raw.x_held, raw.y_held.astype(np.int64))
+    if light_mode:
+        train, test, rest = (
+            _parted(one, max(len(one) // 10, floor), seed, (0, few))[1]
+            if one is not None and len(one) >= floor + len(raw.names)
+            else one
+            for one, floor, few in zip((train, test, rest), LIGHT_FLOOR, (least, 1, 2), strict=True)
+        )
+    if rest is None:
+        held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
+        train, rest = _parted(train, 2 * held, seed, (2, 2))
+    else:
+        held = len(rest) // 2
+    calibration, certification = _parted(rest, held, seed)
+    splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
+    return Dataset(
+        raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode, source_fingerprint=found
+    )
+
+
+def _check_categories(raw: _Raw, least: int) -> None:
+    """Raises MSCNNError unless the categories have names that can be told apart, and `least` images or more."""
+    names = list(raw.names)
+    unfit = [name for name in names if names.count(name) > 1 or name == OTHER or not name.strip()]
+    if len(names) < 2 or unfit:
+        raise MSCNNError(
+            f"Categories are {', '.join(names)}{f' (here {unfit[0]!r})' if unfit else ''}: "
+            f"use two or more different names, none of them {OTHER} or blank."
+        )
+    counts = np.bincount(raw.y_train, minlength=len(names))
+    few = [f"{names[category]} ({counts[category]})" for category in np.flatnonzero(counts < least)]
+    if few:
+        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
+        raise MSCNNError(
+            f"Too few images: the splits take {least} or more of each category, and the smallest of these has "
+            f"{counts.min()}: {', '.join(few[:5])}{more}. Add images, or take the category out."
+        )
+
+
+def _parted(split: Split, count: int, seed: int, least: tuple[int, int] = (1, 1)) -> tuple[Split, Split]:
+    """Sets `count` images aside, every category in proportion, but `least` of each are kept and set aside.
+
+    Where scikit-learn does not leave so many, each category is divided by itself, and somewhat more or fewer than
+    `count` are set aside.
+    """
+    from sklearn.model_selection import train_test_split
+
+    present, sizes = np.unique(split.labels, return_counts=True)
+    if sizes.min() < sum(least):
+        raise MSCNNError(
+            f"Too few images: {count} of {len(split)} are to be set aside, some of each of the {len(present)} "
+            f"categories, and the smallest of these has {sizes.min()}: give more images, or no light_mode."
+        )
+    everything, aside = np.arange(len(split)), np.empty(0, int)
+    with contextlib.suppress(ValueError):  # it refuses a category of one image
+        _, aside = train_test_split(everything, test_size=count, stratify=split.labels, random_state=seed)
+    apart = np.array([(split.labels[aside] == category).sum() for category in present])
+    if (apart < least[1]).any() or (sizes - apart < least[0]).any():
+        order = np.random.default_rng(seed).permutation(len(split))
+        apart = np.clip(np.round(sizes * count / len(split)).astype(int), least[1], sizes - least[0])
+        own = zip(present, apart, strict=True)
+        aside = np.concatenate([order[split.labels[order] == category][:number] for category, number in own])
+    return split.take(np.setdiff1d(everything, aside)), split.take(np.sort(aside))
+
+
+def both_splits(data: Dataset) -> Split:
+    """Train and calibration split as one, in this order: all that a training looks at."""
+    return Split(*(np.concatenate(parts) for parts in zip(data.train, data.calibration, strict=True)))

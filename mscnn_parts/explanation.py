@@ -1,0 +1,111 @@
+"""Class Activation Maps, and how an image was decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mscnn_parts.checks import _check_categories_within, _checked_labels
+from mscnn_parts.layers import log_odds_tensor
+from mscnn_parts.settings import OTHER, MSCNNError, _did_you_mean
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
+
+
+def class_activation_map(network: keras.Model, images: np.ndarray, category: int) -> np.ndarray:
+    """The original CAM: what each place of the last feature map adds to the category's logit.
+
+    For networks that end in global average pooling and one dense layer. Source: Zhou et al. 2016.
+
+    Args:
+        images: uint8 (B, H, W, channels).
+
+    Returns:
+        float32 (B, h, w); its mean plus the dense layer's bias is the logit.
+    """
+    _check_explained(network, images)
+    _check_categories_within(np.atleast_1d(category), network.output_shape[-1])
+    features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
+    weights = network.get_layer("scaled").scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
+    return np.asarray(tf.cast(features, tf.float32)) @ weights
+
+
+def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: str = "block2") -> np.ndarray:
+    """Grad-CAM: where a layer's features raise a target. Source: Selvaraju et al. 2017, section 3.
+
+    Args:
+        images: uint8 (B, H, W, channels).
+        target: from logits (B, C) to the value to explain (B,), such as `lambda z: z[:, 3]`.
+        layer: a layer with a feature map; its size is the map's.
+
+    Returns:
+        float32 (B, h, w), at least 0.
+    """
+    _check_explained(network, images, layer)
+    features = network.get_layer(layer).output
+    maps = keras.Model(network.inputs[0], features)(images, training=False)  # (B, h, w, K)
+    head = keras.Model(features, network.outputs[0])
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        value = target(head(maps, training=False))
+    gradient = tf.cast(tape.gradient(value, maps), tf.float32)  # (B, h, w, K)
+    weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (B, 1, 1, K)
+    return np.asarray(tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=-1)))
+
+
+def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "pooled") -> None:
+    """Raises MSCNNError for images of another dtype or shape, or a layer that is not there."""
+    shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
+    if dtype != np.uint8 or shape[1:] != network.input_shape[1:]:
+        wanted = ", ".join(map(str, network.input_shape[1:]))
+        raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).")
+    names = [one.name for one in network.layers]
+    if layer not in names:
+        raise MSCNNError(
+            f"{network.name} has no layer '{layer}'.{_did_you_mean(layer, names)} Choose among: {', '.join(names)}."
+        )
+
+
+class DecisionTrace(NamedTuple):
+    """How one image was decided."""
+
+    image: np.ndarray  # uint8 (H, W, channels)
+    truth: str  # "" where it is not known
+    stage1_map: np.ndarray  # (h, w): why this category
+    stage2_map: np.ndarray  # (h, w): why right; where it is empty, nothing speaks for 'right'
+    top3: list[tuple[str, float]]  # Stage 1's most probable categories
+    stage2_confidence: float
+    confidence: float
+    verdict: str
+    reason: str  # see `Decisions.reasons`
+
+
+def trace_decisions(
+    model: MultiStageCNN, images: np.ndarray, labels: np.ndarray | None = None, threshold: float | None = None
+) -> list[DecisionTrace]:
+    """Explains the decisions on uint8 images (B, H, W, channels), one trace an image."""
+    decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
+    labels = None if labels is None else _checked_labels(decisions.category, labels)
+    probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
+    traces = []
+    for i, c in enumerate(decisions.stage1_category):
+        one = images[i : i + 1]
+        traces.append(
+            DecisionTrace(
+                image=images[i],
+                truth="" if labels is None else names[labels[i]],
+                stage1_map=grad_cam(model.stage1, one, lambda z, c=c: z[:, c])[0],
+                stage2_map=grad_cam(model.stage2_of(c), one, lambda z, c=c: log_odds_tensor(z, c))[0],
+                top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
+                stage2_confidence=float(decisions.stage2_confidence[i]),
+                confidence=float(decisions.confidence[i]),
+                verdict=names[decisions.category[i]],
+                reason=str(reasons[i]),
+            )
+        )
+    return traces

@@ -1,0 +1,354 @@
+"""Figures: arrays in, a Matplotlib Figure out; none is shown here."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mscnn_parts.checks import _check_categories_within, _checked_labels, _checked_pair
+from mscnn_parts.data import Dataset
+from mscnn_parts.decision import STRANGE, Decisions
+from mscnn_parts.metrics import aurc, calibration_error, reliability, risk_coverage
+from mscnn_parts.settings import OTHER, MSCNNError
+
+if TYPE_CHECKING:
+    from mscnn_parts.explanation import DecisionTrace
+    from mscnn_parts.training import Retraining
+
+
+MAP_COLOURS = "magma"  # perceptually uniform, and readable without colour vision
+
+
+def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
+    """A figure and its axes in a flat array; closed for pyplot, so that a notebook shows it only once."""
+    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained",
+        FigureClass=_figure_class(),
+    )  # fmt: skip
+    plt.close(figure)
+    FigureCanvasAgg(figure)  # closing takes its canvas, without which each text is measured on a new, whole picture
+    return figure, axes.ravel()
+
+
+def _legend_below(figure, axis) -> None:
+    """The legend of an axis in one row below the figure, where it hides no data."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+
+
+@functools.cache
+def _figure_class() -> type:
+    """Matplotlib's figure, made legible before it is drawn; no import at the top, for it takes a second."""
+    from matplotlib.figure import Figure
+
+    class LegibleFigure(Figure):
+        def draw(self, renderer):
+            make_legible(self)
+            super().draw(renderer)
+
+    return LegibleFigure
+
+
+def make_legible(figure) -> None:
+    """Draws all texts as they are: what is between two $ is no formula, and other scripts take a font that has them."""
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.text import Text
+
+    texts = {text: set(filter(str.isprintable, text.get_text())) for text in figure.findobj(Text)}
+    lacking = set().union(*texts.values()) - _characters_in(findfont(FontProperties()))
+    fallback = _font_with("".join(sorted(lacking))) if lacking else None
+    for text, characters in texts.items():
+        text.set_parse_math("\\mathdefault" in text.get_text())  # which are Matplotlib's own, of a logarithmic axis
+        if fallback and characters & lacking and fallback not in text.get_fontfamily():
+            text.set_fontfamily([*text.get_fontfamily(), fallback])
+
+
+@functools.cache
+def _characters_in(font: str) -> frozenset[str]:
+    """The characters that a font file has; none if it cannot be read."""
+    from matplotlib.font_manager import get_font
+
+    try:
+        return frozenset(map(chr, get_font(font).get_charmap()))
+    except Exception:  # of FreeType and of the file system: a font for the colours of emoji, one that has been deleted
+        return frozenset()
+
+
+@functools.cache
+def _font_with(characters: str) -> str | None:
+    """The installed font that has the most of these characters; None if none has any."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    wanted, families = set(characters), dict.fromkeys(font.name for font in fontManager.ttflist)
+    lacks = {
+        name: wanted - _characters_in(findfont(FontProperties(family=[name])))
+        for name in families
+        if not name.startswith("Last Resort")  # Matplotlib's, which has a box for every character
+    }
+    best = min(lacks, key=lambda name: len(lacks[name]))
+    for script in sorted({unicodedata.name(one, "UNKNOWN").split()[0] for one in lacks[best]}):
+        _warn_of_boxes(script)
+    return best if lacks[best] < wanted else None
+
+
+@functools.cache
+def _warn_of_boxes(script: str) -> None:
+    """Says, once, that a script cannot be drawn, in place of Matplotlib, which says it of each character and figure."""
+    remedy = "Install one that does, such as one of Noto, and start Python anew."
+    warnings.warn(f"No installed font has these {script} characters: figures show boxes there. {remedy}", stacklevel=2)
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
+
+
+def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
+    axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=8, color=colour)
+    axis.set_axis_off()
+
+
+def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", columns: int = 8):
+    """A grid of uint8 images (N, H, W, channels), a caption above each."""
+    if len(captions) != len(images):
+        raise MSCNNError(f"{len(captions)} captions for {len(images)} images: give one of each image, '' for none.")
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = _axes(rows, columns, 1.25, 1.5)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short
+        _show_image(axis, image, caption)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_samples(data: Dataset, columns: int = 8):
+    """A row of train images for each category."""
+    chosen = [np.flatnonzero(data.train.labels == c)[:columns] for c in range(len(data.category_names))]
+    figure, axes = _axes(len(chosen), columns, 0.9, 0.95)
+    for axis in axes:
+        axis.set_axis_off()
+    for row, (indices, name) in enumerate(zip(chosen, data.category_names, strict=True)):
+        for column, i in enumerate(indices):
+            _show_image(axes[row * columns + column], data.train.images[i], name if column == 0 else "")
+    figure.suptitle(f"{data.name}: {columns} train images of each category")
+    return figure
+
+
+def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3):
+    """Train images (first column) as training sees them in different epochs."""
+    import tensorflow as tf
+
+    from mscnn_parts.layers import RandomFlipCrop
+
+    chosen = data.train.images[:rows]
+    layer, views = RandomFlipCrop(data.flip), [chosen]
+    for epoch in range(columns - 1):
+        layer.epoch.assign(epoch)
+        views.append(layer(tf.constant(chosen), training=True).numpy().astype(np.uint8))
+    images = np.stack(views, axis=1).reshape(-1, *data.input_shape)
+    captions = ["original", *[f"epoch {e + 1}" for e in range(columns - 1)]] * rows
+    return plot_images(images, captions, "Every epoch sees a slightly different picture", columns)
+
+
+def plot_history(history: dict[str, dict]):
+    """Loss and accuracy by epoch, train and calibration, a row a stage.
+
+    Args:
+        history: `{"stage1": {"loss": [...], "accuracy": [...], "val_loss": [...], "val_accuracy": [...]},
+            "stage2": {category name: the same}}`; for Stage 2 the mean over the categories is drawn bold.
+    """
+    stages = [stage for stage in ("stage1", "companion", "stage2") if history.get(stage)]
+    figure, axes = _axes(max(1, len(stages)), 2, 5, 2.8)
+    titles = {
+        "stage1": "Stage 1",
+        "companion": "Companion",
+        "stage2": "Stage 2 (thin: a category, thick: their mean)",
+    }
+    for row, stage in enumerate(stages):
+        for column, measure in enumerate(("loss", "accuracy")):
+            axis = axes[2 * row + column]
+            runs = list(history[stage].values()) if stage == "stage2" else [history[stage]]
+            for key, label, colour in ((measure, "train", "C0"), (f"val_{measure}", "calibration", "C1")):
+                _plot_runs(axis, [run[key] for run in runs if run.get(key)], label, colour)
+            axis.set(
+                title=titles[stage],
+                xlabel="epoch" if stage != "stage2" else "fifth of the training",
+                ylabel=measure,
+            )
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.legend(frameon=False)
+            axis.grid(alpha=0.3)
+    return figure
+
+
+def _plot_runs(axis, runs: list[list[float]], label: str, colour: str) -> None:
+    for run in runs if len(runs) > 1 else []:
+        axis.plot(range(1, len(run) + 1), run, color=colour, alpha=0.25, linewidth=0.8)
+    if runs:
+        mean = np.mean(runs, axis=0)
+        axis.plot(range(1, len(mean) + 1), mean, color=colour, marker=".", label=label)
+
+
+def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
+    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row.
+
+    Of many categories only the colours are shown, and not every name.
+    """
+    import seaborn
+
+    matrix = np.asarray(matrix)
+    labels = [*names, OTHER] if len(names) < len(matrix) else list(names)
+    if matrix.shape != (len(labels), len(labels)) or matrix.dtype.kind not in "iu":
+        raise MSCNNError(f"The matrix is {matrix.dtype} {matrix.shape}: use counts, integers, for {len(labels)} names.")
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    few, size = len(labels) <= 31, min(2.5 + 0.55 * len(labels), 20)  # inches
+    figure, (axis,) = _axes(1, 1, size + 0.8, size)
+    seaborn.heatmap(
+        share, annot=matrix if few else None, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis,
+        linewidths=0.5 if few else 0, annot_kws={"fontsize": 8}, xticklabels=False, yticklabels=False,
+        cbar_kws={"label": "share of the true category"},
+    )  # fmt: skip
+    named = np.arange(0, len(labels), -(-len(labels) // 80))
+    for set_ticks in (axis.set_xticks, axis.set_yticks):
+        set_ticks(named + 0.5, [labels[i] for i in named])
+    axis.set(title=title, xlabel="decided", ylabel="true")
+    axis.tick_params(axis="x", rotation=45)
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dict[str, float] | None = None):
+    """Risk-coverage curves.
+
+    Args:
+        curves: label -> (confidence (N,), right bool (N,)).
+        at: label -> threshold to mark on its curve.
+    """
+    figure, (axis,) = _axes(1, 1, 6, 4)
+    for label, (confidence, right) in curves.items():
+        coverage, risk = risk_coverage(confidence, right)
+        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, right):.4f})")
+        accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
+        if accepted:
+            axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
+    axis.set(xlabel="coverage: share of images accepted", ylabel="selective risk: errors among them", xlim=(0, 1))
+    axis.set_ylim(bottom=0)
+    axis.set_title("Lower is better: fewer errors among the accepted images", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int = 10):
+    """Reliability diagram: accuracy against confidence; on the diagonal a confidence means what it says.
+
+    Args:
+        curves: label -> (confidence (N,) in 0..1, right bool (N,)).
+    """
+    figure, (axis, counts) = _axes(1, 2, 4.5, 4)
+    axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    for label, (confidence, right) in curves.items():
+        mean, accuracy, count = reliability(confidence, right, bins)
+        error = calibration_error(confidence, right, bins)
+        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
+        counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
+    axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
+    counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
+    counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
+    _legend_below(figure, axis)
+    return figure
+
+
+def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, names: Sequence[str], title: str):
+    """Images with what was decided, how confidently, and what is true."""
+    full, captions = [*names, OTHER], []
+    labels = _checked_labels(decisions.category, labels)
+    _check_categories_within(labels, len(full))
+    fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
+    for d, c, p, reason, t in zip(*fields, strict=True):
+        said = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
+        said = f"{full[d]}\n{reason}" if reason == STRANGE else said
+        captions.append(f"{said}\ntrue: {full[t]}")
+    return plot_images(images, captions, title)
+
+
+def _rounded_down(confidence: float) -> str:
+    """In percent: neither above a threshold that it misses nor, short of certainty, 100 %."""
+    return f"{np.floor(1000 * confidence) / 1000:.1%}"
+
+
+def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float], marked: float, split: str):
+    """What a threshold buys on the images of a split: coverage and selective accuracy, with one threshold marked."""
+    confidence, right = _checked_pair(confidence, right)
+    figure, (axis,) = _axes(1, 1, 6, 3.6)
+    grid = np.asarray(thresholds)
+    accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
+    with np.errstate(invalid="ignore"):
+        accuracy = (accepted & right).sum(axis=1) / accepted.sum(axis=1)
+    axis.plot(grid, accepted.mean(axis=1), label="coverage")
+    axis.plot(grid, accuracy, label="accuracy of what is accepted")
+    axis.axvline(marked, color="grey", linestyle=":")
+    axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title(f"{split} split, dotted: threshold {marked:.2f}", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="lower left")
+    return figure
+
+
+def plot_retraining(results: Sequence[Retraining]):
+    """Log loss on the calibration split before and after retraining, side by side."""
+    figure, (axis,) = _axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
+    place = np.arange(len(results))
+    axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
+    axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
+    labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
+    axis.set_xticks(place, labels)
+    axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
+    _legend_below(figure, axis)
+    return figure
+
+
+def plot_decision_traces(traces: Sequence[DecisionTrace]):
+    """One row an image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
+    figure, axes = _axes(max(1, len(traces)), 4, 2.3, 2.0)
+    for axis in axes:
+        axis.set_axis_off()
+    for row, trace in enumerate(traces):
+        picture, first, second, text = axes[4 * row : 4 * row + 4]
+        _show_image(picture, trace.image, f"true: {trace.truth}" if trace.truth else "your image")
+        for axis, heat, title in (
+            (first, trace.stage1_map, "why this category"),
+            (second, trace.stage2_map, "why right"),
+        ):
+            _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
+        top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
+        text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
+        wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
+        colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
+        text.text(0, 0.02, _verdict(trace, bool(wrong)), fontsize=11, weight="bold", color=colour)
+    return figure
+
+
+def _verdict(trace: DecisionTrace, wrong: bool) -> str:
+    """In two lines; a confidence means nothing for what is like nothing known."""
+    if trace.reason == STRANGE:
+        return f"{trace.verdict}\n{STRANGE}"
+    if trace.verdict == OTHER:
+        return f"{trace.verdict}, {trace.reason}\n{trace.top3[0][0]}? {_rounded_down(trace.confidence)}"
+    return f"{trace.verdict}{' ✗' if wrong else ''}\n{_rounded_down(trace.confidence)}"
+
+
+def _show_map(axis, image: np.ndarray, heat: np.ndarray, title: str) -> None:
+    """A map (h, w) over its image, from nothing (transparent) to its largest value."""
+    _show_image(axis, image, title)
+    height, width = image.shape[:2]
+    axis.imshow(
+        heat / max(float(heat.max()), 1e-9), cmap=MAP_COLOURS, alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+"""Places on disk: where a path of a parameter leads, and files that are whole or the old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mscnn_parts.settings import MSCNNError
+
+
+def project_root() -> Path:
+    """The folder of `mscnn_helpers.py`; relative paths in the parameters start here."""
+    return Path(__file__).resolve().parents[1]
+
+
+def _here() -> Path | None:
+    """The current folder; None where it has been deleted."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def path_from(text: str, start: Path) -> Path:
+    """A path that a user gives: `~` is the user's home, an absolute one is itself, another one begins at `start`.
+
+    Raises:
+        MSCNNError: no home directory is known.
+    """
+    try:
+        path = start / Path(text).expanduser()
+    except RuntimeError as error:
+        raise MSCNNError(f"No home directory is known for '{text}': give the whole path, without ~.") from error
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
+
+
+FROM_HERE = re.compile(r"\.\.?([/\\]|$)")  # ., .. and what begins with them; a hidden folder, such as .data, does not
+
+
+def places_of(text: str, *starts: Path | None) -> list[Path]:
+    """Where the path of a parameter may lead, the likeliest first: see `path_from`.
+
+    `.` and `..` are the folder that the user is in, and the one above it; another relative path may begin at each of
+    `starts` (None is left out).
+
+    Raises:
+        MSCNNError: no home directory is known, or the current folder has been deleted.
+    """
+    if FROM_HERE.match(text):
+        starts = (_here(),)
+        if starts == (None,):
+            raise MSCNNError(f"The current folder, where '{text}' begins, has been deleted: give the whole path.")
+    return list(dict.fromkeys(path_from(text, start) for start in starts if start))
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file beside `path`, then moves it there: `path` is never half-written."""
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise MSCNNError(f"Cannot write {path}: {error.strerror or error}. Choose another place.") from error
+    finally:
+        with contextlib.suppress(OSError):  # mostly it is not there any more
+            partial.unlink()
+
+
+def _make_folder(folder: Path, problem: str, parameter: str) -> None:
+    """Makes a folder, if it is not there, and sees that files can be made in it.
+
+    Raises:
+        MSCNNError: they cannot; it begins with `problem` and names the parameter to change.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MSCNNError(f"{problem}: {error.strerror}. Choose another {parameter}.") from error
+
+
+def _with_suffix(path: Path, name: str) -> Path:
+    return path if name.endswith(".keras") else path.with_name(path.name + ".keras")
+
+
+def _jsonable(value: Any) -> Any:
+    """NumPy numbers and arrays as plain ones; NaN, which JSON lacks, as null."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_jsonable(one) for one in value]
+    if isinstance(value, (np.bool_, np.integer)):
+        return value.item()
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def _digest(names: Sequence[str], *arrays: np.ndarray) -> str:
+    """SHA-256 over category names and arrays, in order."""
+    digest = hashlib.sha256(json.dumps(list(names)).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

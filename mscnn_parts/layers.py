@@ -1,0 +1,173 @@
+"""The layers of the CNNs."""
+
+from __future__ import annotations
+
+import functools
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mscnn_parts.kernels import images_in_a_row, short_rows_convolution
+
+RANDOM_FLIP = -1  # in place of an epoch
+_serializable = keras.saving.register_keras_serializable(package="mscnn")
+
+
+@_serializable
+class RandomFlipCrop(keras.layers.Layer):
+    """Mirrors half of the images and shifts each by up to `shift` pixels, in training only.
+
+    From uint8 (B, H, W, channels) to float32. The border is filled by reflection. Two gathers do it, which costs far
+    less than Keras' general affine layers. They and the arithmetic on the places of pixels use floats: on a GPU
+    TensorFlow gathers no uint8 from a tensor, and computes with int32 on the host.
+
+    Which images are mirrored is random, or alternates: while `epoch` is 0 or more, each image is mirrored in every
+    second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
+    Source: alternating flip (Jordan 2024, section 3.6).
+
+    While `share` is below 1, training sees a random part of each image, that share of its height and its width.
+    """
+
+    def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
+        super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
+        self.flip, self.shift, self.seed = flip, shift, seed
+        self.random = keras.random.SeedGenerator(seed)
+        self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not weights: no model file needs them
+        with tf.device("CPU"):  # the bounds of a draw are needed there
+            self.share = tf.Variable(1.0, trainable=False)
+
+    def reset(self) -> None:
+        """Back to whole images, mirrored at random: as it is outside of a training by epochs."""
+        self.epoch.assign(RANDOM_FLIP)
+        self.share.assign(1.0)
+
+    def reseed(self, seed: int) -> None:
+        """Starts the random numbers anew, also for a graph that has been traced already."""
+        self.random.state.assign([seed, 0])
+
+    def call(self, images, training=False):
+        images = tf.cast(images, tf.float32)
+        if not training:
+            return images
+        batch, (height, width) = tf.shape(images)[0], images.shape[1:3]
+        rows, columns = self._places(batch, height), self._places(batch, width)
+        if self.flip:
+            columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
+        images = tf.gather(images, tf.cast(rows, tf.int64), axis=1, batch_dims=1)  # (B, share H, W, channels)
+        return tf.gather(images, tf.cast(columns, tf.int64), axis=2, batch_dims=1)  # (B, share H, share W, channels)
+
+    def _mirrored(self, images):
+        """Which images are mirrored: bool (B,)."""
+        at_random = keras.random.uniform((tf.shape(images)[0],), dtype="float32", seed=self.random) < 0.5
+        total = tf.reduce_sum(images, axis=(1, 2, 3))  # exact: whole numbers below 2^24
+        in_turn = (total + tf.cast(self.epoch, tf.float32)) % 2 == 1
+        return tf.where(self.epoch == RANDOM_FLIP, at_random, in_turn)
+
+    def _places(self, batch, size: int):
+        """Which row (or column) each row of the result is taken from, reflected at the border: (B, share size)."""
+        kept = tf.round(self.share * size)
+        end = self.shift + size - tf.cast(kept, tf.int32) + 1
+        start = keras.random.randint((batch, 1), -self.shift, end, dtype="int32", seed=self.random)
+        return (size - 1) - tf.abs((size - 1) - tf.abs(tf.cast(start, tf.float32) + tf.range(kept)))
+
+    def get_config(self):
+        return {**super().get_config(), "flip": self.flip, "shift": self.shift, "seed": self.seed}
+
+
+@_serializable
+class WhiteningConv(keras.layers.Layer):
+    """2 x 2 convolution whose fixed kernel decorrelates neighbouring pixels; nothing in it is trained.
+
+    The kernel comes from `whitening_kernel`. Filters are the eigenvectors of the patches and their
+    negatives, so 8 a channel. Source: airbench (Jordan 2024, section 3.2), which also trains a bias for a while. Here
+    nothing is trained, so that no gradient has to be taken back through the first 3x3 convolution, and the bias is 0:
+    TensorFlow makes one operation of convolution, bias and activation, at two fifths of the time on CPU.
+    """
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        self.kernel = self.add_weight(shape=(2, 2, channels, 8 * channels), trainable=False, name="kernel")
+        # A variable, for a constant 0 would be optimised away before the three are joined; no weight of the layer.
+        self.bias = tf.Variable(tf.zeros(8 * channels, self.compute_dtype), trainable=False)
+
+    def call(self, images):
+        return tf.nn.bias_add(keras.ops.conv(images, self.kernel, padding="valid"), self.bias)  # (B, H-1, W-1, 8 ch.)
+
+
+@_serializable
+class FusedBatchNormalization(keras.layers.Layer):
+    """BatchNormalization in one fused operation, without scale and with a fast offset.
+
+    Keras' own layer is several operations on CPU. The scale is left out and the offset is stored divided by
+    `OFFSET_GAIN`, which multiplies its learning rate by the square of that (both Jordan 2024, section 3.4). The
+    statistics forget within some ten batches, so that they are true after a short training.
+    """
+
+    OFFSET_GAIN = 8.0  # learning rate x 64
+
+    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-3, **kwargs):
+        super().__init__(**kwargs)
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def build(self, input_shape):
+        # Statistics stay float32 under mixed precision: a running mean in bfloat16 would stop moving.
+        state = {"shape": (input_shape[-1],), "dtype": "float32", "autocast": False}
+        self.offset = self.add_weight(initializer="zeros", name="offset", **state)
+        self.moving_mean = self.add_weight(initializer="zeros", name="moving_mean", trainable=False, **state)
+        self.moving_variance = self.add_weight(initializer="ones", name="moving_variance", trainable=False, **state)
+
+    def call(self, inputs, training=False):
+        offset = tf.convert_to_tensor(self.offset.value) * self.OFFSET_GAIN  # (channels,)
+        normalize = functools.partial(
+            tf.raw_ops.FusedBatchNormV3,
+            x=inputs,
+            scale=tf.ones_like(offset),
+            offset=offset,
+            epsilon=self.epsilon,
+        )
+        if not (training and self.trainable):  # frozen means that the statistics stand still, too
+            mean, variance = (tf.convert_to_tensor(v.value) for v in (self.moving_mean, self.moving_variance))
+            return normalize(mean=mean, variance=variance, is_training=False).y
+        result = normalize(mean=[], variance=[], is_training=True)
+        for moving, now in (
+            (self.moving_mean, result.batch_mean),
+            (self.moving_variance, result.batch_variance),
+        ):
+            moving.assign(moving.value * self.momentum + now * (1 - self.momentum))
+        return result.y
+
+    def get_config(self):
+        return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
+
+
+@_serializable
+class Conv2D(keras.layers.Conv2D):
+    """Keras' `Conv2D`, faster in training: on CPU, in bfloat16, where rows are short, by `gradient_of_kernel`."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        plain = self.kernel_size == (3, 3) and self.strides == self.dilation_rate == (1, 1) and self.padding == "same"
+        on_cpu = self.compute_dtype == "bfloat16" and not tf.config.list_physical_devices("GPU")
+        self.short_rows = plain and on_cpu and images_in_a_row(input_shape[2]) > 2
+
+    def convolution_op(self, inputs, kernel):
+        convolve = short_rows_convolution if self.short_rows else super().convolution_op
+        return convolve(inputs, tf.convert_to_tensor(kernel))  # (B, H, W, filters)
+
+
+def log_odds_tensor(logits, category):
+    """As `log_odds`, for tensors and one category: float32 (B, C) -> (B,)."""
+    others = tf.one_hot(category, tf.shape(logits)[1], on_value=-np.inf, off_value=0.0)  # (C,)
+    return tf.gather(logits, category, axis=1) - tf.reduce_logsumexp(logits + others, axis=1)
+
+
+class LogOdds(keras.layers.Layer):
+    """Logits (B, C) -> log-odds of one category (B,); the category can be changed without a new graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.category = self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False)
+
+    def call(self, logits):
+        return log_odds_tensor(logits, tf.convert_to_tensor(self.category.value))

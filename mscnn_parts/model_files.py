@@ -1,0 +1,93 @@
+"""Model files: load them, and say why not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import keras
+import numpy as np
+
+from mscnn_parts.data import Dataset
+from mscnn_parts.downloads import _keras_home
+from mscnn_parts.files import path_from, project_root
+from mscnn_parts.settings import PRETRAINED, MSCNNError
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
+
+
+def _check_keras() -> None:
+    """Raises MSCNNError if Keras is set up, by keras.json or otherwise, in a way that no network here works with."""
+    wanted = {"backend": (keras.config.backend(), "tensorflow"),
+              "image_data_format": (keras.config.image_data_format(), "channels_last")}  # fmt: skip
+    for setting, (found, needed) in wanted.items():
+        if found != needed:
+            raise MSCNNError(
+                f"Keras has the {setting} {found}, and this project needs {needed}: set it in "
+                f"{_keras_home()}/keras.json (KERAS_BACKEND sets the backend, too) and start Python anew."
+            )
+
+
+def _check_model_file(path: Path) -> None:
+    """Raises MSCNNError for what is known to keep a file from being loaded, whatever is in it otherwise."""
+    _check_keras()
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise MSCNNError(f"Cannot read {path}: {error.strerror}. Its rights have to let you read it.") from error
+    if not start:
+        raise MSCNNError(f"{path} is damaged or not a model of this project: it is empty. Get or save it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise MSCNNError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull.")
+    if path.suffix != ".keras":
+        raise MSCNNError(f"{path} has no name that ends in .keras: rename it, if it is a model of this project.")
+
+
+def load_model(path: str | Path) -> MultiStageCNN:
+    """Loads a model file; "pretrained" is the one that comes with the project.
+
+    Raises:
+        MSCNNError: it is missing, damaged or not of this project.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise MSCNNError(
+            f"The model file is {path!r}: give the path of a .keras file of a finished run, or pretrained."
+        )
+    path = project_root() / PRETRAINED if str(path) == "pretrained" else path_from(str(path), Path())
+    if os.path.isdir(path):
+        raise MSCNNError(f"{path} is a folder: give the path of a .keras file of a finished run, or pretrained.")
+    if not Path(path).is_file():
+        raise MSCNNError(
+            f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
+        )
+    _check_model_file(Path(path))
+    expected = keras.saving.get_registered_object("mscnn>MultiStageCNN")
+    if expected is None:
+        raise MSCNNError("The class of the model is not there yet: import mscnn_helpers first.")
+    try:
+        model = keras.saving.load_model(path)
+    except Exception as error:  # a broken file fails in many ways: zip, JSON, HDF5, Keras
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise MSCNNError(f"{path} is damaged or not a model of this project: {reason}") from error
+    if not isinstance(model, expected):
+        raise MSCNNError(f"{path} holds a {type(model).__name__}, not a MultiStageCNN.")
+    return model
+
+
+def load_model_for(data: Dataset, path: str | Path) -> MultiStageCNN:
+    """Loads a model file to use it on the data set it was trained on; an older one learns what is known as it is now.
+
+    Raises:
+        MSCNNError: as `load_model`, or the model is for other data.
+    """
+    model = load_model(path)
+    model.check_matches(data)
+    known = model.known
+    if np.isnan(known.texture_mean).any() or (model.is_calibrated and np.isnan(known.limits).any()):
+        older = f"{Path(path).name} is from before the second reason for OTHER as it is now"
+        print(f"{older}: what is known is learnt anew.", flush=True)
+        model.learn_known(data)
+    return model

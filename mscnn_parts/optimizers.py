@@ -1,0 +1,141 @@
+"""The recipe of a training, and its optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import keras
+import tensorflow as tf
+
+from mscnn_parts.settings import MSCNNError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the CNNs are trained; `recipe_for` chooses epochs and batch size for the data at hand."""
+
+    epochs: int
+    batch_size: int
+    companion_epochs: int = 0  # 0: as many as Stage 1
+    learning_rate: float = 0.5  # peak, at batches of 512; proportional to the batch size
+    kernel_learning_rate: float = 0.06  # the same of convolution kernels, at any batch size; see Muon
+    momentum: float = 0.85
+    weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight but the kernels
+    label_smoothing: float = 0.2
+    warm_up: float = 0.23  # share of the steps in which the learning rate rises
+    small_crops: float = 0.5  # share of the epochs, the first ones, that see a part of each image; see SmallCropsFirst
+    stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
+    stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
+    stage2_share: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate of Stage 1 and the companion, kernels aside."""
+        return self.learning_rate * self.batch_size / 512
+
+
+def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
+    """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
+
+    With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and the companion
+    and Stage 2, whose CNNs are cheap, see more of them. With many, a companion of some points more did not make better
+    judges, so it has fewer epochs than Stage 1.
+    """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 0:
+            raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
+    epochs = epochs or 20
+    if images < 20_000:
+        return Recipe(
+            epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, small_crops=0.0, stage2_share=0.3
+        )
+    return Recipe(epochs, batch_size or 512, companion_epochs=max(1, round(0.8 * epochs)))
+
+
+class Triangle(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises in a straight line from a fifth to the peak, then falls in another to a hundredth (airbench: to 7 %)."""
+
+    def __init__(self, peak: float, rising: int, steps: int):
+        self.peak, self.rising, self.steps = peak, rising, steps
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        rise = 0.2 + 0.8 * step / max(self.rising, 1)
+        fall = 0.01 + 0.99 * (self.steps - step) / max(self.steps - self.rising, 1)
+        return self.peak * tf.maximum(tf.minimum(rise, fall), 0.01)
+
+    def get_config(self):  # TensorBoard asks for it
+        return {"peak": self.peak, "rising": self.rising, "steps": self.steps}
+
+
+def learning_rate_schedule(recipe: Recipe, steps: int) -> Triangle:
+    """Of Stage 1 and the companion, for a training of so many steps."""
+    return Triangle(recipe.peak, int(recipe.warm_up * steps), steps)
+
+
+class Muon(keras.optimizers.SGD):
+    """SGD with Nesterov momentum that orthogonalises the steps of convolution kernels.
+
+    A kernel is seen as a matrix with a column for each output channel, and so is its step. A plain step is ruled by the
+    few directions with the largest gradients; here all its singular values are made nearly equal, so that it moves as
+    far in the others. Kernels are kept at one length, since BatchNormalization makes their scale idle: so their
+    learning rate is a share of it, and they need no weight decay. Every other weight takes a plain step.
+    Source: Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024; airbench94_muon.
+
+    Args:
+        schedule: learning rate of the other weights.
+        kernel_gain: the kernels' learning rate is so many times that of the others.
+        recipe: its momentum and weight decay are used.
+    """
+
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, kernel_gain: float, recipe: Recipe):
+        super().__init__(schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
+        self.kernel_gain = kernel_gain
+
+    def build(self, variables):
+        self.exclude_from_weight_decay([one for one in variables if len(one.shape) == 4])
+        super().build(variables)
+
+    def update_step(self, gradient, variable, learning_rate):
+        if len(variable.shape) != 4:
+            return super().update_step(gradient, variable, learning_rate)
+        momentum = self.momentums[self._get_variable_index(variable)]
+        self.assign(momentum, self.momentum * momentum + gradient)
+        step = orthogonalised(as_matrix(gradient + self.momentum * momentum))  # (9 in, out)
+        kernel = variable * (variable.shape[-1] ** 0.5 / tf.norm(variable))
+        rate = tf.cast(learning_rate, kernel.dtype) * self.kernel_gain
+        self.assign(variable, kernel - rate * tf.reshape(step, variable.shape))
+
+
+def as_matrix(kernel):
+    """A convolution kernel (height, width, in, out) as a matrix (height width in, out)."""
+    return tf.reshape(kernel, (-1, kernel.shape[-1]))
+
+
+def orthogonalised(matrix, rounds: int = 3):
+    """About the nearest matrix whose singular values are all 1: float32 (m, n) -> (m, n).
+
+    By Newton-Schulz iteration with coefficients chosen for speed: in three rounds, singular values of more than a
+    fiftieth of the matrix' length end between 0.7 and 1.2 or so, which is near enough for a step. All rounds are done
+    on the matrix of inner products, which is smaller, and applied at once. Source: Jordan 2024.
+    """
+    x = matrix / (tf.norm(matrix) + 1e-7)
+    inner = tf.matmul(x, x, transpose_a=True)  # (n, n)
+    transform = identity = tf.eye(inner.shape[0])
+    for _ in range(rounds):
+        polynomial = 3.4445 * identity - 4.7750 * inner + 2.0315 * inner @ inner
+        transform = transform @ polynomial
+        inner = polynomial @ inner @ polynomial
+    return x @ transform
+
+
+def muon_for(recipe: Recipe, steps: int) -> Muon:
+    """The optimizer of Stage 1 and the companion, for a training of so many steps."""
+    return Muon(learning_rate_schedule(recipe, steps), recipe.kernel_learning_rate / recipe.peak, recipe)
+
+
+def stage2_muon_for(recipe: Recipe, batch_size: int, steps: int) -> Muon:
+    """The optimizer of a Stage 2 CNN, whose learning rate falls from the first step on."""
+    rate = recipe.stage2_learning_rate * batch_size / 256
+    falling = keras.optimizers.schedules.CosineDecay(rate, steps, alpha=0.01)
+    return Muon(falling, recipe.stage2_kernel_learning_rate / rate, recipe)

@@ -1,0 +1,272 @@
+"""The run folder, which carries state from notebook to notebook, and what it may not take the place of."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mscnn_parts.figures import make_legible
+from mscnn_parts.files import (
+    FROM_HERE,
+    _here,
+    _jsonable,
+    _make_folder,
+    _with_suffix,
+    _write_whole,
+    path_from,
+    places_of,
+    project_root,
+)
+from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, _did_you_mean
+from mscnn_parts.sources import _find_data
+
+
+class Run:
+    """One notebook's hold on the run folder, the only thing that carries state between notebooks.
+
+    Args:
+        notebook: name of the notebook without `.ipynb`; its seconds are recorded under it.
+        settings: the parameters of the run.
+    """
+
+    def __init__(self, notebook: str, settings: Settings):
+        _check_injected_parameters()
+        self.notebook, self.settings, self.started = notebook, settings, time.time()
+        self.folder = places_of(settings.run_dir, project_root())[0]
+        self.figures = self.folder / "figures"
+
+    @property
+    def model_path(self) -> Path:
+        """Where the finished model is saved."""
+        return _with_suffix(places_of(self.settings.save_model, self.folder)[0], self.settings.save_model)
+
+    @property
+    def stage1_path(self) -> Path:
+        """Where notebook 02 leaves the model for 03, so that a finished model survives until a new one is."""
+        return self.folder / "stage1.keras"
+
+    def starting_model(self) -> Path | None:
+        """The model file to start from: `load_model`, or with `stage2_only` the run folder's; else None.
+
+        Raises:
+            MSCNNError: the file is not there.
+        """
+        wanted = self.settings.load_model
+        wanted = PRETRAINED if wanted == "pretrained" else wanted
+        if not wanted and not self.settings.stage2_only:
+            return None
+        if not wanted and not os.path.isfile(self.model_path):
+            raise MSCNNError(
+                f"stage2_only keeps Stage 1, but there is no model at {self.model_path}: "
+                "give load_model, or run once without stage2_only."
+            )
+        if not wanted:
+            return self.model_path
+        places = [_with_suffix(path, wanted) for path in places_of(wanted, project_root(), _here(), self.folder)]
+        found = next(
+            (place for place in places if os.path.isfile(place)), None
+        )  # False, too, without the right to look
+        if found is None:
+            raise MSCNNError(
+                f"No model file '{wanted}': looked for {' and '.join(map(str, places))}. "
+                "Give the path of a .keras file of a finished run, or pretrained."
+            )
+        return found
+
+    def latest_model(self) -> Path:
+        """The finished model of this run; where there is none yet, the one that `load_model` names.
+
+        Raises:
+            MSCNNError: `load_model` names a file that is not there.
+        """
+        start = None if os.path.isfile(self.model_path) else self.settings.load_model and self.starting_model()
+        return start or self.model_path
+
+    def read(self, name: str) -> dict:
+        """Reads `metrics.json` or `history.json` (by its stem); an absent file reads as {}."""
+        path = self.folder / f"{name}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except OSError as error:
+            raise MSCNNError(f"{path} cannot be read ({error.strerror}): see to its rights, or delete it.") from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise MSCNNError(f"{path} is damaged ({error}): delete it and run from notebook 01.") from error
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise MSCNNError(f"{path} is damaged (a {kind}, not an object): delete it and run from notebook 01.")
+        return record
+
+    def write(self, name: str, **entries: Any) -> None:
+        """Sets entries of `metrics.json` or `history.json` and keeps the rest."""
+        self.replace(name, {**self.read(name), **entries})
+
+    def forget(self, name: str, *entries: str) -> None:
+        """Takes entries out of `metrics.json` or `history.json`, because they no longer hold."""
+        self.replace(name, {key: value for key, value in self.read(name).items() if key not in entries})
+
+    def replace(self, name: str, record: dict) -> None:
+        """Writes `metrics.json` or `history.json` anew, whole."""
+        text = json.dumps(_jsonable(record), indent=2, ensure_ascii=False)
+        _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    def require(self, name: str, entry: str, notebook: str) -> Any:
+        """Reads one entry that an earlier notebook has left.
+
+        Raises:
+            MSCNNError: it is not there; the message names the notebook that makes it.
+        """
+        record = self.read(name)
+        if entry not in record:
+            raise MSCNNError(f"{self.folder} holds no '{entry}' yet: run notebook {notebook} first.")
+        return record[entry]
+
+    def save_figure(self, figure, name: str):
+        """Saves a Matplotlib figure as `figures/NAME.png` and returns it, so that a notebook shows it.
+
+        On the fallback data set the figure says so in its title.
+        """
+        if self.read("metrics").get("dataset", {}).get("fallback"):
+            figure.text(0.5, 1.0, FALLBACK_NOTICE, ha="center", va="bottom", color="firebrick", weight="bold")
+        make_legible(figure)
+        path = self.figures / f"{name}.png"
+        _write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
+        return figure
+
+    def finish(self) -> None:
+        """Records the notebook's seconds; the last cell of each notebook."""
+        seconds = dict(self.read("metrics").get("seconds", {}))
+        seconds[self.notebook] = round(time.time() - self.started, 1)
+        ends = {"status": "finished", "ended": _now()} if self.notebook == NOTEBOOKS[-1] else {}
+        self.write("metrics", seconds=seconds, **ends)
+        print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
+
+
+def injected_names(cells: Sequence[str]) -> list[str]:
+    """The names that papermill has set, in the cell that it puts behind the parameters, by the sources of all cells."""
+    pairs = itertools.pairwise(cells)
+    injected = [cell for before, cell in pairs if cell.startswith("# Parameters\n") and "run_dir" in _assigned(before)]
+    return [name for cell in injected for name in _assigned(cell)]
+
+
+def _assigned(cell: str) -> list[str]:
+    """The names that a cell sets; none where it is not plain Python."""
+    try:
+        lines = ast.parse(cell).body
+    except SyntaxError:
+        return []
+    targets = [getattr(line, "targets", [getattr(line, "target", None)]) for line in lines]
+    return [target.id for several in targets for target in several if isinstance(target, ast.Name)]
+
+
+def _check_injected_parameters() -> None:
+    """Raises MSCNNError if papermill has set what is no parameter, of which papermill itself only warns."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    names = [one.name for one in dataclasses.fields(Settings)]
+    unknown = [name for name in injected_names(cells) if name not in names]
+    if unknown:
+        hint = _did_you_mean(unknown[0], names)
+        raise MSCNNError(f"Unknown parameter '{unknown[0]}'.{hint} The parameters are {', '.join(names)}.")
+
+
+def _now() -> str:
+    """The time, in ISO 8601 with its zone."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+NOTEBOOKS = (
+    "01_data_and_light_mode",
+    "02_stage1_training",
+    "03_stage2_training",
+    "04_selective_retraining",
+    "05_evaluation_and_cam",
+)
+
+
+def check_places(run: Run) -> None:
+    """Raises MSCNNError if the run would write over a project's own notebooks or the model that comes with it."""
+    model, pages = run.model_path, run.folder / "notebooks"
+    if _touches_source(pages) or any(_is_source(pages / f"{name}.ipynb") for name in NOTEBOOKS):
+        raise MSCNNError(
+            f"run_dir is {run.folder}: the run would write over the project's own notebooks, or copies of them, "
+            f"in {pages}. Choose another run_dir, such as runs/mine."
+        )
+    if _touches_source(model):
+        raise MSCNNError(f"save_model is {model}, among the project's own files: choose another name, such as mine.")
+    if os.path.isdir(model):
+        raise MSCNNError(f"save_model is the folder {model}: choose another name.")
+    if os.path.realpath(model) == os.path.realpath(run.stage1_path):
+        raise MSCNNError(f"save_model is {model}, where notebook 02 leaves its model: choose another name.")
+    try:
+        os.stat(run.folder / "metrics.json")
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the former is as it should be, the latter is told by `_make_folder`
+    except OSError as error:
+        problem = f"Cannot read the run folder {run.folder}: {error.strerror}"
+        raise MSCNNError(f"{problem}. Choose another run_dir.") from error
+
+
+def _touches_source(path: Path) -> bool:
+    """Whether a path is, or lies in, or holds the folder `notebooks` of this project or of another copy of it."""
+    path = Path(os.path.realpath(path))
+    copies = [folder for folder in path.parents if os.path.isfile(folder / "mscnn_helpers.py")]
+    sources = [Path(os.path.realpath(folder / "notebooks")) for folder in (project_root(), *copies)]
+    return any(path == source or source in path.parents or path in source.parents for source in sources)
+
+
+def _is_source(notebook: Path) -> bool:
+    """Whether a notebook is there that no run has made: papermill signs what it writes."""
+    try:
+        return "papermill" not in json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or half-written by a run that was killed
+        return False
+
+
+def _make_folders(run: Run) -> None:
+    """Makes the folders that a run writes into, or raises MSCNNError."""
+    check_places(run)
+    _make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
+    _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
+
+
+def _remove_results(run: Run) -> None:
+    """Removes figures and notebooks of an earlier run, which would pass for those of this one; but not its models."""
+    later = [name for name in NOTEBOOKS if name > run.notebook]
+    pages = [run.folder / "notebooks" / f"{name}.{kind}" for name in later for kind in ("ipynb", "html")]
+    for path in [*run.figures.glob("*.png"), *pages]:
+        path.unlink(missing_ok=True)
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings as they mean the same in every folder: whole paths where `~` or the current folder counted."""
+    run, (data, _) = Run("total", settings), _find_data(settings.dataset)
+    start = run.starting_model() if settings.load_model not in ("", "pretrained") else None
+    return dataclasses.replace(
+        settings,
+        dataset=_settled(settings.dataset, data, project_root()),
+        load_model=_settled(settings.load_model, start, project_root(), run.folder),
+        save_model=_settled(settings.save_model, run.model_path, run.folder),
+        run_dir=_settled(settings.run_dir, run.folder, project_root()),
+    )
+
+
+def _settled(text: str, place: Path | None, *starts: Path) -> str:
+    """A path as it is given, if it was not found or begins at one of `starts`; else the whole one, `place`."""
+    fixed = [path_from(text, start) for start in starts] if place else []
+    stays = not place or place in fixed or place in [_with_suffix(path, text) for path in fixed]
+    return text if stays and not (place and (text.startswith("~") or FROM_HERE.match(text))) else str(place)
+
+
+def _same_data(one: str, other: str) -> bool:
+    """Whether two values of `dataset` lead to the same folder or file."""
+    found = [_find_data(name)[0] for name in (one, other)]
+    return None not in found and os.path.realpath(found[0]) == os.path.realpath(found[1])

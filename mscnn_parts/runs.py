@@ -1,0 +1,228 @@
+"""Begins a run, goes on with it, and opens its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+
+from mscnn_parts.data import Dataset
+from mscnn_parts.files import project_root
+from mscnn_parts.model_files import load_model, load_model_for
+from mscnn_parts.run_folder import (
+    NOTEBOOKS,
+    Run,
+    _make_folders,
+    _now,
+    _remove_results,
+    _same_data,
+    check_places,
+    settled,
+)
+from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
+from mscnn_parts.sources import load_dataset
+from mscnn_parts.thresholds import check_enough_to_certify, threshold_for_coverage
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
+
+
+def device_name() -> str:
+    """The device that trains: the GPU's name, or the processor's."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model or platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the figures."""
+    from importlib.metadata import version
+
+    names = ("tensorflow", "keras", "numpy", "scikit-learn")
+    found = {name: version(name) for name in names if name != "tensorflow"}
+    return {"python": platform.python_version(), "tensorflow": tf.__version__, **found}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` behind it where files have changed; None where there is none."""
+    root = project_root()
+    if not (root / ".git").exists():  # else it would be that of a repository around it
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def checked_data(run: Run) -> Dataset:
+    """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
+
+    Raises:
+        MSCNNError: an unknown data set or category, too few images for the target risk, a model to start from that is
+            missing or of other data, a model of other data in the run folder, or a folder that cannot be written.
+    """
+    check_places(run)
+    data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
+    run.settings.mode(data.category_names)
+    if run.settings.target_risk:
+        check_enough_to_certify(len(data.certification), run.settings.target_risk)
+    start = run.starting_model()
+    if start is not None:
+        load_model(start).check_matches(data)
+    _check_not_among_images(run, data)
+    check_replaces_no_other(run, data)
+    _make_folders(run)
+    return data
+
+
+def _check_not_among_images(run: Run, data: Dataset) -> None:
+    """Raises MSCNNError if the run's figures would become a category of an image folder."""
+    if not all(os.path.isdir(os.path.join(data.source, name)) for name in data.category_names):
+        return
+    source, folder = (Path(os.path.realpath(path)) for path in (data.source, run.folder))
+    if source in (folder, *folder.parents):
+        raise MSCNNError(f"run_dir {run.folder} lies among the images of {data.name}: choose one elsewhere.")
+
+
+def check_replaces_no_other(run: Run, data: Dataset) -> None:
+    """Raises MSCNNError if the model file to write is there and of other images, or of nobody knows which."""
+    if not os.path.isfile(run.model_path):
+        return
+    remedy = f"give another run_dir, such as runs/mine, or another save_model, or delete {run.model_path}."
+    records = {run.folder: lambda: run.read("metrics").get("dataset", {}), run.model_path: lambda: model_data(run)}
+    for place, read in records.items():
+        record = read()
+        if not _is_of(record, data):
+            name = record.get("name", data.name)
+            name = f"other images named {name}" if name == data.name else name
+            raise MSCNNError(f"{place} holds a model of {name}, which this run of {data.name} would replace: {remedy}")
+
+
+def model_data(run: Run) -> dict:
+    """What a finished model says of its data, under the names of `Dataset.describe`; it is not built for that.
+
+    Raises:
+        MSCNNError: the file is no model of this project, damaged, or not to be read.
+    """
+    try:
+        with zipfile.ZipFile(run.model_path) as file:
+            found = json.loads(file.read("config.json"))
+        config = found["config"]
+        record = {"name": config["dataset"], "category_names": config["category_names"]}
+    except Exception as error:  # a broken file fails in many ways: zip, zlib, JSON
+        raise MSCNNError(
+            f"{run.model_path} cannot be read as a model of this project, and this run would replace it: "
+            "choose another save_model, or delete the file."
+        ) from error
+    return record | {"source_fingerprint": config.get("source_fingerprint", "")}
+
+
+def _is_of(record: dict, data: Dataset) -> bool:
+    """Whether a record is of these images, whatever their splits; one without fingerprint goes by the names."""
+    if record.get("source_fingerprint") and data.source_fingerprint:
+        return record["source_fingerprint"] == data.source_fingerprint
+    names = list(record.get("category_names", data.category_names))
+    return record.get("name", data.name) == data.name and names == list(data.category_names)
+
+
+def start_data(run: Run) -> Dataset:
+    """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
+    settings, data, start = run.settings, checked_data(run), run.starting_model()
+    goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
+    _remove_results(run)
+    for name in ("metrics",) if goes_on else ("metrics", "history"):
+        run.replace(name, {})
+    run.write(
+        "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settled(settings)), versions=versions(),
+        device=device_name(), status="running", started=_now(), commit=commit(),
+    )  # fmt: skip
+    return data
+
+
+def continue_data(run: Run) -> Dataset:
+    """Notebooks 02 to 05: the data set that notebook 01 has found, without looking for another.
+
+    A model given by `load_model` needs no earlier notebook: in an empty run folder the run begins here.
+
+    Raises:
+        MSCNNError: notebook 01 has not run here, or with other parameters.
+    """
+    if run.settings.load_model and not run.read("metrics"):
+        return start_data(run)
+    check_places(run)
+    settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
+    asked = run.read("metrics")["parameters"]
+    for name in ("dataset", "light_mode", "seed"):
+        given = getattr(settings, name)
+        if asked[name] != given and not (name == "dataset" and _same_data(asked[name], given)):
+            raise MSCNNError(
+                f"{run.folder} was begun with {name}={asked[name]!r}, this notebook has {getattr(settings, name)!r}: "
+                f"run {NOTEBOOKS[0]} with the same parameters first, or use another run_dir."
+            )
+    name = known["name"] if settings.dataset == "auto" else settings.dataset
+    data = dataclasses.replace(load_dataset(name, settings.light_mode, settings.seed), fallback=known["fallback"])
+    if data.fingerprint != known["fingerprint"]:
+        raise MSCNNError(f"The images of {data.name} are not those that {NOTEBOOKS[0]} has read: run it again.")
+    check_replaces_no_other(run, data)
+    if data.fallback:
+        print(FALLBACK_NOTICE)
+    return data
+
+
+def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStageCNN:
+    """Loads a model that `notebook` has left, and checks that it fits the data.
+
+    Its threshold becomes the run's; with a target it stays the one that was found for it, see `set_threshold`.
+
+    Raises:
+        MSCNNError: there is none, or it is for other data.
+    """
+    if not path.is_file():
+        raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
+    model = load_model_for(data, path)
+    if not (run.settings.target_risk or run.settings.target_coverage):
+        model.threshold = run.settings.threshold
+    return model
+
+
+def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> str:
+    """Sets the model's threshold as the parameters ask; the last thing that is done to a model before it is saved.
+
+    A `target_risk` is certified on the certification split, a `target_coverage` counted on the calibration split;
+    without either it is the parameter `threshold`.
+
+    Returns:
+        What the threshold is, why, and what is guaranteed of it; printable.
+
+    Raises:
+        MSCNNError: the risk cannot be guaranteed; the model is as it was.
+    """
+    if settings.target_risk:
+        model.certify(data.certification, settings.target_risk)
+    elif settings.target_coverage:
+        decisions = model.decide(data.calibration.images)
+        familiar, count = decisions.confidence[decisions.familiar], len(decisions.confidence)
+        model.threshold = threshold_for_coverage(familiar, min(1.0, settings.target_coverage * count / len(familiar)))
+        accepted = (familiar >= model.threshold).sum() / count
+        model.threshold_reason = f"accepts {accepted:.0%} of the calibration split"
+    else:
+        model.threshold = settings.threshold
+    return model.threshold_text()
+
+
+def in_notebook_of_a_person() -> bool:
+    """Whether a notebook is run by a person who can move a slider, not by papermill or nbconvert."""
+    return "ipykernel" in sys.modules and not os.environ.get("MSCNN_HEADLESS")

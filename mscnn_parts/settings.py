@@ -1,0 +1,222 @@
+"""Names, errors and parameters that every other room uses; categories chosen by name or index."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+OTHER = "OTHER"
+PRETRAINED = "notebooks/pretrained/cifar10.keras"  # what load_model="pretrained" stands for
+FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
+
+
+class MSCNNError(ValueError):
+    """Something the user can mend: the message says what was wrong, what is allowed and what to do."""
+
+
+def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str]) -> tuple[int, ...]:
+    """Turns a user's choice of categories into indices, in the order of `names`.
+
+    A text that is a name as a whole is that name. Any other text is a list with commas, with or without brackets. An
+    item in quotes is taken as it stands, so that every name can be chosen: `'["a,b", "01"]'`. A number is the name
+    with its digits, else an index. It is refused where it could be one category by index and another by name: papermill
+    makes 1 of `-p stage2_categories 01`, and among 01, 02, 03 that index is 02.
+
+    Args:
+        chosen: names, indices or both: `"ship,truck"`, `"8,9"`, `"ship,9"`, `"[8, 9]"`, `8`, `["ship", 9]`.
+            The empty string means all, an empty list none. Duplicates are folded.
+        names: the category names of the data set, (C,).
+
+    Returns:
+        Indices, ascending.
+
+    Raises:
+        MSCNNError: an unknown or ambiguous name, an index outside 0..C-1, or something that is neither.
+    """
+    if isinstance(chosen, str) and not chosen.strip() and chosen not in names:
+        return tuple(range(len(names)))
+    items = _items_of(chosen, names) if isinstance(chosen, str) else _listed(chosen)
+    return tuple(sorted({_category_index(one, names) for one in items}))
+
+
+def _listed(chosen: Any) -> list[str | int]:
+    """A choice of categories that is no text, such as 8 or ["ship", 9], as a list."""
+    chosen = chosen.tolist() if isinstance(chosen, np.ndarray) else chosen
+    several = isinstance(chosen, Iterable) and not isinstance(chosen, (str, bytes, bytearray, Mapping))
+    try:
+        items = list(chosen) if several else [chosen]
+    except TypeError:  # a tensor without axes only looks like several
+        items = [chosen]
+    for one in items:
+        if isinstance(one, bool) or not isinstance(one, (str, int, np.integer)):
+            raise MSCNNError(
+                f"{one!r} is no category: give names or indices, such as ship,truck or 8,9. "
+                "A name that looks like a number, True or None goes in quotes: '\"01\"'."
+            )
+    return [one if isinstance(one, str) else int(one) for one in items]
+
+
+_ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|\Z)""", re.DOTALL)
+
+
+def _items_of(text: str, names: Sequence[str]) -> list[str | int]:
+    """The names and indices in a text that is not blank, or is a name."""
+    for plain in ([text], [part.strip() for part in text.split(",")]):
+        if all(part in names for part in plain):
+            return plain
+    inside = text.strip()
+    bracketed = inside[0] + inside[-1] in ("[]", "()", "{}")
+    parts = _ITEM.findall(inside[1:-1] if bracketed else inside)
+    items = [one for one in (_item(part, names, bracketed) for part in parts) if one != ""]  # a comma too many: no harm
+    if not items:
+        raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
+    return items
+
+
+def _item(part: str, names: Sequence[str], bracketed: bool) -> str | int:
+    if bracketed and re.fullmatch(r"-?(0|[1-9]\d{0,17})", part):
+        return int(part)  # as `Settings` keeps a number
+    if not re.fullmatch(r"'.*'|\".*\"", part, re.DOTALL):
+        return part if part in names else part.strip(" []()'\"")
+    inner = decoded = part[1:-1]
+    with contextlib.suppress(ValueError):
+        decoded = json.loads(part, strict=False) if part[0] == '"' else re.sub(r"\\(['\\])", r"\1", inner)
+    return inner if inner in names and decoded not in names else decoded
+
+
+def _category_index(one: str | int, names: Sequence[str]) -> int:
+    names = list(names)
+    if one in names:
+        return names.index(one)
+    number = one if isinstance(one, int) else int(one) if re.fullmatch(r"-?\d{1,18}", one) else None
+    if number is not None:
+        found = {category for category, name in enumerate(names) if number in _numbers_from(name)}
+        if str(number) not in names and 0 <= number < len(names):
+            found.add(number)
+        if not found:
+            raise MSCNNError(f"Category index {number} is out of range: use 0 to {len(names) - 1}.")
+    else:
+        found = {category for category, name in enumerate(names) if name.strip().lower() == one.strip().lower()}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        could = " or ".join(repr(names[category]) for category in sorted(found))
+        raise MSCNNError(
+            f"Category {one} could be {could}: give the name in quotes, as in '[\"{names[min(found)]}\"]'."
+        )
+    raise MSCNNError(f"Unknown category '{one}'.{_did_you_mean(one, names)} Choose among: {', '.join(names)}.")
+
+
+def _numbers_from(name: str) -> set[int]:
+    """The integers that papermill, YAML or Python may make of a name: 1 of 01, 8 or 10 of 010, 16 of 0x10."""
+    numbers = set()
+    for base in (10, 0, *((8,) if name.startswith("0") else ())):
+        with contextlib.suppress(ValueError):
+            numbers.add(int(name, base))
+    return numbers
+
+
+def _did_you_mean(text: str, names: Iterable[str]) -> str:
+    """The question that ends an error message, after a space; empty where no name is near."""
+    folded = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(text.lower(), folded, n=1)
+    return f" Did you mean {folded[close[0]]}?" if close else ""
+
+
+def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
+    """Returns the threshold, or thresholds, or raises MSCNNError if one is not a confidence from 0 to 1."""
+    for one in np.ravel(threshold):
+        number = np.issubdtype(type(one), np.number)
+        if not (number and 0 <= one <= 1):  # so that NaN is refused, too
+            shown = f"{one:g}" if number else repr(str(one))
+            raise MSCNNError(f"threshold is {shown}: it is a confidence, so use 0 to 1 (default 0.7).")
+    return threshold
+
+
+def check_seed(seed: int) -> None:
+    """Raises MSCNNError unless the seed is a whole number from 0 to below 2^31."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise MSCNNError(f"seed is {seed!r}: it has to be of type int.")
+    if seed < 0:
+        raise MSCNNError(f"seed is {seed}: it has to be 0 or more.")
+    if seed >= 2**31:
+        raise MSCNNError(f"seed is {seed}: it has to be below {2**31}.")
+
+
+def _parameter(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of a run: the same names on the command line, in papermill and in the notebooks.
+
+    Raises:
+        MSCNNError: a value of the wrong type or outside its range.
+    """
+
+    epochs: int = _parameter(50, "passes over the train split; 0: the recipe's own choice")
+    batch_size: int = _parameter(32, "images a training step; 0: the recipe's own choice")
+    stage2_only: bool = _parameter(False, "keep Stage 1 as it is; needs --load_model or a model in the run folder")
+    stage2_categories: str = _parameter(
+        "", "Stage 2 categories to retrain: ship,truck or 8,9; empty: weakest two; stage2_only: all"
+    )
+    threshold: float = _parameter(0.7, "confidence below which an image becomes OTHER, 0 to 1")
+    target_risk: float = _parameter(
+        0.0, "guarantee at most this error rate of the accepted, such as 0.01; sets the threshold; 0: off"
+    )
+    target_coverage: float = _parameter(0.0, "accept this share of the images, such as 0.9; sets the threshold; 0: off")
+    light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
+    load_model: str = _parameter("", "model file to start from; pretrained: the one that comes with the project")
+    save_model: str = _parameter(
+        "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
+    )
+    dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
+    seed: int = _parameter(0, "seed of the splits and of the training")
+    run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
+
+    def __post_init__(self):
+        if not isinstance(self.stage2_categories, str):  # papermill's -p turns 8 into a number
+            chosen = json.dumps(_listed(self.stage2_categories), ensure_ascii=False)
+            object.__setattr__(self, "stage2_categories", chosen)
+        for name in ("threshold", "target_risk", "target_coverage"):
+            if type(getattr(self, name)) is int:
+                object.__setattr__(self, name, float(getattr(self, name)))
+        kinds = {"int": int, "bool": bool, "str": str, "float": float}
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not kinds[one.type]:
+                raise MSCNNError(f"{one.name} is {value!r}: it has to be of type {one.type}.")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 0:
+                raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
+        check_seed(self.seed)
+        check_threshold(self.threshold)
+        for name in ("target_risk", "target_coverage"):
+            if not 0 <= getattr(self, name) < 1:
+                raise MSCNNError(f"{name} is {getattr(self, name):g}: it is a share from 0 to below 1; 0 turns it off.")
+        if self.target_risk and self.target_coverage:
+            raise MSCNNError("target_risk and target_coverage would each set the threshold: give one of them.")
+        if not self.save_model.strip():
+            raise MSCNNError("save_model is empty: give the model file a name, such as multistage_cnn_model.")
+        if re.search(r"^~$|(^|[/\\])\.{0,2}$", self.save_model):
+            raise MSCNNError(f"save_model is the folder {self.save_model}: add the name of a file, such as mine.")
+        if self.save_model.removesuffix(".keras") == "stage1":
+            raise MSCNNError("save_model is stage1, where notebook 02 leaves its model: choose another name.")
+
+    def mode(self, names: Sequence[str]) -> str:
+        """Says what this run trains, for example 'Stage 1 frozen, categories ship, truck only'."""
+        chosen = categories_from(self.stage2_categories, names)
+        if not self.stage2_only:
+            return "both stages are trainable"
+        if len(chosen) == len(names):
+            return "Stage 1 frozen"
+        return f"Stage 1 frozen, categories {', '.join(names[c] for c in chosen)} only"

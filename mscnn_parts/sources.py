@@ -1,0 +1,272 @@
+"""Where data sets come from: CIFAR-10, digits, MNIST, Fashion-MNIST, .npz files and image folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mscnn_parts.data import Dataset, _Raw, _split
+from mscnn_parts.downloads import _download, _may_read, data_folder
+from mscnn_parts.files import _here, _write_whole, places_of, project_root
+from mscnn_parts.pictures import _as_uint8, _image_folder
+from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, _did_you_mean, check_seed
+
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION_NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+CIFAR10_MD5 = {  # of the files in the archive, as torchvision's reader checks them
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+KERAS_DATA_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"
+MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+FASHION_MD5 = {  # zalandoresearch/fashion-mnist, README
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+BUILT_IN = ("cifar10", "digits", "mnist", "fashion_mnist")  # names of data sets; `./digits` is a folder
+
+
+def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0) -> Dataset:
+    """Loads a data set and splits it; see `Settings.dataset` for the names.
+
+    `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
+    `fallback=True`. A named data set never falls back.
+
+    Raises:
+        MSCNNError: the data is absent, damaged or not of the form described in the README, or the seed is no seed.
+    """
+    check_seed(seed)
+    if not isinstance(name, (str, os.PathLike)):
+        raise MSCNNError(f"dataset is {name!r}: give its name, or the path of a .npz file or an image folder.")
+    if not isinstance(light_mode, (bool, np.bool_)):
+        raise MSCNNError(f"light_mode is {light_mode!r}: it has to be True or False.")
+    name = str(name)
+    if name != "auto":
+        return _split(_read_dataset(name), light_mode, seed)
+    try:
+        return _split(_cifar10(), light_mode, seed)
+    except FileNotFoundError as reason:
+        print(f"{'!' * 88}\n{FALLBACK_NOTICE}.\n{reason}\n{'!' * 88}")
+        return dataclasses.replace(_split(_digits(), light_mode, seed), fallback=True)
+
+
+def _read_dataset(name: str) -> _Raw:
+    builtin = dict(zip(BUILT_IN, (_cifar10, _digits, _mnist, _fashion_mnist), strict=True))
+    if name in builtin:
+        try:
+            return builtin[name]()
+        except FileNotFoundError as error:
+            raise MSCNNError(str(error)) from error
+    path, places = _find_data(name)
+    if path is not None and path.is_dir():
+        return _image_folder(path)
+    if path is not None and path.suffix.lower() == ".npz":
+        return _npz(path)
+    if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
+        raise MSCNNError(
+            f"No image folder or .npz file '{name}': looked in {' and '.join(str(place.parent) for place in places)}. "
+            "Check the path."
+        )
+    known = f"auto, {', '.join(builtin)}, a .npz file or an image folder"
+    raise MSCNNError(f"Unknown dataset '{name}': use {known}.{_did_you_mean(name, builtin)}")
+
+
+def _find_data(name: str) -> tuple[Path | None, list[Path]]:
+    """The folder or file that `dataset` names, if it is there, and the places where it was looked for."""
+    if name in ("", "auto", *BUILT_IN):
+        return None, []
+    places = places_of(name, project_root(), _here())
+    return next((place for place in places if os.path.exists(place)), None), places
+
+
+def _cifar10() -> _Raw:
+    """CIFAR-10 in the publishers' layout: 50,000 train and 10,000 test images, uint8 (N, 32, 32, 3)."""
+    folder = _find_cifar10() or _download_cifar10()
+    parts = []
+    for name, expected in CIFAR10_MD5.items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}. Mend that.") from error
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != expected:  # before it is unpickled: a pickle can run code
+            raise MSCNNError(
+                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {found}, "
+                f"published is {expected}. Delete it and start again."
+            )
+        batch = pickle.loads(content, encoding="bytes")
+        images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
+        parts.append((images, np.asarray(batch[b"labels"])))
+    x_train, y_train = (np.ascontiguousarray(np.concatenate(one)) for one in zip(*parts[:5], strict=True))
+    raw = _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
+    return dataclasses.replace(raw, published=json.dumps(CIFAR10_MD5))
+
+
+def _cifar10_folders() -> dict[Path, list[str]]:
+    """Where CIFAR-10 may lie, and which of its files are not there."""
+    base = data_folder()
+    # The second and third are where Keras itself unpacks it.
+    places = [base, base / "cifar-10-batches-py-target", base / "cifar-10-python"]
+    folders = [place / "cifar-10-batches-py" for place in places] + [base]
+    return {f: [name for name in CIFAR10_MD5 if not os.path.isfile(f / name)] for f in folders}
+
+
+def _find_cifar10() -> Path | None:
+    return next((folder for folder, lacking in _cifar10_folders().items() if not lacking), None)
+
+
+def _download_cifar10() -> Path:
+    try:
+        archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
+        target = data_folder() / "cifar-10-batches-py"
+        with tarfile.open(archive) as tar:
+            for name in CIFAR10_MD5:
+                content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
+                _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
+        return target
+    except (FileNotFoundError, MSCNNError) as error:
+        folders = _cifar10_folders()
+        told = [f"{folder} cannot be read: Permission denied." for folder in folders if not _may_read(folder)]
+        told += [
+            f"{folder} is incomplete: it lacks {', '.join(lacking)}."
+            for folder, lacking in folders.items()
+            if len(lacking) < len(CIFAR10_MD5)
+        ]
+        raise FileNotFoundError(" ".join([*told, str(error)])) from error
+
+
+def _digits() -> _Raw:
+    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 grey."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
+    return _Raw("digits", "scikit-learn", [str(d) for d in range(10)], images, digits.target, flip=False)
+
+
+def _mnist() -> _Raw:
+    path = data_folder() / "mnist.npz"  # as it is, if it is there: nothing in it is executed
+    if not os.path.isfile(path):
+        path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
+    return dataclasses.replace(_npz(path), name="mnist", flip=False)
+
+
+def _fashion_mnist() -> _Raw:
+    paths = [
+        _download(KERAS_DATA_URL + name, f"md5:{md5}", f"fashion-mnist/{name}") for name, md5 in FASHION_MD5.items()
+    ]
+    content = [np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths]
+    x_train, x_test = (one[16:].reshape(-1, 28, 28, 1) for one in content[::2])  # 16 bytes of header
+    return _Raw("fashion_mnist", str(paths[0].parent), FASHION_NAMES, x_train, content[1][8:], x_test, content[3][8:])
+
+
+def _npz(path: Path) -> _Raw:
+    """A `.npz` with x_train, y_train, x_test, y_test and optionally class_names; no pickles are opened."""
+    arrays = _read_arrays(path, ("x_train", "y_train", "x_test", "y_test", "class_names"))
+    x_train, x_test = _as_uint8(arrays["x_train"], "x_train"), _as_uint8(arrays["x_test"], "x_test")
+    y_train = _as_labels(arrays["y_train"], "y_train", len(x_train))
+    y_test = _as_labels(arrays["y_test"], "y_test", len(x_test))
+    highest = int(max(y_train.max(), y_test.max()))
+    given = _as_names(arrays["class_names"]) if "class_names" in arrays else None
+    count = highest + 1 if given is None else len(given)
+    if highest >= count:
+        raise MSCNNError(f"{path} has labels up to {highest} but {count} class_names: number the labels from 0.")
+    present = set(y_train.tolist())
+    absent = next((label for label in range(count) if label not in present), None)
+    if absent is not None:
+        name = given[absent] if given else absent
+        raise MSCNNError(f"{path} has no train images of category '{name}': number the labels without gaps, from 0.")
+    if x_train.shape[-1] != x_test.shape[-1]:
+        raise MSCNNError(f"{path}: x_train has {x_train.shape[-1]} channels, x_test has {x_test.shape[-1]}.")
+    names = given or [str(label) for label in range(count)]
+    return _Raw(path.stem, str(path), names, x_train, y_train, x_test, y_test)
+
+
+def _read_arrays(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` that are wanted and there, each read to its end, which checks its sum.
+
+    Raises:
+        MSCNNError: the file is damaged or none, or lacks one of the wanted arrays but the last.
+    """
+    arrays, place = {}, ""
+    try:
+        with zipfile.ZipFile(path) as file:
+            there = {name.removesuffix(".npy"): name for name in file.namelist()}
+            for name in wanted:
+                place = f"{name}: "
+                if name in there:
+                    with file.open(there[name]) as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                        if member.read():
+                            raise ValueError("it is longer than it says")
+    except Exception as error:  # zlib, struct, zipfile, lzma and NumPy each have their own
+        raise MSCNNError(
+            f"{path} cannot be read as a .npz file of plain arrays: {place}{str(error) or type(error).__name__}. If it "
+            f"is damaged or incomplete ({path.stat().st_size:,} bytes), get it anew; objects go in as text or numbers."
+        ) from error
+    missing = set(wanted[:-1]) - arrays.keys()
+    if missing:
+        raise MSCNNError(
+            f"{path} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(there)) or 'no arrays'}."
+        )
+    return arrays
+
+
+def _as_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
+    """Labels as int64 (count,): of any integers, truth values or whole floats, also in a column."""
+
+    def refuse(what: str):
+        raise MSCNNError(f"Labels have to be {count} integers from 0: got {what}.")
+
+    if labels.ndim > 1 and min(labels.shape) > 1:
+        refuse(f"{name} of shape {labels.shape}; of rows with one 1 each, use {name}.argmax(axis=1)")
+    if labels.dtype.kind not in "buif":
+        refuse(f"{labels.dtype} in {name}; of names, use class_names, {name} = np.unique(names, return_inverse=True)")
+    labels = labels.reshape(-1)
+    if len(labels) != count:
+        refuse(f"{len(labels)} in {name}, for {count} images in x{name[1:]}")
+    numbers = labels.astype(np.float64)
+    wrong = labels[~((numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers)))]  # NaN, too
+    if len(wrong):
+        refuse(f"{len(labels)} of {labels.dtype} in {name}, among them {wrong[0]}")
+    return labels.astype(np.int64)
+
+
+def _as_names(names: np.ndarray) -> list[str]:
+    """Names of categories from text, bytes in UTF-8 or numbers, also in a column."""
+    if names.dtype.kind not in "SUuifb" or (names.ndim > 1 and min(names.shape) > 1):
+        raise MSCNNError(f"class_names has shape {names.shape} and dtype {names.dtype}: use (C,) names as text.")
+    try:
+        names = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names
+    except UnicodeDecodeError as error:
+        raise MSCNNError(f"class_names holds bytes that are not UTF-8 ({error}): use text.") from error
+    return names.reshape(-1).astype(str).tolist()

@@ -1,0 +1,148 @@
+"""Thresholds for a guaranteed risk, a coverage, a category or costs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mscnn_parts.checks import _check_categories_within, _check_numbers, _check_share, _checked_pair, _one_an_image
+from mscnn_parts.settings import MSCNNError
+
+GIVEN = "as given"  # how a threshold was chosen, if nothing else is told of it
+
+
+class Certificate(NamedTuple):
+    """A threshold and what is guaranteed of it: with probability 1 - delta the true error rate is at most `risk`."""
+
+    threshold: float
+    risk: float  # the error rate that was asked for, among the images that are accepted
+    delta: float  # probability that the guarantee fails, over the draw of the split it was computed on
+    bound: float  # upper bound of the error rate at the threshold, at most `risk`
+    errors: int  # wrong among the accepted images of that split
+    accepted: int
+    images: int  # size of the split
+
+    def text(self) -> str:
+        """What it promises, in one line."""
+        return (
+            f"Guaranteed with probability {1 - self.delta:.0%}: at threshold {self.threshold:.4f} at most "
+            f"{self.risk:.2%} of the accepted are wrong. "
+            f"On the certification split {self.errors} of {self.accepted:,} were."
+        )
+
+
+def error_bound(errors: int, accepted: int, delta: float) -> float:
+    """Exact upper bound of an error rate, by the binomial distribution (Clopper & Pearson 1934).
+
+    With an error rate above it, so few errors have a probability of less than `delta`. 1 where nothing is accepted.
+    """
+    from scipy.stats import beta
+
+    return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
+
+
+def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tuple[int, int]:
+    """Whether so many images could guarantee the risk at all, if the model made no error on them.
+
+    Returns:
+        How many thresholds the search of `threshold_for_risk` may try; the least number of accepted images it needs.
+
+    Raises:
+        MSCNNError: they could not, or a value is outside its range.
+    """
+    for name, value in (("risk", risk), ("delta", delta)):
+        _check_share(name, value, zero=False, one=False)
+    steps = max(1, int(np.ceil(np.log2(max(images, 1)))))
+    needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
+    if images < needed:
+        raise MSCNNError(
+            f"A guarantee of {risk:.2%} errors at the most needs {needed:,} images without a single error, and the "
+            f"certification split has {images:,} to count: ask for a larger risk, or use more images (no light mode)."
+        )
+    return steps, needed
+
+
+def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, delta: float = 0.05) -> Certificate:
+    """A threshold of large coverage whose true error rate is at most `risk`, guaranteed.
+
+    Source: selection with guaranteed risk (Geifman & El-Yaniv 2017, algorithm 1). A binary search asks for the bound of
+    the error rate at no more than ceil(log2 N) thresholds, which share `delta` (Bonferroni); it finds the largest
+    coverage where the bound grows with the coverage. The guarantee holds for images of the same distribution, if
+    neither the model nor its calibration has seen the ones given here, and if accepting more does not lower the true
+    error rate: then all thresholds on the way to a wrong one are fixed beforehand, and the sharing is exact.
+
+    Args:
+        confidence: (N,). right: bool (N,), whether the prediction is right.
+        risk: error rate among the accepted, 0 to 1. delta: probability of failure, 0 to 1.
+
+    Raises:
+        MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
+    """
+    confidence, right = _checked_pair(confidence, right)
+    steps, needed = check_enough_to_certify(len(right), risk, delta)
+    descending = np.sort(confidence)[::-1]
+    low, high, best = needed - 1, len(right) - 1, None  # fewer than that cannot reach it
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        accepted = confidence >= descending[middle]  # with all images of the same confidence
+        errors, count = int((accepted & ~right).sum()), int(accepted.sum())
+        bound = error_bound(errors, count, delta / steps)
+        if bound <= risk:
+            low = middle
+            if best is None or count > best.accepted:
+                best = Certificate(float(descending[middle]), risk, delta, bound, errors, count, len(right))
+        else:
+            high = max(middle - 1, low)
+    if best is None:
+        errors = np.cumsum(~right[np.argsort(-confidence, kind="stable")])  # among the most confident 1, 2, 3, ...
+        least = min(
+            error_bound(int(errors[i]), i + 1, delta / steps) for i in np.flatnonzero(np.diff(errors, append=-1))
+        )
+        raise MSCNNError(
+            f"No threshold guarantees {risk:.2%} errors at the most with probability {1 - delta:.0%} on these "
+            f"{len(right):,} images: ask for a larger risk, from about {least:.2%} on."
+        )
+    return best
+
+
+def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
+    """The highest threshold that accepts at least this share of the given images, 0 to 1.
+
+    Raises:
+        MSCNNError: coverage is not a share, or there are no images.
+    """
+    _check_share("coverage", coverage, zero=False)
+    (confidence,) = _one_an_image(confidence=confidence)
+    _check_numbers(confidence)
+    if not len(confidence):
+        raise MSCNNError("A threshold for a coverage needs images to count: there are none.")
+    wanted = int(np.ceil(coverage * len(confidence) - 1e-9))  # 0.7 of 10 images are 7, whatever 0.7 is in binary
+    return float(np.sort(confidence)[::-1][wanted - 1])
+
+
+def thresholds_by_category(category: np.ndarray, confidence: np.ndarray, coverage: float, count: int) -> np.ndarray:
+    """A threshold for each predicted category that accepts this share of the images sent to it: (count,).
+
+    One threshold for all accepts fewer images of a hard category than of an easy one; these accept the same share of
+    each, and so more errors of the hard ones. A category without images gets the threshold of all.
+    """
+    category, confidence = _one_an_image(category=category, confidence=confidence)
+    _check_categories_within(category, count)
+    groups = [confidence[category == c] for c in range(count)]
+    return np.array([threshold_for_coverage(one if len(one) else confidence, coverage) for one in groups])
+
+
+def threshold_for_costs(wrong: float, other: float) -> float:
+    """The threshold of least expected cost, where a wrong answer and an OTHER cost so much and a right answer nothing.
+
+    An answer of confidence p costs `wrong` (1 - p) on the average: so it pays from p = 1 - other / wrong on (Chow 1970,
+    "On optimum recognition error and reject tradeoff"). Holds as far as the confidence is calibrated.
+
+    Raises:
+        MSCNNError: a cost is not positive.
+    """
+    numbers = all(isinstance(cost, (int, float, np.number)) for cost in (wrong, other))
+    if not (numbers and wrong > 0 and other > 0):
+        raise MSCNNError(f"The costs are {wrong!r} (wrong answer) and {other!r} (OTHER): use numbers above 0.")
+    return max(0.0, 1 - other / wrong)

@@ -1,0 +1,48 @@
+"""The rooms of `mscnn_parts`: each imports only from those before it, stays small, and is as light as it can be."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FLOORS = """
+settings files checks
+data downloads pictures sources decision thresholds ood metrics
+kernels layers networks
+inference model_files
+optimizers callbacks training explanation
+figures
+run_folder runs cli
+"""
+ROOMS = FLOORS.split()
+HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}
+HEAVY |= {"explanation"}  # the rooms that need TensorFlow when they are imported
+
+
+def imported(room: str) -> set[str]:
+    """What a room imports of the project, but for types."""
+    tree = ast.parse((ROOT / f"mscnn_parts/{room}.py").read_text("utf-8"))
+    types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {id(inner) for node in types for inner in ast.walk(node)}
+    nodes = [node for node in ast.walk(tree) if id(node) not in skipped]
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    found |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return {name.removeprefix("mscnn_parts.") for name in found if name.startswith("mscnn_")}
+
+
+def test_every_room_has_its_place():
+    assert sorted(ROOMS) == sorted(path.stem for path in (ROOT / "mscnn_parts").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_those_before_it(room):
+    assert imported(room) - ({"mscnn_helpers"} if room == "cli" else set()) <= set(ROOMS[: ROOMS.index(room)])
+    assert len((ROOT / f"mscnn_parts/{room}.py").read_text("utf-8").splitlines()) <= 450
+
+
+def test_light_rooms_load_no_tensorflow():
+    light = [f"mscnn_parts.{room}" for room in ROOMS if room not in HEAVY]
+    code = f"import sys, {', '.join(light)}; sys.exit(bool({{'tensorflow', 'keras'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
