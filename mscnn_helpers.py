@@ -54,6 +54,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -61,18 +62,35 @@ import numpy as np
 
 
 @contextlib.contextmanager
+def _silent_afterwards():
+    """Lets TensorFlow's C++ side, which reads its log level once, say nothing after its import but what is fatal."""
+    variable = "TF_CPP_MIN_LOG_LEVEL"
+    if variable in os.environ:
+        yield
+        return
+    os.environ[variable] = "3"
+    try:
+        yield
+    finally:
+        del os.environ[variable]
+
+
+@contextlib.contextmanager
 def _without_native_logs():
-    """Hides what TensorFlow's C++ side prints to stderr while it is imported (no log level does)."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    """Holds back what it prints to stderr while it is imported, which no level changes, and shows it if that fails."""
     try:
         stderr = os.dup(2)
     except OSError:  # it is closed: nothing is printed
         yield
         return
-    with open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), 2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
         try:
             yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
@@ -81,9 +99,10 @@ def _without_native_logs():
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":  # before Keras looks for it, in its own words
     raise ImportError(f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']}: this project needs tensorflow. Unset it.")
 
-with _without_native_logs():
+with _silent_afterwards(), _without_native_logs():
     import keras
     import tensorflow as tf
+from scipy.special import expit
 
 from mscnn_parts.callbacks import SMALL_CROP, AlternatingFlip, EpochSeconds, KeepBestWeights, SmallCropsFirst
 from mscnn_parts.checks import _checked_labels
@@ -107,7 +126,6 @@ from mscnn_parts.decision import (
     log_odds,
     margin,
     select,
-    sigmoid,
 )
 from mscnn_parts.downloads import DOWNLOAD_PATIENCE, data_folder
 from mscnn_parts.explanation import DecisionTrace, class_activation_map, grad_cam, trace_decisions
@@ -143,7 +161,6 @@ from mscnn_parts.metrics import (
     Comparison,
     augrc,
     aurc,
-    brier_score,
     calibration_error,
     category_metrics,
     classification_report,
@@ -162,7 +179,7 @@ from mscnn_parts.metrics import (
     stage_truth,
     with_interval,
 )
-from mscnn_parts.model_files import _check_keras, load_model, load_model_for
+from mscnn_parts.model_files import _check_keras, load_model
 from mscnn_parts.networks import (
     STAGE1_WIDTHS,
     STAGE2_WIDTHS,
@@ -271,7 +288,7 @@ __all__ = [
     "Decisions", "EpochSeconds", "FusedBatchNormalization", "KeepBestWeights", "Known", "LogOdds", "MSCNNError",
     "MultiStageCNN", "Muon", "Opinions", "RandomFlipCrop", "Recipe", "Retraining", "Run", "Settings", "SmallCropsFirst",
     "Split", "Stage2Trainer", "Trainer", "Triangle", "Views", "WhiteningConv", "accept", "as_matrix", "augrc", "aurc",
-    "batches", "both_splits", "brier_score", "build_cnn", "calibration_error", "calibration_losses", "categories_from",
+    "batches", "both_splits", "build_cnn", "calibration_error", "calibration_losses", "categories_from",
     "category_metrics", "check_enough_to_certify", "check_places", "check_replaces_no_other", "check_seed",
     "check_threshold", "checked_data", "class_activation_map", "classification_report", "combined_log_odds",
     "command_line", "commit", "compare_decisions", "compile_classifier", "confusion", "continue_data",
@@ -279,13 +296,13 @@ __all__ = [
     "error_bound", "evaluate", "failure_metrics", "fastest_policy", "feature_extractor", "fit_calibration_row",
     "fit_category_rows", "fit_common_row", "foreign_photographs", "grad_cam", "gradient_of_kernel", "images_in_a_row",
     "in_notebook_of_a_person", "injected_names", "known_features", "known_scale", "learning_rate_schedule",
-    "load_dataset", "load_model", "load_model_for", "log_loss_by_category", "log_odds", "log_odds_tensor",
+    "load_dataset", "load_model", "log_loss_by_category", "log_odds", "log_odds_tensor",
     "made_up_images", "main", "make_legible", "margin", "model_data", "muon_for", "novelty", "open_model",
     "orthogonalised", "paired_difference", "path_from", "places_of", "plot_augmentation", "plot_confusion",
     "plot_decision_traces", "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining",
     "plot_risk_coverage", "plot_samples", "plot_thresholds", "print_result", "project_root", "read_image", "recipe_for",
     "reliability", "retrain_stage2", "risk_coverage", "run_all", "run_notebook", "select", "selective_metrics",
-    "set_threshold", "settled", "short_rows_convolution", "side_by_side", "sigmoid", "signs_of_novelty",
+    "set_threshold", "settled", "short_rows_convolution", "side_by_side", "signs_of_novelty",
     "stage2_is_kept", "stage2_muon_for", "stage_truth", "start_data", "steps_per_call", "threshold_for_costs",
     "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category", "trace_decisions", "train_classifier",
     "train_companion", "train_stage1", "train_stage2", "unnoticed", "versions", "weakest_categories",
@@ -408,19 +425,6 @@ class MultiStageCNN(keras.Model):
         certificate = None if self.certificate is None else list(self.certificate)
         chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_reason": self.threshold_reason}
         return {**self._settings, **chosen, "certificate": certificate}
-
-    def load_own_variables(self, store):
-        """As Keras does it; but of a file from before `Known` as it is now, all but what is known is read."""
-        variables = self._trainable_variables + self._non_trainable_variables
-        if len(store.keys()) == len(variables):
-            return super().load_own_variables(store)
-        for i, variable in enumerate(variables[: -len(self._known)]):
-            variable.assign(store[str(i)])
-        self.certificate = None  # it was given for what the other rule accepts
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**{"activation": "silu", **config})  # which files from before ReLU do not name
 
     # ---- parts
 
@@ -603,14 +607,14 @@ class MultiStageCNN(keras.Model):
         threshold = self.threshold if threshold is None else self._checked_threshold(threshold)
         opinions, known = self.opinions(images, batch_size), self.known
         combined = self._combined(opinions)
-        confidence, strange = sigmoid(combined), novelty(self._signs(opinions, combined, known), known)
+        confidence, strange = expit(combined), novelty(self._signs(opinions, combined, known), known)
         final = np.where(strange > 0, count, accept(opinions.category, confidence, threshold, count))
         odds = log_odds(opinions.mean_logits, opinions.category)
         return Decisions(
             category=final,
             stage1_category=opinions.category,
-            stage1_confidence=sigmoid(odds),
-            stage2_confidence=sigmoid(opinions.stage2),
+            stage1_confidence=expit(odds),
+            stage2_confidence=expit(opinions.stage2),
             confidence=confidence,
             stage1_log_odds=odds,
             stage1_margin=opinions.stage1,

@@ -419,6 +419,8 @@ def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
     Args:
         a_row_each: a row a category; else the common row for all.
     """
+    from scipy.special import expit
+
     import mscnn_helpers as mscnn
 
     category, labels = first["calibration_category"], first["calibration_labels"]
@@ -427,7 +429,7 @@ def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
     if a_row_each:
         rows = mscnn.fit_category_rows(category, *seen, rows[0], range(len(rows)))
     odds = mscnn.combined_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
-    return mscnn.sigmoid(odds)
+    return expit(odds)
 
 
 def one_row(first: dict, second: dict) -> np.ndarray:

@@ -61,6 +61,8 @@ from common import (
     spread,
     write,
 )
+from scipy.special import expit
+from sklearn.metrics import brier_score_loss
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -276,7 +278,8 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     import mscnn_helpers as mscnn
 
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
-    model = mscnn.load_model_for(data, whole_path(form, seed))
+    model = mscnn.load_model(whole_path(form, seed))
+    model.check_matches(data)
     pool = [
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
         else keras.models.load_model(single_path(form, one, dropout=False), compile=False)
@@ -364,9 +367,8 @@ class Answers(NamedTuple):
 
 def by_odds(category: np.ndarray, odds: np.ndarray) -> Answers:
     """Ranked by log-odds, since their sigmoid has ties where it rounds to 1."""
-    import mscnn_helpers as mscnn
 
-    return Answers(category, odds, mscnn.sigmoid(odds))
+    return Answers(category, odds, expit(odds))
 
 
 class Split(NamedTuple):
@@ -467,7 +469,7 @@ def combined(
     common, everyone = mscnn.fit_common_row(one, two, right), range(calibration.stage1.shape[-1])
     rows = mscnn.fit_category_rows(category, one, two, right, common, everyone)
     odds = mscnn.combined_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
-    return mscnn.sigmoid(odds)
+    return expit(odds)
 
 
 def no_odds(split: Split) -> np.ndarray:
@@ -572,7 +574,7 @@ def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
     }  # fmt: skip
     if answer.probability is not None:
         found["ece"] = mscnn.calibration_error(answer.probability, right, bins=15, equal_mass=True)
-        found["brier"] = mscnn.brier_score(answer.probability, right)
+        found["brier"] = float(brier_score_loss(right, answer.probability))
         accepted = answer.probability >= THRESHOLD
         found["coverage at the threshold"] = accepted.mean()
         found["error at the threshold"] = 1 - right[accepted].mean() if accepted.any() else 0.0

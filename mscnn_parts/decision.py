@@ -53,13 +53,6 @@ def _chosen_and_others(logits: np.ndarray, category: np.ndarray) -> tuple[np.nda
     return chosen, others
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow."""
-    from scipy.special import expit
-
-    return expit(x)
-
-
 def fit_calibration_row(
     stage1: np.ndarray, stage2: np.ndarray, right: np.ndarray, towards: np.ndarray, strength: np.ndarray
 ) -> np.ndarray:
@@ -76,13 +69,14 @@ def fit_calibration_row(
         float64 (3,).
     """
     from scipy.optimize import minimize
+    from scipy.special import expit
 
     features = np.column_stack([np.ones(len(stage1)), stage1, stage2]).astype(np.float64)  # (N, 3)
     sign = np.where(right, 1.0, -1.0)  # (N,)
 
     def loss(row):
         margin, pull = sign * (features @ row), row - towards
-        gradient = -features.T @ (sign * sigmoid(-margin)) + strength * pull
+        gradient = -features.T @ (sign * expit(-margin)) + strength * pull
         return np.logaddexp(0, -margin).sum() + 0.5 * (strength * pull**2).sum(), gradient
 
     return minimize(loss, towards, jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None), (0, None)]).x

@@ -73,12 +73,6 @@ def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
     return float((undetected.sum() - undetected[-1] / 2) / len(undetected))
 
 
-def brier_score(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Mean square of what the confidence lacks to 1 where right, and to 0 where wrong (Brier 1950)."""
-    confidence, right = _checked_pair(confidence, right, share=True, empty=False)
-    return float(np.mean((confidence - right.astype(np.float64)) ** 2))
-
-
 def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
     """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
     _check_share("coverage", coverage)

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import keras
-import numpy as np
 
-from mscnn_parts.data import Dataset
 from mscnn_parts.downloads import _keras_home
 from mscnn_parts.files import path_from, project_root
 from mscnn_parts.settings import PRETRAINED, MSCNNError
@@ -74,20 +72,4 @@ def load_model(path: str | Path) -> MultiStageCNN:
         raise MSCNNError(f"{path} is damaged or not a model of this project: {reason}") from error
     if not isinstance(model, expected):
         raise MSCNNError(f"{path} holds a {type(model).__name__}, not a MultiStageCNN.")
-    return model
-
-
-def load_model_for(data: Dataset, path: str | Path) -> MultiStageCNN:
-    """Loads a model file to use it on the data set it was trained on; an older one learns what is known as it is now.
-
-    Raises:
-        MSCNNError: as `load_model`, or the model is for other data.
-    """
-    model = load_model(path)
-    model.check_matches(data)
-    known = model.known
-    if np.isnan(known.texture_mean).any() or (model.is_calibrated and np.isnan(known.limits).any()):
-        older = f"{Path(path).name} is from before the second reason for OTHER as it is now"
-        print(f"{older}: what is known is learnt anew.", flush=True)
-        model.learn_known(data)
     return model

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mscnn_parts.data import Dataset
 from mscnn_parts.files import project_root
-from mscnn_parts.model_files import load_model, load_model_for
+from mscnn_parts.model_files import load_model
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
     Run,
@@ -192,7 +192,8 @@ def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStage
     """
     if not path.is_file():
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
-    model = load_model_for(data, path)
+    model = load_model(path)
+    model.check_matches(data)
     if not (run.settings.target_risk or run.settings.target_coverage):
         model.threshold = run.settings.threshold
     return model

@@ -185,14 +185,6 @@ def test_what_was_asked_is_kept_for_the_same_model_only(tmp_path, monkeypatch):
     assert asked == [(form, 0)] * 2
 
 
-def test_a_model_from_before_what_is_known_learns_it_before_it_is_measured(trained_model_path, tiny_data, monkeypatch):
-    model = mscnn.load_model(trained_model_path)
-    before = model.known.limits
-    model._known[-1].assign(np.full(3, np.nan))
-    patch_rooms(monkeypatch, "load_model", lambda _: model)
-    assert mscnn.load_model_for(tiny_data, "any").known.limits == pytest.approx(before)
-
-
 def test_cross_fitted_probabilities_are_of_networks_that_have_not_seen_the_image(trial, monkeypatch):
     seen, asked = [], []
     patch_rooms(monkeypatch, "train_classifier", lambda network, data, *_: seen.append(data.train.images))

@@ -482,14 +482,6 @@ def test_a_fingerprint_notices_one_statistic(trained_model):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_names_no_activation_is_from_before_relu(model):
-    config = {name: value for name, value in model.get_config().items() if name != "activation"}
-    older = mscnn.MultiStageCNN.from_config(config)
-    for network in (older.stage1, older.companion):
-        activations = [layer.activation for layer in network.layers if isinstance(layer, keras.layers.Activation)]
-        assert activations == [keras.activations.silu] * 7
-
-
 def test_a_loaded_model_is_the_saved_one(model, tmp_path, tiny_data):
     path = tmp_path / "again.keras"
     model.save(path)
