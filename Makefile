@@ -27,7 +27,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ingredients bench-selective bench-judges bench-unknown lint format lock badges clean distclean
+.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood lint format lock badges clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -58,20 +58,20 @@ test-slow: env ## Run the slow tests
 bench-quality: env ## Measure accuracy, selective metrics, time and memory of full runs: over an hour; BENCH=--quick
 	@$(RUN) benchmarks/quality.py $(BENCH)
 
-bench-speed: env ## Measure speed and memory against rivals: about an hour; BENCH=--quick for minutes
+bench-speed: env ## Measure speed and memory against baselines: about an hour; BENCH=--quick for minutes
 	@$(RUN) benchmarks/speed.py $(BENCH)
 
-bench-ingredients: env ## Measure what each ingredient of the recipe is worth: 45 minutes; BENCH=--quick
-	@$(RUN) benchmarks/ingredients.py $(BENCH)
+bench-ablations: env ## Measure what each ablation of the recipe is worth: 45 minutes; BENCH=--quick
+	@$(RUN) benchmarks/ablations.py $(BENCH)
 
-bench-selective: env ## Measure our confidence against every rival's: hours the first time; BENCH=--quick
+bench-selective: env ## Measure our confidence against every baseline's: hours the first time; BENCH=--quick
 	@$(RUN) benchmarks/selective.py $(BENCH)
 
-bench-judges: env ## Measure which second opinion is worth having: over an hour; BENCH=--quick
-	@$(RUN) benchmarks/judges.py $(BENCH)
+bench-verifiers: env ## Measure which verifier is worth having: over an hour; BENCH=--quick
+	@$(RUN) benchmarks/verifiers.py $(BENCH)
 
-bench-unknown: env ## Measure what becomes of images that show no category: after bench-quality; BENCH=--quick
-	@$(RUN) benchmarks/unknown.py $(BENCH)
+bench-ood: env ## Measure what becomes of images that show no category: after bench-quality; BENCH=--quick
+	@$(RUN) benchmarks/ood.py $(BENCH)
 
 lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing
 	@$(RUN) -m ruff check .

@@ -1,14 +1,14 @@
 """MSCNN: a two-stage image classifier that says OTHER when it should.
 
     uint8 images ──► Stage 1 CNN ──► category c ─┐
-         │                                       ├──► confidence P(c is right) ──► ≥ threshold ?  c : OTHER
+         │                                       ├──► confidence P(c is correct) ──► ≥ threshold ?  c : OTHER
          └────► Stage 2 CNN of category c ───────┘          (calibrated)
 
-Stage 1 sorts an image into one of C categories. Stage 2 has one small CNN a category; the one of the
-predicted category judges whether Stage 1 is right. Both opinions are combined into one calibrated
-confidence, and an image whose confidence is below the threshold is OTHER. The field calls this selective
-classification, misclassification detection, or classification with a reject option. OTHER is also what looks like
-nothing that the model knows (out-of-distribution detection).
+Stage 1 sorts an image into one of C categories. Stage 2 has one small CNN per category; the predicted
+category's CNN verifies Stage 1's answer. Both scores are combined into one calibrated confidence, and an image whose
+confidence is below the threshold is OTHER. The field calls this selective classification, misclassification
+detection, or classification with a reject option. An image whose OOD score is too high is OTHER, too
+(out-of-distribution detection).
 
 This module defines the Keras model, `MultiStageCNN`, and hands on what the notebooks use. Everything else has a room in
 `mscnn_parts`, in this order, from which each uses only those before it:
@@ -104,33 +104,32 @@ with _silent_afterwards(), _without_native_logs():
     import tensorflow as tf
 from scipy.special import expit
 
-from mscnn_parts.callbacks import SMALL_CROP, AlternatingFlip, EpochSeconds, KeepBestWeights, SmallCropsFirst
+from mscnn_parts.callbacks import SMALL_CROP, AlternatingFlip, EpochTimer, ProgressiveCrops, RestoreBestWeights
 from mscnn_parts.checks import _checked_labels
 from mscnn_parts.cli import command_line, main, print_result, run_all, run_notebook
-from mscnn_parts.data import IMAGE_SIZE, LEAST, LIGHT_FLOOR, Dataset, Split, both_splits
+from mscnn_parts.data import IMAGE_SIZE, LEAST, LIGHT_MODE_MINIMUM, Dataset, Split, train_and_calibration
 from mscnn_parts.decision import (
     ACCEPTED,
-    COMMON_PRIOR,
-    COMMON_STRENGTH,
-    ROW_STRENGTH,
-    STRANGE,
-    UNSURE,
+    CATEGORY_PRECISION,
+    LOW_CONFIDENCE,
+    OUT_OF_DISTRIBUTION,
+    PRIOR_MEAN,
+    SHARED_PRECISION,
     Decisions,
-    Opinions,
-    Views,
-    accept,
-    combined_log_odds,
-    fit_calibration_row,
-    fit_category_rows,
-    fit_common_row,
+    Stage1Outputs,
+    StageScores,
+    apply_threshold,
+    confidence_log_odds,
+    fit_calibration,
+    fit_category_calibration,
+    fit_shared_calibration,
     log_odds,
     margin,
-    select,
 )
-from mscnn_parts.downloads import DOWNLOAD_PATIENCE, data_folder
+from mscnn_parts.downloads import DOWNLOAD_TIMEOUT, data_folder
 from mscnn_parts.explanation import DecisionTrace, class_activation_map, grad_cam, trace_decisions
 from mscnn_parts.figures import (
-    MAP_COLOURS,
+    CAM_COLORMAP,
     make_legible,
     plot_augmentation,
     plot_confusion,
@@ -144,9 +143,9 @@ from mscnn_parts.figures import (
     plot_samples,
     plot_thresholds,
 )
-from mscnn_parts.files import FROM_HERE, _write_whole, path_from, places_of, project_root
-from mscnn_parts.inference import WEAKEST_DETAIL, _in_batches, _read
-from mscnn_parts.kernels import gradient_of_kernel, images_in_a_row, short_rows_convolution, side_by_side
+from mscnn_parts.files import FROM_HERE, path_from, places_of, project_root, write_atomically
+from mscnn_parts.inference import WEAKEST_STRENGTH, _in_batches, _read
+from mscnn_parts.kernels import gradient_of_kernel, images_per_row, pack_rows, short_rows_convolution
 from mscnn_parts.layers import (
     RANDOM_FLIP,
     Conv2D,
@@ -163,23 +162,23 @@ from mscnn_parts.metrics import (
     aurc,
     calibration_error,
     category_metrics,
-    classification_report,
     compare_decisions,
-    confusion,
-    coverage_at_error,
+    coverage_at_risk,
+    decision_confusion,
+    decision_report,
     e_aurc,
-    error_at_coverage,
     evaluate,
     failure_metrics,
+    format_difference,
     log_loss_by_category,
     paired_difference,
     reliability,
+    risk_at_coverage,
     risk_coverage,
     selective_metrics,
-    stage_truth,
-    with_interval,
+    stage_report_labels,
 )
-from mscnn_parts.model_files import _check_keras, load_model
+from mscnn_parts.model_files import FORMAT, _check_keras, load_model
 from mscnn_parts.networks import (
     STAGE1_WIDTHS,
     STAGE2_WIDTHS,
@@ -190,42 +189,42 @@ from mscnn_parts.networks import (
 )
 from mscnn_parts.ood import (
     FEW_IMAGES,
-    FEW_SHARE,
-    NOVEL_SHARE,
-    OWN_SHARE,
-    Known,
+    FEW_REJECTION_RATE,
+    ID_REJECTION_RATE,
+    OWN_REJECTION_RATE,
+    OODStatistics,
+    fit_feature_statistics,
+    fit_ood_scale,
     foreign_photographs,
-    known_features,
-    known_scale,
-    made_up_images,
-    novelty,
-    signs_of_novelty,
+    ood_score,
+    ood_terms,
+    synthetic_ood_images,
     unnoticed,
 )
 from mscnn_parts.optimizers import (
     Muon,
     Recipe,
-    Triangle,
-    as_matrix,
+    WarmupLinearDecay,
+    default_recipe,
+    kernel_matrix,
     learning_rate_schedule,
-    muon_for,
-    orthogonalised,
-    recipe_for,
-    stage2_muon_for,
+    orthogonalize,
+    stage1_optimizer,
+    stage2_optimizer,
 )
 from mscnn_parts.pictures import IMAGE_SUFFIXES, SPLIT_FOLDERS, SYSTEM_ENTRIES, read_image
 from mscnn_parts.run_folder import NOTEBOOKS, Run, check_places, injected_names, settled
 from mscnn_parts.runs import (
+    begin_run_data,
     check_replaces_no_other,
-    checked_data,
     commit,
-    continue_data,
+    continue_run_data,
     device_name,
-    in_notebook_of_a_person,
+    is_interactive,
+    load_run_model,
     model_data,
-    open_model,
     set_threshold,
-    start_data,
+    validate_run,
     versions,
 )
 from mscnn_parts.settings import (
@@ -251,68 +250,69 @@ from mscnn_parts.sources import (
     load_dataset,
 )
 from mscnn_parts.thresholds import (
-    GIVEN,
+    USER_SET,
     Certificate,
-    check_enough_to_certify,
-    error_bound,
+    check_certification_size,
+    risk_upper_bound,
     threshold_for_costs,
     threshold_for_coverage,
     threshold_for_risk,
     thresholds_by_category,
 )
 from mscnn_parts.training import (
-    Retraining,
+    RetrainingResult,
     Stage2Trainer,
     Trainer,
     batches,
     calibration_losses,
     compile_classifier,
-    draw_stage2_images,
+    keeps_stage2,
     retrain_stage2,
-    stage2_is_kept,
-    steps_per_call,
+    sample_hard_negatives,
+    steps_per_execution,
     train_classifier,
-    train_companion,
     train_stage1,
     train_stage2,
+    train_stage2_base,
     weakest_categories,
 )
 
 __all__ = [
-    "ACCEPTED", "BUILT_IN", "CIFAR10_ARCHIVE_MD5", "CIFAR10_MD5", "CIFAR10_NAMES", "CIFAR10_URL", "COMMON_PRIOR",
-    "COMMON_STRENGTH", "DOWNLOAD_PATIENCE", "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES", "FEW_IMAGES",
-    "FEW_SHARE", "FROM_HERE", "GIVEN", "IMAGE_SIZE", "IMAGE_SUFFIXES", "KERAS_DATA_URL", "LEAST", "LIGHT_FLOOR",
-    "MAP_COLOURS", "MNIST_SHA256", "NOTEBOOKS", "NOVEL_SHARE", "OTHER", "OWN_SHARE", "PRETRAINED", "RANDOM_FLIP",
-    "ROW_STRENGTH", "SMALL_CROP", "SPLIT_FOLDERS", "STAGE1_WIDTHS", "STAGE2_WIDTHS", "STRANGE", "SYSTEM_ENTRIES",
-    "UNSURE", "WEAKEST_DETAIL", "AlternatingFlip", "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace",
-    "Decisions", "EpochSeconds", "FusedBatchNormalization", "KeepBestWeights", "Known", "LogOdds", "MSCNNError",
-    "MultiStageCNN", "Muon", "Opinions", "RandomFlipCrop", "Recipe", "Retraining", "Run", "Settings", "SmallCropsFirst",
-    "Split", "Stage2Trainer", "Trainer", "Triangle", "Views", "WhiteningConv", "accept", "as_matrix", "augrc", "aurc",
-    "batches", "both_splits", "build_cnn", "calibration_error", "calibration_losses", "categories_from",
-    "category_metrics", "check_enough_to_certify", "check_places", "check_replaces_no_other", "check_seed",
-    "check_threshold", "checked_data", "class_activation_map", "classification_report", "combined_log_odds",
-    "command_line", "commit", "compare_decisions", "compile_classifier", "confusion", "continue_data",
-    "coverage_at_error", "data_folder", "device_name", "draw_stage2_images", "e_aurc", "error_at_coverage",
-    "error_bound", "evaluate", "failure_metrics", "fastest_policy", "feature_extractor", "fit_calibration_row",
-    "fit_category_rows", "fit_common_row", "foreign_photographs", "grad_cam", "gradient_of_kernel", "images_in_a_row",
-    "in_notebook_of_a_person", "injected_names", "known_features", "known_scale", "learning_rate_schedule",
-    "load_dataset", "load_model", "log_loss_by_category", "log_odds", "log_odds_tensor",
-    "made_up_images", "main", "make_legible", "margin", "model_data", "muon_for", "novelty", "open_model",
-    "orthogonalised", "paired_difference", "path_from", "places_of", "plot_augmentation", "plot_confusion",
-    "plot_decision_traces", "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining",
-    "plot_risk_coverage", "plot_samples", "plot_thresholds", "print_result", "project_root", "read_image", "recipe_for",
-    "reliability", "retrain_stage2", "risk_coverage", "run_all", "run_notebook", "select", "selective_metrics",
-    "set_threshold", "settled", "short_rows_convolution", "side_by_side", "signs_of_novelty",
-    "stage2_is_kept", "stage2_muon_for", "stage_truth", "start_data", "steps_per_call", "threshold_for_costs",
-    "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category", "trace_decisions", "train_classifier",
-    "train_companion", "train_stage1", "train_stage2", "unnoticed", "versions", "weakest_categories",
-    "whitening_kernel", "with_interval",
+    "ACCEPTED", "BUILT_IN", "CAM_COLORMAP", "CATEGORY_PRECISION", "CIFAR10_ARCHIVE_MD5", "CIFAR10_MD5", "CIFAR10_NAMES",
+    "CIFAR10_URL", "DOWNLOAD_TIMEOUT", "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES", "FEW_IMAGES",
+    "FEW_REJECTION_RATE", "FROM_HERE", "ID_REJECTION_RATE", "IMAGE_SIZE", "IMAGE_SUFFIXES", "KERAS_DATA_URL", "LEAST",
+    "LIGHT_MODE_MINIMUM", "LOW_CONFIDENCE", "MNIST_SHA256", "NOTEBOOKS", "OTHER", "OUT_OF_DISTRIBUTION",
+    "OWN_REJECTION_RATE", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION", "SMALL_CROP", "SPLIT_FOLDERS",
+    "STAGE1_WIDTHS", "STAGE2_WIDTHS", "SYSTEM_ENTRIES", "USER_SET", "WEAKEST_STRENGTH", "AlternatingFlip",
+    "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions", "EpochTimer",
+    "FusedBatchNormalization", "LogOdds", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics", "ProgressiveCrops",
+    "RandomFlipCrop", "Recipe", "RestoreBestWeights", "RetrainingResult", "Run", "Settings", "Split", "Stage1Outputs",
+    "Stage2Trainer", "StageScores", "Trainer", "WarmupLinearDecay", "WhiteningConv", "apply_threshold", "augrc", "aurc",
+    "batches", "begin_run_data", "build_cnn", "calibration_error", "calibration_losses", "categories_from",
+    "category_metrics", "check_certification_size", "check_places", "check_replaces_no_other", "check_seed",
+    "check_threshold", "class_activation_map", "command_line", "commit", "compare_decisions", "compile_classifier",
+    "confidence_log_odds", "continue_run_data", "coverage_at_risk", "data_folder", "decision_confusion",
+    "decision_report", "default_recipe", "device_name", "e_aurc", "evaluate", "failure_metrics", "fastest_policy",
+    "feature_extractor", "fit_calibration", "fit_category_calibration", "fit_feature_statistics", "fit_ood_scale",
+    "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel",
+    "images_per_row", "injected_names", "is_interactive", "keeps_stage2", "kernel_matrix", "learning_rate_schedule",
+    "load_dataset", "load_model", "load_run_model", "log_loss_by_category", "log_odds", "log_odds_tensor", "main",
+    "make_legible", "margin", "model_data", "ood_score", "ood_terms", "orthogonalize", "pack_rows", "paired_difference",
+    "path_from", "places_of", "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery",
+    "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
+    "plot_thresholds", "print_result", "project_root", "read_image", "reliability", "retrain_stage2",
+    "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all", "run_notebook", "sample_hard_negatives",
+    "selective_metrics", "set_threshold", "settled", "short_rows_convolution", "stage1_optimizer", "stage2_optimizer",
+    "stage_report_labels", "steps_per_execution", "synthetic_ood_images", "threshold_for_costs",
+    "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category", "trace_decisions",
+    "train_and_calibration", "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed",
+    "validate_run", "versions", "weakest_categories", "whitening_kernel", "write_atomically",
 ]  # fmt: skip
 
 
 @_serializable
 class MultiStageCNN(keras.Model):
-    """Stage 1, the ten Stage 2 CNNs, their companion and the calibration: all that a decision needs.
+    """Stage 1, the ten Stage 2 CNNs, their Stage 2 base network and the calibration: all that a decision needs.
 
     Args:
         category_names: (C,).
@@ -325,8 +325,9 @@ class MultiStageCNN(keras.Model):
         policy: Keras dtype policy of the convolutions.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting.
+        format: of the model file, which `load_model` has checked.
 
-    The companion is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
+    The Stage 2 base network is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
     of it. It is kept so that a category can be started again.
     """
 
@@ -340,7 +341,7 @@ class MultiStageCNN(keras.Model):
         dataset: str = "",
         data_fingerprint: str = "",
         threshold: float = 0.7,
-        threshold_reason: str = GIVEN,
+        threshold_source: str = USER_SET,
         policy: str = "float32",
         stage1_widths: Sequence[int] = STAGE1_WIDTHS,
         stage2_widths: Sequence[int] = STAGE2_WIDTHS,
@@ -348,6 +349,7 @@ class MultiStageCNN(keras.Model):
         activation: str = "relu",
         certificate: Sequence[float] | None = None,
         source_fingerprint: str = "",
+        format: int = FORMAT,
         **kwargs,
     ):
         _check_keras()
@@ -362,7 +364,7 @@ class MultiStageCNN(keras.Model):
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
         self.threshold, self.data_fingerprint = threshold, data_fingerprint
-        self.threshold_reason = threshold_reason
+        self.threshold_source = threshold_source
         self.certificate = Certificate(*certificate) if certificate else None
         count = len(self.category_names)
         build = functools.partial(
@@ -370,23 +372,27 @@ class MultiStageCNN(keras.Model):
             logit_scale=logit_scale, activation=activation,
         )  # fmt: skip
         self.stage1 = build("stage1", widths=stage1_widths)
-        self.new_stage2 = functools.partial(build, name="stage2", widths=stage2_widths)
-        self.companion = self.new_stage2(name="companion")
-        self.stage2 = {name: self.new_stage2(name=name) for name in map(_category_key, range(count))}
+        self.build_stage2 = functools.partial(build, name="stage2", widths=stage2_widths)
+        self.stage2_base = self.build_stage2(name="stage2_base")
+        self.stage2 = {name: self.build_stage2(name=name) for name in map(_category_key, range(count))}
         # Not a number until `calibrate` has run, so that an uncalibrated model is noticed.
         not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
-        self.common_row = self.add_weight(shape=(3,), name="common_row", autocast=False, **not_yet)
-        self.rows = self.add_weight(shape=(count, 3), name="rows", autocast=False, **not_yet)
-        texture, detail = stage1_widths[0], 4 * image_shape[-1]  # channels, whitening filters
-        shapes = [(texture,), (texture, texture), (detail,), (detail, detail), (2, 4), (3,)]
-        shapes = zip(Known._fields, shapes, strict=True)
-        self._known = [self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes]
+        self.shared_coefficients = self.add_weight(shape=(3,), name="shared_coefficients", autocast=False, **not_yet)
+        self.calibration_coefficients = self.add_weight(
+            shape=(count, 3), name="calibration_coefficients", autocast=False, **not_yet
+        )
+        channels, filters = stage1_widths[0], 4 * image_shape[-1]  # of block 1, of the whitening
+        shapes = [(channels,), (channels, channels), (filters,), (filters, filters), (2, 4), (3,)]
+        shapes = zip(OODStatistics._fields, shapes, strict=True)
+        self._ood_statistics = [
+            self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes
+        ]
         self._network_ids = self._ids_of_networks()
         self.built = True
 
     def __setattr__(self, name, value):
         if "_network_ids" in self.__dict__:  # all is built
-            if name in ("stage1", "companion", "stage2"):
+            if name in ("stage1", "stage2_base", "stage2"):
                 raise MSCNNError(self._not_replaced(name))
             if name in ("category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"):
                 raise MSCNNError(
@@ -396,7 +402,7 @@ class MultiStageCNN(keras.Model):
 
     def _ids_of_networks(self) -> dict[str, int]:
         # Not the networks themselves: Keras would save them under this name
-        networks = {"stage1": self.stage1, "companion": self.companion, **self.stage2}
+        networks = {"stage1": self.stage1, "stage2_base": self.stage2_base, **self.stage2}
         return {name: id(network) for name, network in networks.items()}
 
     @staticmethod
@@ -417,33 +423,33 @@ class MultiStageCNN(keras.Model):
         )  # fmt: skip
         some = data.train.images[:: -(-len(data.train) // 5000)]  # from all over: images may be sorted by category
         kernel = whitening_kernel(some, mean, std)
-        for network in (model.stage1, model.companion, *model.stage2.values()):
+        for network in (model.stage1, model.stage2_base, *model.stage2.values()):
             network.get_layer("whitening").kernel.assign(kernel)
         return model
 
     def get_config(self):
         certificate = None if self.certificate is None else list(self.certificate)
-        chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_reason": self.threshold_reason}
-        return {**self._settings, **chosen, "certificate": certificate}
+        chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_source": self.threshold_source}
+        return {"format": FORMAT, **self._settings, **chosen, "certificate": certificate}
 
     # ---- parts
 
-    def stage2_of(self, category: int) -> keras.Model:
+    def stage2_cnn(self, category: int) -> keras.Model:
         """The Stage 2 CNN of a category: uint8 (B, H, W, channels) -> logits (B, C)."""
         return self.stage2[_category_key(category)]
 
     @property
     def is_calibrated(self) -> bool:
-        return bool(np.isfinite(self.rows.numpy()).all())
+        return bool(np.isfinite(self.calibration_coefficients.numpy()).all())
 
     def parts(self) -> dict[str, list[np.ndarray]]:
-        """Every array of the model by part: 'stage1', 'companion', 'stage2/ship', 'calibration/ship', ..."""
-        parts = {"stage1": self.stage1.get_weights(), "companion": self.companion.get_weights()}
-        parts |= {f"stage2/{n}": self.stage2_of(c).get_weights() for c, n in enumerate(self.category_names)}
-        parts["calibration/common"] = [self.common_row.numpy()]
-        parts["known"] = [one.numpy() for one in self._known]
-        rows = self.rows.numpy()
-        return parts | {f"calibration/{n}": [rows[c]] for c, n in enumerate(self.category_names)}
+        """Every array of the model by part: 'stage1', 'Stage 2 base network', 'stage2/ship', 'calibration/ship', ..."""
+        parts = {"stage1": self.stage1.get_weights(), "stage2_base": self.stage2_base.get_weights()}
+        parts |= {f"stage2/{n}": self.stage2_cnn(c).get_weights() for c, n in enumerate(self.category_names)}
+        parts["calibration/shared"] = [self.shared_coefficients.numpy()]
+        parts["ood_statistics"] = [one.numpy() for one in self._ood_statistics]
+        coefficients = self.calibration_coefficients.numpy()
+        return parts | {f"calibration/{n}": [coefficients[c]] for c, n in enumerate(self.category_names)}
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each part, so that anyone can check what a training has left untouched."""
@@ -459,19 +465,19 @@ class MultiStageCNN(keras.Model):
         self.stage1.trainable = bool(flag)
 
     def set_stage2_category_trainable(self, categories: str | int | Iterable = "", flag: bool = True) -> None:
-        """Freezes or frees the Stage 2 CNNs (and calibration rows) of the given categories; '' means all."""
+        """Freezes or frees the Stage 2 CNNs (and calibration coefficients) of the given categories; '' means all."""
         for category in categories_from(categories, self.category_names):
-            self.stage2_of(category).trainable = bool(flag)
+            self.stage2_cnn(category).trainable = bool(flag)
 
     def train_only(self, categories: str | int | Iterable) -> None:
         """Freezes everything but the Stage 2 CNNs of the given categories."""
         self.set_stage1_trainable(False)
-        self.companion.trainable = False
+        self.stage2_base.trainable = False
         self.set_stage2_category_trainable("", False)
         self.set_stage2_category_trainable(categories, True)
 
     def trainable_categories(self) -> tuple[int, ...]:
-        return tuple(c for c in range(len(self.category_names)) if self.stage2_of(c).trainable)
+        return tuple(c for c in range(len(self.category_names)) if self.stage2_cnn(c).trainable)
 
     def trainable_summary(self) -> str:
         """What is trainable, printable: `✓ ship: True   ✗ cat: False`."""
@@ -482,7 +488,7 @@ class MultiStageCNN(keras.Model):
         free = self.trainable_categories()
         stage2 = [line(name, c in free).ljust(20) for c, name in enumerate(self.category_names)]
         rows = ["   ".join(stage2[i : i + 5]).rstrip() for i in range(0, len(stage2), 5)]
-        first = f"{line('Stage 1', self.stage1.trainable)}   {line('Companion', self.companion.trainable)}"
+        first = f"{line('Stage 1', self.stage1.trainable)}   {line('Stage 2 base network', self.stage2_base.trainable)}"
         return "\n".join([first, "Stage 2", *rows])
 
     # ---- forward
@@ -490,10 +496,10 @@ class MultiStageCNN(keras.Model):
     def call(self, images, training=False):
         """uint8 (B, H, W, channels) -> {"stage1": logits (B, C), "stage2": log-odds of each category (B, C)}.
 
-        One view of each image; `decide` lets both stages judge the mirror image, too.
+        One view of each image; `decide` lets both stages verifier the mirror image, too.
         """
         stage2 = [
-            log_odds_tensor(self.stage2_of(c)(images, training=training), c) for c in range(len(self.category_names))
+            log_odds_tensor(self.stage2_cnn(c)(images, training=training), c) for c in range(len(self.category_names))
         ]
         return {"stage1": self.stage1(images, training=training), "stage2": tf.stack(stage2, axis=1)}
 
@@ -518,9 +524,9 @@ class MultiStageCNN(keras.Model):
                 call: half a millisecond.
             images: uint8 (B, H, W, channels).
         """
-        mapping = [(w, _read(h, w)) for w, h in zip(self.companion.weights, handles, strict=True)]
+        mapping = [(w, _read(h, w)) for w, h in zip(self.stage2_base.weights, handles, strict=True)]
         with keras.StatelessScope(state_mapping=mapping):
-            return self._on_views(self.companion, images)
+            return self._on_views(self.stage2_base, images)
 
     def _traced(self, function: Callable, *before):
         """A function of any number of images, preceded by arguments like `before`, as a graph.
@@ -536,16 +542,16 @@ class MultiStageCNN(keras.Model):
         return self._traced(self._stage1_logits)
 
     @functools.cached_property
-    def _stage1_views_graph(self):
+    def _stage1_outputs_graph(self):
         return self._traced(functools.partial(self._on_views, feature_extractor(self.stage1)))
 
     @functools.cached_property
     def _stage2_graph(self):
-        return self._traced(self._stage2_logits, [tf.TensorSpec((), tf.resource)] * len(self.companion.weights))
+        return self._traced(self._stage2_logits, [tf.TensorSpec((), tf.resource)] * len(self.stage2_base.weights))
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
-        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without a look in the mirror."""
-        return _in_batches(self._stage1_graph, self._checked(images), batch_size, len(self.category_names))
+        """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without its mirror image."""
+        return _in_batches(self._stage1_graph, self._validate_images(images), batch_size, len(self.category_names))
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
         """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,).
@@ -556,44 +562,48 @@ class MultiStageCNN(keras.Model):
             images: uint8 (B, H, W, channels).
             batch_size: images at a time; the CNN sees both views of them at once.
         """
-        handles = [w.value.handle for w in self.stage2_of(category).weights]
+        handles = [w.value.handle for w in self.stage2_cnn(category).weights]
         graph = functools.partial(self._stage2_graph, handles)
         logits = _in_batches(graph, images, batch_size, self._views * len(self.category_names))  # (B, views C)
         where = np.full(len(images), category)
         return np.mean([log_odds(one, where) for one in np.split(logits, self._views, axis=1)], axis=0)
 
-    def stage1_views(self, images: np.ndarray, batch_size: int = 512) -> Views:
+    def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
         """What Stage 1 makes of uint8 images (B, H, W, channels) and, if that keeps their category, mirrored ones."""
-        sizes = np.cumsum([len(self.category_names), *(self._known[i].shape[0] for i in (0, 2, 2))])  # C, T, D, D
-        both = _in_batches(self._stage1_views_graph, self._checked(images), batch_size, self._views * sizes[-1])
+        sizes = np.cumsum(
+            [len(self.category_names), *(self._ood_statistics[i].shape[0] for i in (0, 2, 2))]
+        )  # C, T, D, D
+        both = _in_batches(
+            self._stage1_outputs_graph, self._validate_images(images), batch_size, self._views * sizes[-1]
+        )
         views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + T + 2 D)
-        logits, texture, *halves = np.split(views, sizes[:-1], axis=2)
+        logits, block1_means, *halves = np.split(views, sizes[:-1], axis=2)
         strength = sum(halves).mean(axis=0)  # a filter answers by itself or by its negative
-        return Views(logits, texture.mean(axis=0), np.log(strength + WEAKEST_DETAIL))
+        return Stage1Outputs(logits, block1_means.mean(axis=0), np.log(strength + WEAKEST_STRENGTH))
 
-    def opinions(self, images: np.ndarray, batch_size: int = 512) -> Opinions:
-        """Both stages' opinion of uint8 images (B, H, W, channels), not yet combined.
+    def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
+        """Both stages' scores of uint8 images (B, H, W, channels), not yet combined.
 
         Stage 1 answers by its mean logits over the image and, if mirroring keeps the category, its mirror image: two
-        looks err less than one, and an answer that changes in the mirror has a small margin. Only the Stage 2 CNN of
-        the predicted category is run: the images are sorted by category first.
+        views err less often than one, and an answer that changes in the mirror has a small margin. Only the Stage 2 CNN
+        of the predicted category is run: the images are sorted by category first.
         """
-        views = self.stage1_views(images, batch_size)
+        views = self.stage1_outputs(images, batch_size)
         logits = views.logits.mean(axis=0)  # (B, C)
         category = logits.argmax(axis=1)  # (B,)
         stage2 = np.zeros(len(images))
         for c in np.unique(category):
             here = np.flatnonzero(category == c)
             stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return Opinions(category, margin(logits, category), stage2, *views)
+        return StageScores(category, margin(logits, category), stage2, *views)
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
     ) -> Decisions:
         """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
 
-        OTHER is what the confidence does not reach the threshold for, and what is like nothing known: there a
-        confidence may be high and mean little, since it was learnt on images of the categories.
+        OTHER is what the confidence does not reach the threshold for, and what is out of distribution: there a
+        confidence may be high and mean little, since it was calibrated on images of the categories.
 
         Args:
             threshold: in place of the model's own; one for all, or one a category, (C,).
@@ -605,34 +615,35 @@ class MultiStageCNN(keras.Model):
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
         count = len(self.category_names)
         threshold = self.threshold if threshold is None else self._checked_threshold(threshold)
-        opinions, known = self.opinions(images, batch_size), self.known
-        combined = self._combined(opinions)
-        confidence, strange = expit(combined), novelty(self._signs(opinions, combined, known), known)
-        final = np.where(strange > 0, count, accept(opinions.category, confidence, threshold, count))
-        odds = log_odds(opinions.mean_logits, opinions.category)
+        scores, statistics = self.scores(images, batch_size), self.ood_statistics
+        combined = self._confidence_log_odds(scores)
+        confidence, ood = expit(combined), ood_score(self._ood_terms(scores, combined, statistics), statistics)
+        final = np.where(ood > 0, count, apply_threshold(scores.category, confidence, threshold, count))
+        odds = log_odds(scores.mean_logits, scores.category)
         return Decisions(
             category=final,
-            stage1_category=opinions.category,
+            stage1_category=scores.category,
             stage1_confidence=expit(odds),
-            stage2_confidence=expit(opinions.stage2),
+            stage2_confidence=expit(scores.stage2),
             confidence=confidence,
             stage1_log_odds=odds,
-            stage1_margin=opinions.stage1,
-            stage2_log_odds=opinions.stage2,
-            stage1_logits=opinions.mean_logits,
-            one_view_logits=opinions.logits[0],
-            novelty=strange,
+            stage1_margin=scores.stage1,
+            stage2_log_odds=scores.stage2,
+            stage1_logits=scores.mean_logits,
+            single_view_logits=scores.logits[0],
+            ood_score=ood,
         )
 
-    def _combined(self, opinions: Opinions) -> np.ndarray:
+    def _confidence_log_odds(self, scores: StageScores) -> np.ndarray:
         """Log-odds of the confidence, float64 (B,)."""
-        return combined_log_odds(self.rows.numpy(), opinions.category, opinions.stage1, opinions.stage2)
+        return confidence_log_odds(self.calibration_coefficients.numpy(), scores.category, scores.stage1, scores.stage2)
 
     @staticmethod
-    def _signs(opinions: Opinions, combined: np.ndarray, known: Known) -> np.ndarray:
-        return signs_of_novelty(opinions.mean_logits, combined, opinions.texture, opinions.detail, known)  # (B, 4)
+    def _ood_terms(scores: StageScores, combined: np.ndarray, statistics: OODStatistics) -> np.ndarray:
+        features = scores.block1_means, scores.whitening_strength
+        return ood_terms(scores.mean_logits, combined, *features, statistics)  # (B, 4)
 
-    def _checked(self, images: np.ndarray) -> np.ndarray:
+    def _validate_images(self, images: np.ndarray) -> np.ndarray:
         if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
             raise MSCNNError(
                 f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
@@ -644,16 +655,16 @@ class MultiStageCNN(keras.Model):
     # ---- calibration
 
     @property
-    def known(self) -> Known:
-        """What images of the categories look like; NaN until `learn_known`, its scale and limits until `calibrate`."""
-        return Known(*(one.numpy() for one in self._known))
+    def ood_statistics(self) -> OODStatistics:
+        """What images of the categories look like; NaN until `fit_ood`, scale and thresholds until `calibrate`."""
+        return OODStatistics(*(one.numpy() for one in self._ood_statistics))
 
-    def _keep_known(self, known: Known) -> None:
-        for variable, value in zip(self._known, known, strict=True):
+    def _set_ood_statistics(self, statistics: OODStatistics) -> None:
+        for variable, value in zip(self._ood_statistics, statistics, strict=True):
             variable.assign(value)
 
-    def learn_known(self, data: Dataset, images: int = 5000) -> None:
-        """Learns what the images of the categories look like to Stage 1, as it is; see `novelty`.
+    def fit_ood(self, data: Dataset, images: int = 5000) -> None:
+        """Fits what images of the categories look like to Stage 1, as it is; see `ood_score`.
 
         That changes which images are accepted, so it voids a guarantee.
 
@@ -663,23 +674,25 @@ class MultiStageCNN(keras.Model):
         """
         self.certificate = None
         some = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
-        views = self.stage1_views(some)
-        self._keep_known(known_features(views.texture, views.detail))
+        views = self.stage1_outputs(some)
+        self._set_ood_statistics(fit_feature_statistics(views.block1_means, views.whitening_strength))
         if self.is_calibrated:
-            self._scale_known(self.opinions(data.calibration.images))
+            self._fit_ood_scale(self.scores(data.calibration.images))
 
-    def _scale_known(self, opinions: Opinions) -> None:
-        """Sets scale and limits of what is known, from both stages' opinions of the calibration split."""
-        known = self.known
-        self._keep_known(known_scale(known, self._signs(opinions, self._combined(opinions), known)))
+    def _fit_ood_scale(self, scores: StageScores) -> None:
+        """Fits scale and thresholds of the OOD score on both stages' scores of the calibration split."""
+        statistics = self.ood_statistics
+        self._set_ood_statistics(
+            fit_ood_scale(statistics, self._ood_terms(scores, self._confidence_log_odds(scores), statistics))
+        )
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
-        """Fits calibration rows on the calibration split.
+        """Fits calibration coefficients on the calibration split.
 
         Args:
-            categories: fit only these rows, shrunk towards the common row as it is. None: fit the rows of all
-                trainable categories and, if no category is frozen, the common row before them and the limits of what
-                is known behind them.
+            categories: fit only the coefficients of these, shrunk towards the shared ones as they are. None: fit those
+                of all trainable categories and, if no category is frozen, the shared ones before them and the OOD
+                thresholds after them.
 
         Raises:
             MSCNNError: a category is frozen.
@@ -690,32 +703,34 @@ class MultiStageCNN(keras.Model):
         if frozen:
             names = ", ".join(self.category_names[c] for c in frozen)
             raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
-        opinions, rows = self.opinions(split.images), self.rows.numpy()
-        labels = _checked_labels(opinions.category, split.labels)
+        scores, coefficients = self.scores(split.images), self.calibration_coefficients.numpy()
+        labels = _checked_labels(scores.category, split.labels)
         self.certificate = None
-        pair, right = (opinions.stage1, opinions.stage2), opinions.category == labels
+        pair, correct = (scores.stage1, scores.stage2), scores.category == labels
         everything = categories is None and len(free) == len(self.category_names)
         if everything:
-            self.common_row.assign(fit_common_row(*pair, right))
+            self.shared_coefficients.assign(fit_shared_calibration(*pair, correct))
         if chosen:
-            rows[list(chosen)] = fit_category_rows(opinions.category, *pair, right, self.common_row.numpy(), chosen)
-        self.rows.assign(rows)
+            coefficients[list(chosen)] = fit_category_calibration(
+                scores.category, *pair, correct, self.shared_coefficients.numpy(), chosen
+            )
+        self.calibration_coefficients.assign(coefficients)
         if everything:
-            self._scale_known(opinions)
+            self._fit_ood_scale(scores)
 
-    def void_calibration(self, categories: Iterable[int] | None = None) -> None:
-        """Marks rows as not calibrated, since what they were fitted to has been trained; None: all of them."""
+    def reset_calibration(self, categories: Iterable[int] | None = None) -> None:
+        """Marks categories as not calibrated, since their Stage 2 CNNs have been trained; None: all of them."""
         self.certificate = None
-        rows = self.rows.numpy()
-        rows[slice(None) if categories is None else list(categories)] = np.nan
-        self.rows.assign(rows)
+        coefficients = self.calibration_coefficients.numpy()
+        coefficients[slice(None) if categories is None else list(categories)] = np.nan
+        self.calibration_coefficients.assign(coefficients)
         if categories is None:
-            self.common_row.assign(np.full(3, np.nan))
+            self.shared_coefficients.assign(np.full(3, np.nan))
 
     def certify(self, split: Split, risk: float, delta: float = 0.05) -> Certificate:
         """Sets a low threshold with a guaranteed error rate (see `threshold_for_risk`), and keeps the guarantee.
 
-        It is one for the images that are not like nothing known; the others are OTHER anyway. Any training or
+        It is one for the images that are not out of distribution; the others are OTHER anyway. Any training or
         calibration voids the guarantee.
 
         Args:
@@ -725,12 +740,12 @@ class MultiStageCNN(keras.Model):
             MSCNNError: too few images, or the risk cannot be guaranteed; threshold and certificate stay as they were.
         """
         decisions = self.decide(split.images)
-        labels, familiar = _checked_labels(decisions.category, split.labels), decisions.familiar
-        right = decisions.stage1_category == labels
-        found = threshold_for_risk(decisions.confidence[familiar], right[familiar], risk, delta)
+        labels, in_distribution = _checked_labels(decisions.category, split.labels), decisions.in_distribution
+        correct = decisions.stage1_category == labels
+        found = threshold_for_risk(decisions.confidence[in_distribution], correct[in_distribution], risk, delta)
         self.certificate = found._replace(images=len(split))
         self.threshold = self.certificate.threshold
-        self.threshold_reason = f"for at most {risk:.2%} errors"
+        self.threshold_source = f"for at most {risk:.2%} errors"
         return self.certificate
 
     @property
@@ -743,7 +758,7 @@ class MultiStageCNN(keras.Model):
 
     @threshold.setter
     def threshold(self, value: float | Sequence[float]) -> None:
-        self._threshold, self.threshold_reason = self._checked_threshold(value), GIVEN
+        self._threshold, self.threshold_source = self._checked_threshold(value), USER_SET
 
     def _checked_threshold(self, value: float | Sequence[float]) -> float | np.ndarray:
         """A float or a new float64 array (C,), whatever numbers were given."""
@@ -764,7 +779,7 @@ class MultiStageCNN(keras.Model):
         name = (
             f"Thresholds {_span(self.threshold, '.4f')} by category" if several else f"Threshold {self.threshold:.4f}"
         )
-        return f"{name}, {self.threshold_reason}. {self.guarantee()}"
+        return f"{name}, {self.threshold_source}. {self.guarantee()}"
 
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
@@ -795,7 +810,7 @@ class MultiStageCNN(keras.Model):
             raise MSCNNError(self._not_replaced(name))
         if not overwrite and os.path.lexists(path):
             raise MSCNNError(f"{path} is there already: give another name, or overwrite=True to replace it.")
-        _write_whole(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
+        write_atomically(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
 
     def check_matches(self, data: Dataset) -> None:
         """Raises MSCNNError if the model was made for another data set, or for other splits of it."""

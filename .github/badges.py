@@ -14,6 +14,7 @@ LINK = re.compile(COLAB + r'/github/[^\s()"\\]+/notebooks/([\w.-]+\.ipynb)')
 IMAGE = rf"(\[!\[Open In Colab\]\({COLAB}/assets/colab-badge\.svg\)\])"
 BADGE = re.compile(rf"{IMAGE}\({LINK.pattern}\)")
 # In a notebook, which is JSON, the quotes have a backslash before them.
+CLONE = re.compile(r"git clone https://\S+\ncd [\w.-]+")
 SETUP = re.compile(r'REPOSITORY, REF = (\\?")[^"\\]*\\?", \\?"[^"\\]*\\?"')
 
 
@@ -32,6 +33,8 @@ def rewritten(text: str, notebook: str | None, repository: str, ref: str) -> str
     folder = f"{COLAB}/github/{repository.removeprefix('https://github.com/')}/blob/{ref}/notebooks"
     text = LINK.sub(lambda found: f"{folder}/{found[1]}", text)
     text = BADGE.sub(lambda found: f"{found[1]}({folder}/{notebook or found[2]})", text)
+    clone = f"git clone {repository}.git\ncd {repository.split('/')[-1]}"
+    text = CLONE.sub(lambda found: clone, text)
     setup = "REPOSITORY, REF = {0}{1}{0}, {0}{2}{0}"
     return SETUP.sub(lambda found: setup.format(found[1], repository, ref), text)
 

@@ -102,7 +102,7 @@ def commit_of_run(folder: Path) -> str | None:
 
 
 def models_in_words(figures: dict) -> str:
-    """Which models the figures of unknown.py are of."""
+    """Which models the figures of ood.py are of."""
     if "--pretrained" in figures["command"]:
         return "The model that comes with the project."
     return f"Models trained on CIFAR-10, seeds {', '.join(map(str, figures['seeds']))}; median (minimum to maximum)."

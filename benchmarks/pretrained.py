@@ -3,8 +3,8 @@
     python benchmarks/pretrained.py runs/quality/full_0    the folder of a finished run on all of CIFAR-10
     python benchmarks/pretrained.py --renew                the model as it is, its weights and calibration untouched
 
-The second form is for changes of what the model does with its weights: what is known (see `novelty` in the module) and
-the certificate are made anew, and all figures measured anew.
+The second form is for changes of what the model does with its weights: its OOD statistics (see `ood_score`) and the
+certificate are made anew, and all figures measured anew.
 
 The kernels of the convolutions are stored in 16 bits, at half the size. The model is refused if that changes more than
 0.1 % of the decisions on the test split. Its threshold stays 0.7; a certificate for 1 % of errors is made where the
@@ -66,9 +66,9 @@ def figures_of(model, data) -> dict[str, float]:
     measured = mscnn.evaluate(decisions, data.test.labels, model.threshold)
     one, two = measured["stage1"], measured["two_stage"]
     return {
-        "accuracy of Stage 1, one look": one["accuracy"], "accuracy of all answers": two["accuracy"],
+        "accuracy of Stage 1, a single view": one["accuracy"], "accuracy of all answers": two["accuracy"],
         "coverage": two["coverage"], "accuracy of the accepted": two["selective_accuracy"],
-        "AURC of Stage 1's softmax, one look": one["aurc"], "AURC of two stages": two["aurc"],
+        "AURC of Stage 1's softmax, a single view": one["aurc"], "AURC of two stages": two["aurc"],
     }  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def pretrained_as_it_is() -> Source:
     told = {name: card[name] for name in ("seed", "run", "trained_at")}
     told["command"] = "python benchmarks/pretrained.py --renew"
     data, model = mscnn.load_dataset("cifar10", seed=card["seed"]), mscnn.load_model("pretrained")
-    model.learn_known(data)
+    model.fit_ood(data)
     return Source(model, data, told, card["changed"])
 
 

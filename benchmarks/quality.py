@@ -46,7 +46,7 @@ def training_seconds(history: dict) -> dict[str, float]:
     """Seconds of the epochs of each part, their validation included, from a run's history.json."""
     retrained = history.get("retraining", {}).get("histories", {})
     parts = {
-        "stage1": [history["stage1"]], "companion": [history["companion"]], "stage2": history["stage2"].values(),
+        "stage1": [history["stage1"]], "stage2_base": [history["stage2_base"]], "stage2": history["stage2"].values(),
         "retraining": retrained.values(),
     }  # fmt: skip
     return {name: sum(sum(record["seconds"]) for record in records) for name, records in parts.items()}
@@ -113,10 +113,10 @@ def summary(runs: list[dict]) -> list[str]:
 def seconds_by_part(run: dict) -> list[str]:
     """A row of the second table."""
     parts = run["training_seconds"]
-    ratio = (parts["companion"] + parts["stage2"]) / parts["stage1"]
+    ratio = (parts["stage2_base"] + parts["stage2"]) / parts["stage1"]
     total = 60 * run["minutes"]
     rest = total - sum(parts.values())
-    first = [f"{parts[name]:.0f}" for name in ("stage1", "companion", "stage2")]
+    first = [f"{parts[name]:.0f}" for name in ("stage1", "stage2_base", "stage2")]
     last = [f"{parts['retraining']:.0f}", f"{rest:.0f} ({rest / total:.0%})"]
     return [title(run), str(run["seed"]), *first, f"{ratio:.2f}", *last]
 
@@ -143,15 +143,15 @@ def table(runs: list[dict]) -> str:
         "## Quality", "", "Written by `python benchmarks/quality.py` (see its first lines for the other forms).",
         "All figures are of the test split of the data set named; AURC is the area under the risk-coverage",
         "curve (lower is better), gain is how far the two stages are below Stage 1 alone, with its softmax, on the",
-        "same model. Stage 1 looks once at an image, the two stages look twice. Median over the seeds, in brackets",
+        "same model. Stage 1 sees one view of an image, the two stages see two. Median over the seeds, in brackets",
         "minimum and maximum.", "",
         *markdown(["run", "seeds", "Stage 1 accuracy", "of all answers", "coverage at 0.7",
                    "accuracy of the accepted", "AURC softmax",
                    "AURC two stages", "gain", "minutes", "peak memory, GB"], [summary(one) for one in groups.values()]),
-        "Seconds of the epochs by part. The ratio is that of companion and ten Stage 2 CNNs to Stage 1. Retraining is",
+        "Seconds of the epochs by part. The ratio is that of base and ten Stage 2 CNNs to Stage 1. Retraining is",
         "that of the two weakest categories. Not in the epochs: what prepares them, such as Stage 1's look at all",
         "train images before Stage 2.", "",
-        *markdown(["run", "seed", "Stage 1", "companion", "ten Stage 2 CNNs", "ratio", "retraining", "all else"],
+        *markdown(["run", "seed", "Stage 1", "stage2_base", "ten Stage 2 CNNs", "ratio", "retraining", "all else"],
                   [seconds_by_part(run) for run in runs]),
         "Seconds of the same runs by notebook.", "",
         *markdown(["run", "seed", "01", "02", "03", "04", "05", "outside", "total"],

@@ -1,16 +1,16 @@
-"""Measures how well a confidence tells right answers from wrong ones, ours against every rival.
+"""Measures how well a confidence tells correct answers from incorrect ones, ours against every baseline.
 
     python benchmarks/selective.py                 five seeds, a pool of nine Stage 1 networks: hours on two cores
     python benchmarks/selective.py --quick         two seeds and a pool of three in light mode: some five minutes
     python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
     python benchmarks/selective.py --seeds 0,1     these seeds alone: ensembles of their own networks, no dropout
-    python benchmarks/selective.py --tables        only judge what has been trained, and write the tables
+    python benchmarks/selective.py --tables        only verifier what has been trained, and write the tables
 
 Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed
-all methods judge answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
+all methods verifier answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
 method has to fit or to choose, it fits on the same calibration split. Those from softmax to temperature, and
-neighbours, judge its answers by one look; mirror, companion, one-vs-rest and ours those by two, at the image and its
-mirror image. Ensembles give answers of their own, and are also asked about those by two looks.
+neighbours rank its answers on a single view; mirror, Stage 2 base network, one-vs-rest and ours those by two, at the
+image and its mirror image. Ensembles give answers of their own, and are also asked about those by two views.
 
 The definitions and sources of the measures stand in the module, section Evaluation. The methods:
 
@@ -22,19 +22,19 @@ The definitions and sources of the measures stand in the module, section Evaluat
     temperature       softmax at a temperature fitted on calibration (temperature scaling, Guo et al. 2017)
     mirror            test-time augmentation: logits averaged over the image and its mirror image; by softmax, by
                       softmax at a fitted temperature, by p-norm, by margin, and by that margin combined as ours
-                      without a second opinion (a logistic regression of one sign, a row a category)
+                      without a verifier (a logistic regression of one sign, a row a category)
     dropout           Monte-Carlo dropout: mean softmax of ten passes with dropout before the dense layer (Gal &
                       Ghahramani 2016), by a Stage 1 of its own, which was trained with it; in the full form for three
                       of the seeds
     neighbours        deep nearest neighbours: distance to the k-th nearest train image in Stage 1's features, k by
                       calibration (Sun et al. 2022)
-    companion         Stage 1's margin and the companion's log-odds, combined as ours: an opinion without ten judges
+    Stage 2 base network  its log-odds and Stage 1's margin, combined as ours: no ten verifiers
     one-vs-rest       Stage 2's own sigmoid, the classic rule
     ensemble of 2, 5  deep ensembles: mean softmax of so many Stage 1 networks (Lakshminarayanan et al. 2017); also the
                       margin of their mean logits
     ours              Stage 1 and the Stage 2 CNN of its answer, combined; also on one view alone; and on two views, but
-                      for the answers by one look, whose easiest errors a second look would not have made; and with
-                      the second reason: what is like nothing known is accepted last, in no order
+                      for the answers on a single view, whose easiest errors a second view would not have made; and with
+                      the OOD rejection: what is out of distribution is accepted last, in no order
 """
 
 import argparse
@@ -176,7 +176,7 @@ def _train_stage1(form: Form, seed: int, dropout: bool, path: Path) -> None:
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     network = mscnn.MultiStageCNN.for_dataset(data, seed=seed).stage1
     network = with_dropout(network) if dropout else network
-    mscnn.train_classifier(network, data, mscnn.recipe_for(len(data.train), form.epochs), seed)
+    mscnn.train_classifier(network, data, mscnn.default_recipe(len(data.train), form.epochs), seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     network.save(partial := path.with_name(f"partial_{path.name}"))
     partial.replace(path)
@@ -288,27 +288,27 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     train_features = pooled_features(model.stage1, data.train.images)[0]
     found = {}
     for name, split in (("calibration", data.calibration), ("test", data.test)):
-        stage1, companion = (both_views(tf.function(one), split.images) for one in (model.stage1, model.companion))
+        stage1, stage2_base = (both_views(tf.function(one), split.images) for one in (model.stage1, model.stage2_base))
         decisions, stage2 = model.decide(split.images), []
         for category in (stage1[0].argmax(axis=1), stage1.mean(axis=0).argmax(axis=1)):
             odds = np.zeros((2, len(split)))
             for c in np.unique(category):
                 here = np.flatnonzero(category == c)
-                logits = both_views(model.stage2_of(c), split.images[here])
+                logits = both_views(model.stage2_cnn(c), split.images[here])
                 odds[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
             stage2.append(odds)
         found |= {
-            f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_companion": companion,
+            f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_stage2_base": stage2_base,
             f"{name}_one_stage2": stage2[0], f"{name}_stage2": stage2[1],
-            f"{name}_ours": decisions.confidence, f"{name}_familiar": decisions.familiar,
+            f"{name}_ours": decisions.confidence, f"{name}_familiar": decisions.in_distribution,
             f"{name}_distance": neighbour_distance(train_features, pooled_features(model.stage1, split.images)[0]),
         }  # fmt: skip
     # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
     found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
     certified = model.decide(data.certification.images)
-    familiar = certified.familiar
-    found["certification_ours"] = certified.confidence[familiar]
-    found["certification_right"] = (certified.stage1_category == data.certification.labels)[familiar]
+    in_distribution = certified.in_distribution
+    found["certification_ours"] = certified.confidence[in_distribution]
+    found["certification_right"] = (certified.stage1_category == data.certification.labels)[in_distribution]
     return found
 
 
@@ -376,7 +376,7 @@ class Split(NamedTuple):
 
     labels: np.ndarray  # (N,)
     stage1: np.ndarray  # logits (2, N, C): of the image, of its mirror image
-    companion: np.ndarray  # the same
+    stage2_base: np.ndarray  # the same
     stage2: np.ndarray  # log-odds (2, N) by the Stage 2 CNN of Stage 1's answer by both views
     one_stage2: np.ndarray  # the same (2, N) by that of its answer by one view
     ours: np.ndarray  # the model's own confidence (N,)
@@ -391,7 +391,7 @@ class Split(NamedTuple):
         """Stage 1's answer by one or both views, (N,)."""
         return self.logits(views).argmax(axis=1)
 
-    def right(self, views: int) -> np.ndarray:
+    def correct(self, views: int) -> np.ndarray:
         return self.category(views) == self.labels
 
     def margin(self, views: int, answer: int) -> np.ndarray:
@@ -434,7 +434,7 @@ def best_on_calibration(
     """The confidence in answers by so many views with the least AURC on the calibration split."""
     import mscnn_helpers as mscnn
 
-    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.right(views)))
+    return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.correct(views)))
 
 
 def best_p_norm(calibration: Split, views: int) -> Callable[[Split], np.ndarray]:
@@ -457,7 +457,7 @@ def temperature(calibration: Split, views: int = 1) -> float:
 def combined(
     second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2, answer: int = 2
 ) -> np.ndarray:
-    """Stage 1's margin and a second opinion's log-odds, combined as the model does it: a row a category, (N,).
+    """Stage 1's margin and a verifier's log-odds, combined as the model does it: a row a category, (N,).
 
     Args:
         views: how many Stage 1's margin is of. answer: how many it answers by.
@@ -465,21 +465,21 @@ def combined(
     import mscnn_helpers as mscnn
 
     one, two = calibration.margin(views, answer), second(calibration)
-    category, right = calibration.category(answer), calibration.right(answer)
-    common, everyone = mscnn.fit_common_row(one, two, right), range(calibration.stage1.shape[-1])
-    rows = mscnn.fit_category_rows(category, one, two, right, common, everyone)
-    odds = mscnn.combined_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
+    category, correct = calibration.category(answer), calibration.correct(answer)
+    common, everyone = mscnn.fit_shared_calibration(one, two, correct), range(calibration.stage1.shape[-1])
+    rows = mscnn.fit_category_calibration(category, one, two, correct, common, everyone)
+    odds = mscnn.confidence_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
     return expit(odds)
 
 
 def no_odds(split: Split) -> np.ndarray:
-    """Of a second opinion that has none, (N,)."""
+    """Of a verifier that has none, (N,)."""
     return np.zeros(len(split.labels))
 
 
-def companion_odds(split: Split) -> np.ndarray:
-    """Of Stage 1's answer by both views, by the companion: the mean over them, (N,)."""
-    return np.mean([softmax_odds(view, split.category(2)) for view in split.companion], axis=0)
+def stage2_base_odds(split: Split) -> np.ndarray:
+    """Of Stage 1's answer by both views, by the Stage 2 base network: the mean over them, (N,)."""
+    return np.mean([softmax_odds(view, split.category(2)) for view in split.stage2_base], axis=0)
 
 
 def ensemble(found: dict[str, np.ndarray], size: int) -> np.ndarray:
@@ -510,7 +510,7 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     one, both = test.category(1), test.category(2)
     near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
     averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
-    companion, unaided = (combined(second, calibration, test) for second in (companion_odds, no_odds))
+    stage2_base, unaided = (combined(second, calibration, test) for second in (stage2_base_odds, no_odds))
     alone = combined(lambda split: split.second(1, 1), calibration, test, 1, 1)
     same = combined(lambda split: split.second(2, 1), calibration, test, 2, 1)
     result = {
@@ -521,16 +521,16 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
         "p-norm": Answers(one, best_p_norm(calibration, 1)(test)),
         "neighbours": Answers(one, near(test)),
         "ours, one view": Answers(one, alone, alone),
-        "ours, answers by one look": Answers(one, same, same),
+        "ours, answers on a single view": Answers(one, same, same),
         "mirror": by_odds(both, softmax_odds(mirrored)),
         "mirror, temperature": by_odds(both, softmax_odds(mirrored / temperature(calibration, 2))),
         "mirror's p-norm": Answers(both, best_p_norm(calibration, 2)(test)),
         "mirror's margin": Answers(both, test.margin(2, 2)),
         "mirror's margin, combined": Answers(both, unaided, unaided),
-        "companion": Answers(both, companion, companion),
+        "stage2_base": Answers(both, stage2_base, stage2_base),
         "one-vs-rest": by_odds(both, test.second(2, 2)),
         "ours": Answers(both, test.ours, test.ours),
-        "ours, with the second reason": Answers(both, np.where(found["test_familiar"], test.ours, -1.0)),
+        "ours, with the OOD rejection": Answers(both, np.where(found["test_familiar"], test.ours, -1.0)),
     }
     result |= {f"ensemble of {size}, margin": ensemble_margin(found, size) for size in form.sizes}
     result |= {f"{name}, our answers": by_odds(both, probability_odds(p, both)) for name, p in averaged.items()}
@@ -539,21 +539,21 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     return result
 
 
-# Multiply-adds of each method, in units of Stage 1's and of the companion's.
+# Multiply-adds of each method, in units of Stage 1's and of the Stage 2 base network's.
 WORK = {
-    "companion": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror, temperature": (2, 0),
+    "stage2_base": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror, temperature": (2, 0),
     "mirror's p-norm": (2, 0), "mirror's margin": (2, 0), "mirror's margin, combined": (2, 0),
-    "ours, one view": (1, 1), "ours, answers by one look": (2, 2), "ours": (2, 2),
-    "ours, with the second reason": (2, 2),
+    "ours, one view": (1, 1), "ours, answers on a single view": (2, 2), "ours": (2, 2),
+    "ours, with the OOD rejection": (2, 2),
 }  # fmt: skip
 
 
-def work(method: str, stage1: float, companion: float) -> float:
+def work(method: str, stage1: float, stage2_base: float) -> float:
     """Multiply-adds an image, as a multiple of Stage 1's."""
     method = method.removesuffix(", our answers").removesuffix(", margin")
     size = int(method.rsplit(" ", 1)[1]) if method.startswith("ensemble") else 1
     one, two = WORK.get(method, (size, 0))
-    return one + two * companion / stage1
+    return one + two * stage2_base / stage1
 
 
 # ---- the measures
@@ -563,31 +563,31 @@ def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
     """All measures of one method on one seed's test split."""
     import mscnn_helpers as mscnn
 
-    right, confidence = answer.category == labels, answer.confidence
+    correct, confidence = answer.category == labels, answer.confidence
     found = {
-        "accuracy": right.mean(),
-        **mscnn.failure_metrics(confidence, right),
-        "e_aurc": mscnn.e_aurc(confidence, right),
-        "augrc": mscnn.augrc(confidence, right),
-        **{f"error at {share:.0%}": mscnn.error_at_coverage(confidence, right, share) for share in COVERAGES},
-        **{f"coverage at {error:.1%}": mscnn.coverage_at_error(confidence, right, error) for error in ERRORS},
+        "accuracy": correct.mean(),
+        **mscnn.failure_metrics(confidence, correct),
+        "e_aurc": mscnn.e_aurc(confidence, correct),
+        "augrc": mscnn.augrc(confidence, correct),
+        **{f"error at {share:.0%}": mscnn.risk_at_coverage(confidence, correct, share) for share in COVERAGES},
+        **{f"coverage at {error:.1%}": mscnn.coverage_at_risk(confidence, correct, error) for error in ERRORS},
     }  # fmt: skip
     if answer.probability is not None:
-        found["ece"] = mscnn.calibration_error(answer.probability, right, bins=15, equal_mass=True)
-        found["brier"] = float(brier_score_loss(right, answer.probability))
+        found["ece"] = mscnn.calibration_error(answer.probability, correct, bins=15, equal_mass=True)
+        found["brier"] = float(brier_score_loss(correct, answer.probability))
         accepted = answer.probability >= THRESHOLD
         found["coverage at the threshold"] = accepted.mean()
-        found["error at the threshold"] = 1 - right[accepted].mean() if accepted.any() else 0.0
+        found["error at the threshold"] = 1 - correct[accepted].mean() if accepted.any() else 0.0
     return {name: float(value) for name, value in found.items()}
 
 
-def calibration_errors(confidence: np.ndarray, category: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+def calibration_errors(confidence: np.ndarray, category: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
     """Expected calibration error of all, and the largest of a predicted category with ENOUGH images."""
     import mscnn_helpers as mscnn
 
     large = [here for c in np.unique(category) if (here := category == c).sum() >= ENOUGH]
     errors = [
-        mscnn.calibration_error(confidence[here], right[here], bins=15, equal_mass=True)
+        mscnn.calibration_error(confidence[here], correct[here], bins=15, equal_mass=True)
         for here in [np.full(len(category), True), *large]
     ]
     return errors[0], max(errors[1:], default=np.nan)
@@ -597,28 +597,28 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     """What our confidence promises on one seed's test split: its calibration, and a certificate of RISK.
 
     Beside the calibration errors stands what a perfect confidence would show on as many images: mean and 95 % quantile
-    of 100 simulations, in which each answer is right with exactly the probability that ours claims.
+    of 100 simulations, in which each answer is correct with exactly the probability that ours claims.
     """
     import mscnn_helpers as mscnn
 
     category, confidence, _ = ours
-    right, rng = category == found["test_labels"], np.random.default_rng(0)
+    correct, rng = category == found["test_labels"], np.random.default_rng(0)
     simulated = [
         calibration_errors(confidence, category, rng.uniform(size=len(confidence)) < confidence) for _ in range(100)
     ]
     names = ("calibration", "worst calibration")
-    result = dict(zip(names, calibration_errors(confidence, category, right), strict=True))
+    result = dict(zip(names, calibration_errors(confidence, category, correct), strict=True))
     for kind, values in (("mean", np.mean(simulated, axis=0)), ("95 %", np.quantile(simulated, 0.95, axis=0))):
         result |= {f"{name}, simulated {kind}": value for name, value in zip(names, values, strict=True)}
     try:
         certificate = mscnn.threshold_for_risk(found["certification_ours"], found["certification_right"], RISK)
     except mscnn.MSCNNError:  # none can be given
-        accepted = np.full(len(right), False)
+        accepted = np.full(len(correct), False)
     else:
         accepted = (confidence >= certificate.threshold) & found["test_familiar"]
     result["certified coverage"] = accepted.mean()
     if accepted.any():
-        result["certified error"] = 1 - right[accepted].mean()
+        result["certified error"] = 1 - correct[accepted].mean()
     return {name: float(value) for name, value in result.items() if not np.isnan(value)}
 
 
@@ -697,8 +697,8 @@ def differences(
         ratio = mean("ours", measure, having) / mean(name, measure, having)
         return np.quantile(ratio - 1, [0.025, 0.5, 0.975]).tolist()
 
-    rivals = [name for name in all_methods(all_answers) if name != "ours"]
-    return {measure: {name: against(name, measure) for name in rivals} for measure in Resampled._fields}
+    baselines = [name for name in all_methods(all_answers) if name != "ours"]
+    return {measure: {name: against(name, measure) for name in baselines} for measure in Resampled._fields}
 
 
 def all_methods(all_answers: list[dict[str, Answers]]) -> list[str]:
@@ -714,14 +714,14 @@ def judge(form: Form) -> dict:
 
     found = [outputs(form, seed) for seed in form.seeds]
     all_answers, labels = [answers(one, form) for one in found], [one["test_labels"] for one in found]
-    stage1, companion = (
+    stage1, stage2_base = (
         multiply_adds(our_network("float32", widths)) for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS)
     )
     methods = {}
     for name in all_methods(all_answers):
         having = [i for i, one in enumerate(all_answers) if name in one]
         methods[name] = {
-            "work": work(name, stage1, companion), "of": [form.seeds[i] for i in having],
+            "work": work(name, stage1, stage2_base), "of": [form.seeds[i] for i in having],
             "seeds": [measures(all_answers[i][name], labels[i]) for i in having],
         }  # fmt: skip
     promised = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
@@ -828,7 +828,7 @@ def replaces(command: str, known: str) -> bool:
 
 
 def main() -> None:
-    """Trains what is missing, judges, and writes selective.json."""
+    """Trains what is missing, verifiers, and writes selective.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="light mode, two seeds; replaces no full figures")
     parser.add_argument("--train", type=numbers, default=(), help="seeds: only train what is missing for them")

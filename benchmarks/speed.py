@@ -4,12 +4,12 @@
     python benchmarks/speed.py --quick                fewer and shorter repeats: minutes on two cores
     python benchmarks/speed.py --only training,decide some of the measurements; the others' figures are kept
 
-In training and decide, rivals are measured in turn with ours, each round in another order, in one process, so a ratio
-holds on a shared machine, where seconds alone do not. The networks of Keras' own layers and of PyTorch are the same
-as ours: whitening, three blocks, average pooling, one dense layer. They train without augmentation and by plain SGD,
-which is in their favour. The hand-written step is of our network and optimizer. Keras' own layers and plain `fit` are
-timed on both pipelines, its own and ours. PyTorch is optional: pip install ".[bench]". What whole runs take, by part
-and by notebook, is measured by quality.py.
+In training and decide, baselines are measured in turn with ours, each round in another order, in one process, so a
+ratio holds on a shared machine, where seconds alone do not. The networks of Keras' own layers and of PyTorch are the
+same as ours: whitening, three blocks, average pooling, one dense layer. They train without augmentation and by plain
+SGD, which is in their favour. The hand-written step is of our network and optimizer. Keras' own layers and plain `fit`
+are timed on both pipelines, its own and ours. PyTorch is optional: pip install ".[bench]". What whole runs take, by
+part and by notebook, is measured by quality.py.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def hand_written_epoch(policy: str, images: np.ndarray, labels: np.ndarray) -> C
 
     import mscnn_helpers as mscnn
 
-    network, optimizer = our_network(policy), mscnn.muon_for(mscnn.Recipe(100, BATCH), 100_000)
+    network, optimizer = our_network(policy), mscnn.stage1_optimizer(mscnn.Recipe(100, BATCH), 100_000)
     optimizer.build(network.trainable_variables)
     weights = [variable.value for variable in network.trainable_variables]
     x, y = tf.constant(images), tf.one_hot(labels, CATEGORIES)
@@ -321,8 +321,8 @@ def spread_model(flip: bool):
     # Standardised logits: each category is the largest about as often as any other.
     dense.kernel.assign(dense.kernel.numpy() / logits.std(axis=0))
     dense.bias.assign(-(logits / logits.std(axis=0)).mean(axis=0))
-    model.rows.assign(np.tile([0.0, 0.5, 0.5], (CATEGORIES, 1)))
-    model.learn_known(data)
+    model.calibration_coefficients.assign(np.tile([0.0, 0.5, 0.5], (CATEGORIES, 1)))
+    model.fit_ood(data)
     return model
 
 
@@ -331,7 +331,7 @@ def measure_decide(quick: bool) -> dict:
     repeats, found = (2 if quick else 7), {}
     for views, flip in ((1, False), (2, True)):
         model = spread_model(flip)
-        one, two = multiply_adds(model.stage1), multiply_adds(model.companion)
+        one, two = multiply_adds(model.stage1), multiply_adds(model.stage2_base)
         for batch, count in ((1, 40), (32, 640), (512, 512 if quick else 2048)):
             images, _ = random_images(count)
             parts = [images[i : i + batch] for i in range(0, count, batch)]
@@ -374,7 +374,7 @@ def measure_cold_start(quick: bool) -> dict:
 
 
 def _short_training(seed: int, light: bool, begun: float) -> dict:
-    """Trains Stage 1 in SHORT epochs, saves the model, and judges it as it is read back.
+    """Trains Stage 1 in SHORT epochs, saves the model, and verifiers it as it is read back.
 
     Args:
         begun: when the process was started, by time.time().
@@ -383,7 +383,7 @@ def _short_training(seed: int, light: bool, begun: float) -> dict:
 
     data = mscnn.load_dataset(DATASET, light_mode=light, seed=seed)
     model = mscnn.MultiStageCNN.for_dataset(data, seed=seed)
-    mscnn.train_stage1(model, data, mscnn.recipe_for(len(data.train), SHORT), seed)
+    mscnn.train_stage1(model, data, mscnn.default_recipe(len(data.train), SHORT), seed)
     with tempfile.TemporaryDirectory() as folder:
         model.save(f"{folder}/model.keras")
         saved_after = time.time() - begun
@@ -437,10 +437,10 @@ def _cost_of_categories(count: int, policy: str) -> tuple[float, float]:
     begun = time.perf_counter()
     trainer = mscnn.Stage2Trainer(model, data, mscnn.Recipe(20, 256))
     share = (time.perf_counter() - begun) / count
-    trainer.predicted = data.calibration.labels  # each category judges its share, as with a trained Stage 1
-    trainer.train(0, model.companion, 0)
+    trainer.predicted = data.calibration.labels  # each category verifiers its share, as with a trained Stage 1
+    trainer.train(0, model.stage2_base, 0)
     start = time.perf_counter()
-    trainer.train(1, model.companion, 0)
+    trainer.train(1, model.stage2_base, 0)
     return share + time.perf_counter() - start, peak_memory_gb()
 
 
@@ -471,7 +471,7 @@ def _on_shuffled_labels(seed: int, epochs: int) -> float:
     }
     data = dataclasses.replace(data, **shuffled)
     model = mscnn.MultiStageCNN.for_dataset(data, seed=seed)
-    mscnn.train_stage1(model, data, mscnn.recipe_for(len(data.train), epochs), seed)
+    mscnn.train_stage1(model, data, mscnn.default_recipe(len(data.train), epochs), seed)
     return float((model.stage1_logits(data.test.images).argmax(axis=1) == data.test.labels).mean())
 
 

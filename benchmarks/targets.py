@@ -2,7 +2,7 @@
 
     python benchmarks/targets.py     writes the section anew; the other benchmarks do so, too
 
-Nothing is measured here: every figure is read from quality.json, speed.json, selective.json and unknown.json.
+Nothing is measured here: every figure is read from quality.json, speed.json, selective.json and ood.json.
 """
 
 import statistics
@@ -33,12 +33,12 @@ class Target(NamedTuple):
     each: bool = False  # whether each of the values has to reach it, not only their median
 
 
-def faster(rival: str, ours: str = "ours") -> Callable:
+def faster(baseline: str, ours: str = "ours") -> Callable:
     """How many times as fast ours trains, pair by pair."""
 
     def values(measured: Measured) -> list[float]:
         rates = measured.speed["training"]["found"]["images_per_second"]
-        return [a / b for a, b in zip(rates[ours], rates[rival], strict=True)]
+        return [a / b for a, b in zip(rates[ours], rates[baseline], strict=True)]
 
     return values
 
@@ -88,11 +88,11 @@ def stage1_accuracy(run: dict) -> float:
     return run["stage1"]["accuracy"]
 
 
-def against(rival: str, measure: str = "aurc") -> Callable:
-    """Our confidence's measure as a multiple of a rival's: median and ends of the bootstrap's 95 % interval."""
+def against(baseline: str, measure: str = "aurc") -> Callable:
+    """Our confidence's measure as a multiple of a baseline's: median and ends of the bootstrap's 95 % interval."""
 
     def values(measured: Measured) -> list[float]:
-        return [1 + difference for difference in measured.selective["found"]["differences"][measure][rival]]
+        return [1 + difference for difference in measured.selective["found"]["differences"][measure][baseline]]
 
     return values
 
@@ -113,22 +113,22 @@ def promised(name: str) -> Callable:
     return values
 
 
-def both_reasons_against(rival: str) -> Callable:
-    """The AURC with the second reason for OTHER as a multiple of a rival's, seed by seed."""
+def both_reasons_against(baseline: str) -> Callable:
+    """The AURC with the OOD rejection as a multiple of a baseline's, seed by seed."""
 
     def values(measured: Measured) -> list[float]:
         methods = measured.selective["found"]["methods"]
-        seeds = (methods[name]["seeds"] for name in ("ours, with the second reason", rival))
+        seeds = (methods[name]["seeds"] for name in ("ours, with the OOD rejection", baseline))
         return [ours["aurc"] / other["aurc"] for ours, other in zip(*seeds, strict=True)]
 
     return values
 
 
 def told_apart(kinds: tuple[str, ...], above: str = "", models: str = "runs") -> Callable:
-    """AUROC of our novelty, the least of the kinds of unknown images; above: less that of another score."""
+    """AUROC of our OOD score, the least of the kinds of unknown images; above: less that of another score."""
 
     def of_model(auroc: dict[str, dict[str, float]]) -> float:
-        return min(auroc[kind]["novelty"] - (auroc[kind][above] if above else 0) for kind in kinds)
+        return min(auroc[kind]["ood_score"] - (auroc[kind][above] if above else 0) for kind in kinds)
 
     def values(measured: Measured) -> list[float]:
         return [of_model(model["auroc"]) for model in measured.unknown[models]["models"]]
@@ -136,8 +136,8 @@ def told_apart(kinds: tuple[str, ...], above: str = "", models: str = "runs") ->
     return values
 
 
-def ratio_of_areas(what: str, bound: float, rival: str, measure: str = "aurc") -> Target:
-    return Target(what, bound, False, "{:.3f}", against(rival, measure), below_one=True)
+def ratio_of_areas(what: str, bound: float, baseline: str, measure: str = "aurc") -> Target:
+    return Target(what, bound, False, "{:.3f}", against(baseline, measure), below_one=True)
 
 
 TARGETS = [
@@ -150,7 +150,7 @@ TARGETS = [
            faster("ours, one resident batch")),
     Target("Stage 1 training in float32, times stock Keras' in float32", 1.15, True, "{:.2f}",
            faster("stock Keras float32", "ours in float32")),
-    Target("notebook 03, companion and Stage 2, times Stage 1's training", 0.75, False, "{:.2f}",
+    Target("notebook 03, Stage 2 base network and Stage 2, times Stage 1's training", 0.75, False, "{:.2f}",
            of_runs("full", stage2_ratio)),
     Target("one Stage 2 CNN of 50 categories, times one of 10", 1.1, False, "{:.2f}", stage2_growth),
     Target("decide() on 512 images, one view, times Stage 1's seconds by work", 1.15, False, "{:.2f}",
@@ -174,8 +174,8 @@ TARGETS = [
            of_runs("long", lambda run: run["two_stage"]["aurc"])),
     ratio_of_areas("AURC, times that of Stage 1's softmax", 0.75, "softmax"),
     ratio_of_areas("AUGRC, times that of Stage 1's softmax", 0.75, "softmax", "augrc"),
-    ratio_of_areas("AURC, times that of the companion as second opinion", 1.0, "companion"),
-    ratio_of_areas("AUGRC, times that of the companion as second opinion", 1.0, "companion", "augrc"),
+    ratio_of_areas("AURC, times that of the Stage 2 base network as verifier", 1.0, "stage2_base"),
+    ratio_of_areas("AUGRC, times that of the Stage 2 base network as verifier", 1.0, "stage2_base", "augrc"),
     ratio_of_areas("AURC, times that of mirror-image averaging of Stage 1", 1.0, "mirror"),
     ratio_of_areas("AURC, times that of the same by its margin", 1.0, "mirror's margin"),
     ratio_of_areas("AUGRC, times that of the same by its margin", 1.0, "mirror's margin", "augrc"),
@@ -188,7 +188,7 @@ TARGETS = [
     ratio_of_areas("AURC, times that of a deep ensemble of 2 about our answers", 1.0, "ensemble of 2, our answers"),
     ratio_of_areas("AURC, times that of a deep ensemble of 5 (stretch, and at a third of its work: ours is 0.46)", 1.0,
                    "ensemble of 5"),
-    Target("AURC with the second reason for OTHER, times that of Stage 1's softmax", 0.75, False, "{:.3f}",
+    Target("AURC with the OOD rejection, times that of Stage 1's softmax", 0.75, False, "{:.3f}",
            both_reasons_against("softmax")),
     Target("AUROC of failure prediction", 0.945, True, "{:.1%}", of_ours("auroc_failure")),
     Target("FPR at 95 % TPR", 0.3, False, "{:.1%}", of_ours("fpr95")),
@@ -196,17 +196,17 @@ TARGETS = [
     Target("calibration error of the worst predicted category", 0.03, False, "{:.2%}", promised("worst calibration"),
            each=True),
     Target("coverage certified for 1 % errors", 0.65, True, "{:.1%}", promised("certified coverage")),
-    Target("AUROC of CIFAR-100's images by novelty", 0.905, True, "{:.1%}", told_apart(("CIFAR-100",))),
-    Target("AUROC of CIFAR-100's images by novelty, less that by Stage 1's softmax, one look", 0.03, True, "{:+.1%}",
+    Target("AUROC of CIFAR-100's images by OOD score", 0.905, True, "{:.1%}", told_apart(("CIFAR-100",))),
+    Target("AUROC of CIFAR-100's images by OOD score, less that by the softmax of a single view", 0.03, True, "{:+.1%}",
            told_apart(("CIFAR-100",), "softmax")),
-    Target("AUROC of CIFAR-100's images by novelty, less that by Stage 1's softmax, two looks", 0.03, True, "{:+.1%}",
+    Target("AUROC of CIFAR-100's images by OOD score, less that by the softmax of two views", 0.03, True, "{:+.1%}",
            told_apart(("CIFAR-100",), "softmax, 2 views")),
     Target("AUROC of both kinds of noise, the less", 0.95, True, "{:.1%}",
            told_apart(("uniform noise", "Gaussian noise"))),
-    Target("AUROC of MNIST (looked at when novelty took its form)", 0.95, True, "{:.1%}", told_apart(("MNIST",))),
-    Target("the pretrained model: AUROC of CIFAR-100's images by novelty", 0.905, True, "{:.1%}",
+    Target("AUROC of MNIST (looked at when the OOD score took its form)", 0.95, True, "{:.1%}", told_apart(("MNIST",))),
+    Target("the pretrained model: AUROC of CIFAR-100's images by OOD score", 0.905, True, "{:.1%}",
            told_apart(("CIFAR-100",), models="pretrained")),
-    Target("the pretrained model: the same, less that by Stage 1's softmax, one look", 0.03, True, "{:+.1%}",
+    Target("the pretrained model: the same, less that by Stage 1's softmax, a single view", 0.03, True, "{:+.1%}",
            told_apart(("CIFAR-100",), "softmax", "pretrained")),
 ]  # fmt: skip
 
@@ -216,13 +216,13 @@ GLOSSARY = [
     "- *Stock Keras*: the same network of Keras' own layers, trained by plain `fit`. *Hand-written step*: our network",
     "  and optimizer in a bare loop, the limit of the framework.",
     "- *By work*: divided by how many times Stage 1's multiply-adds a decision takes.",
-    "- *Softmax, companion, mirror-image averaging, ensemble*: rival confidences; see the section of selective.py. In",
+    "- *Softmax, base network, mirror-image averaging, ensemble*: baselines; see the section of selective.py. In",
     "  the field's words: maximum softmax probability (MSP), test-time augmentation, deep ensembles.",
     "- *AURC*: accept the surest image, then the next, and so on; the mean of the error rates on the way.",
     "- *AUGRC*: on the same way, the mean share of *all* images that are accepted and wrong.",
-    "- *AUROC of failure prediction*: how often a right answer has a higher confidence than a wrong one.",
-    "- *FPR at 95 % TPR*: the share of wrong answers accepted where 95 % of the right ones are.",
-    "- *Expected calibration error*: the mean gap between confidence and share of right answers, in 15 equal groups.",
+    "- *AUROC of failure prediction*: how often a correct answer has a higher confidence than a wrong one.",
+    "- *FPR at 95 % TPR*: the share of incorrect answers accepted where 95 % of the correct ones are.",
+    "- *Expected calibration error*: the mean gap between confidence and share of correct answers, in 15 equal groups.",
     "- *Novelty*: how little an image is like what the model knows, a score for out-of-distribution detection (OOD);",
     "  above its limit an image is OTHER.", "",
 ]  # fmt: skip
@@ -260,9 +260,7 @@ def table(measured: Measured) -> str:
 
 
 def read_measured() -> Measured:
-    return Measured(
-        read_json("speed", {}), read_json("quality", []), read_json("selective", {}), read_json("unknown", {})
-    )
+    return Measured(read_json("speed", {}), read_json("quality", []), read_json("selective", {}), read_json("ood", {}))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from mscnn_parts.layers import RandomFlipCrop
 SMALL_CROP = 0.75  # of height and width: little more than half of the work
 
 
-class EpochSeconds(keras.callbacks.Callback):
+class EpochTimer(keras.callbacks.Callback):
     """Records how long each epoch takes, its validation included, in seconds."""
 
     def on_train_begin(self, logs=None):
@@ -35,7 +35,7 @@ class AlternatingFlip(keras.callbacks.Callback):
         self.augmentation.epoch.assign(epoch)
 
 
-class SmallCropsFirst(keras.callbacks.Callback):
+class ProgressiveCrops(keras.callbacks.Callback):
     """Lets the first epochs see a random three quarters of each image's height and width, the others all of it.
 
     A network that ends in a mean over its area takes images of any size, and what it learns of their parts first,
@@ -48,10 +48,10 @@ class SmallCropsFirst(keras.callbacks.Callback):
         self.augmentation, self.epochs = augmentation, epochs
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.augmentation.share.assign(SMALL_CROP if epoch < self.epochs else 1.0)
+        self.augmentation.crop_fraction.assign(SMALL_CROP if epoch < self.epochs else 1.0)
 
 
-class KeepBestWeights(keras.callbacks.Callback):
+class RestoreBestWeights(keras.callbacks.Callback):
     """Puts back the weights of the epoch with the best accuracy on the calibration split (the later of equals)."""
 
     def on_train_begin(self, logs=None):

@@ -54,9 +54,9 @@ def _check_categories_within(category: np.ndarray, count: int) -> None:
 
 
 def _checked_pair(
-    confidence: np.ndarray, right: np.ndarray, share: bool = False, empty: bool = True
+    confidence: np.ndarray, correct: np.ndarray, share: bool = False, empty: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences, numbers (N,), and whether each prediction is right, bool (N,), as arrays.
+    """Confidences, numbers (N,), and whether each prediction is correct, bool (N,), as arrays.
 
     Args:
         share: whether a confidence has to lie between 0 and 1. empty: whether there may be none.
@@ -64,18 +64,18 @@ def _checked_pair(
     Raises:
         MSCNNError: they are not that.
     """
-    confidence, right = _one_an_image(confidence=confidence, right=right)
-    if not len(right):
+    confidence, correct = _one_an_image(confidence=confidence, correct=correct)
+    if not len(correct):
         if not empty:
-            raise MSCNNError("confidence and right are empty: there is nothing to measure without an image.")
-        return confidence.astype(np.float64), right.astype(bool)
-    if right.dtype != bool:  # 0 and 1, too: they may be labels, and any other label would count as right
+            raise MSCNNError("confidence and correct are empty: there is nothing to measure without an image.")
+        return confidence.astype(np.float64), correct.astype(bool)
+    if correct.dtype != bool:  # 0 and 1, too: they may be labels, and any other label would count as correct
         raise MSCNNError(
-            f"right is {right.dtype}, not bool: it says of each prediction whether it is right, "
+            f"correct is {correct.dtype}, not bool: it says of each prediction whether it is correct, "
             "such as labels == predicted."
         )
     _check_numbers(confidence)
     if share and (confidence.min() < -1e-6 or confidence.max() > 1 + 1e-6):  # a float32 softmax may exceed 1
         least, most = confidence.min(), confidence.max()
         raise MSCNNError(f"Confidences lie between {least:g} and {most:g}: use 0 to 1; expit() makes them of log-odds.")
-    return confidence + 0.0 if confidence.dtype == bool else confidence, right
+    return confidence + 0.0 if confidence.dtype == bool else confidence, correct

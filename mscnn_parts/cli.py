@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mscnn_parts.decision import STRANGE
+from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
-from mscnn_parts.files import _here, _make_folder, _write_whole, project_root
+from mscnn_parts.files import _here, _make_folder, project_root, write_atomically
 from mscnn_parts.run_folder import NOTEBOOKS, Run, _make_folders, _now, settled
 from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, MSCNNError, Settings
 from mscnn_parts.sources import _find_cifar10
@@ -140,7 +140,7 @@ def _write_html(notebook: Path) -> None:
 
         html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
         html = re.sub(rf'href="({"|".join(NOTEBOOKS)})\.ipynb', r'href="\1.html', html)  # from page to page
-        _write_whole(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
+        write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
     except Exception as error:  # nbconvert, Jinja and the file system each have their own
         _print_anyway(f"No page could be made of {notebook}: {error}", error=True)
 
@@ -217,17 +217,20 @@ def print_result(run: Run) -> None:
         print(FALLBACK_NOTICE)
     print(f"Accuracy of Stage 1 {one['accuracy']:.1%}, of all answers {two['accuracy']:.1%}. ", end="")
     print(f"At threshold {two['threshold']:.4g}: ", end="")
-    accepted = "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} right"
+    accepted = (
+        "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} correct"
+    )
     print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
     if metrics.get("certificate"):
         print(Certificate(**metrics["certificate"]).text())
-    alone = f"of Stage 1 alone, by one look and its softmax, {one['aurc']:.4f}"
+    alone = f"of Stage 1 alone, on a single view and by its softmax, {one['aurc']:.4f}"
     print(f"Area under the risk-coverage curve: {two['aurc']:.4f}; {alone}.")
     if metrics.get("unnoticed"):
         kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in metrics["unnoticed"].items())
         print(f"{OTHER} does not notice everything. Accepted, though they show no category: {kinds}.")
-    if two.get("like_nothing_known"):
-        print(f"Called {STRANGE!r}, though they show a category: {two['like_nothing_known']:.1%} of the test images.")
+    if two.get("ood_rejection_rate"):
+        rejected = f"{two['ood_rejection_rate']:.1%} of the test images"
+        print(f"Rejected as {OUT_OF_DISTRIBUTION}, though they show a category: {rejected}.")
     if data["sizes"]["calibration"] < 20 * len(data["category_names"]):
         print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
@@ -265,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _let_output_fail()
     parsed = command_line().parse_args(arguments)
     import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
-    from mscnn_parts.runs import checked_data
+    from mscnn_parts.runs import validate_run
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
     usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
@@ -273,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(**vars(parsed))
         run = Run("total", settings)
         if settings.dataset != "auto" or os.path.isdir(run.folder) or _find_cifar10():
-            checked_data(run)  # refused before a notebook takes the place of an older one
+            validate_run(run)  # refused before a notebook takes the place of an older one
         # Else there is none, and a download that fails would be tried twice.
         run_all(settings)
         with _closed_output_ignored():

@@ -112,7 +112,7 @@ def _resized(images: np.ndarray) -> np.ndarray:
     return np.concatenate([np.clip(np.round(resize(chunk)), 0, 255).astype(np.uint8) for chunk in chunks])
 
 
-LIGHT_FLOOR = (1500, 300, 500)  # light mode keeps at least so many train, test and validation images
+LIGHT_MODE_MINIMUM = (1500, 300, 500)  # light mode keeps at least so many train, test and validation images
 LEAST = 4  # images of a category: two to train on, one each for calibration and certification
 
 
@@ -128,23 +128,23 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     found = raw.fingerprint
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None:
-        train, test = _parted(train, round(0.2 * len(train)), seed, (least, 1))
+        train, test = _stratified_split(train, round(0.2 * len(train)), seed, (least, 1))
     else:
         test = Split(raw.x_test, raw.y_test.astype(np.int64))
     rest = None if raw.x_held is None else Split(raw.x_held, raw.y_held.astype(np.int64))
     if light_mode:
         train, test, rest = (
-            _parted(one, max(len(one) // 10, floor), seed, (0, few))[1]
+            _stratified_split(one, max(len(one) // 10, floor), seed, (0, few))[1]
             if one is not None and len(one) >= floor + len(raw.names)
             else one
-            for one, floor, few in zip((train, test, rest), LIGHT_FLOOR, (least, 1, 2), strict=True)
+            for one, floor, few in zip((train, test, rest), LIGHT_MODE_MINIMUM, (least, 1, 2), strict=True)
         )
     if rest is None:
         held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
-        train, rest = _parted(train, 2 * held, seed, (2, 2))
+        train, rest = _stratified_split(train, 2 * held, seed, (2, 2))
     else:
         held = len(rest) // 2
-    calibration, certification = _parted(rest, held, seed)
+    calibration, certification = _stratified_split(rest, held, seed)
     splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(
         raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode, source_fingerprint=found
@@ -170,7 +170,7 @@ def _check_categories(raw: _Raw, least: int) -> None:
         )
 
 
-def _parted(split: Split, count: int, seed: int, least: tuple[int, int] = (1, 1)) -> tuple[Split, Split]:
+def _stratified_split(split: Split, count: int, seed: int, least: tuple[int, int] = (1, 1)) -> tuple[Split, Split]:
     """Sets `count` images aside, every category in proportion, but `least` of each are kept and set aside.
 
     Where scikit-learn does not leave so many, each category is divided by itself, and somewhat more or fewer than
@@ -196,6 +196,6 @@ def _parted(split: Split, count: int, seed: int, least: tuple[int, int] = (1, 1)
     return split.take(np.setdiff1d(everything, aside)), split.take(np.sort(aside))
 
 
-def both_splits(data: Dataset) -> Split:
+def train_and_calibration(data: Dataset) -> Split:
     """Train and calibration split as one, in this order: all that a training looks at."""
     return Split(*(np.concatenate(parts) for parts in zip(data.train, data.calibration, strict=True)))

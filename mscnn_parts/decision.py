@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-ACCEPTED, UNSURE, STRANGE = "accepted", "unsure", "like nothing I know"  # the latter two: the reasons for OTHER
-# Coefficients of a calibration row: intercept, weight of Stage 1's margin, weight of Stage 2's log-odds.
-COMMON_PRIOR = np.array([0.0, 0.5, 0.5])
-COMMON_STRENGTH = np.array([0.1, 1.0, 1.0])  # of the common row towards COMMON_PRIOR: 1 / variance
-ROW_STRENGTH = np.array([4.0, 32.0, 32.0])  # of a category's row towards the common row: 1 / variance
+ACCEPTED, LOW_CONFIDENCE, OUT_OF_DISTRIBUTION = "accepted", "low confidence", "out of distribution"
+# Calibration coefficients: intercept, weight of Stage 1's margin, weight of Stage 2's log-odds.
+PRIOR_MEAN = np.array([0.0, 0.5, 0.5])
+SHARED_PRECISION = np.array([0.1, 1.0, 1.0])  # of the shared coefficients around PRIOR_MEAN: 1 / variance
+CATEGORY_PRECISION = np.array([4.0, 32.0, 32.0])  # of a category's coefficients around the shared ones: 1 / variance
 
 
 def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -29,10 +29,10 @@ def log_odds(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
 
 
 def margin(logits: np.ndarray, category: np.ndarray) -> np.ndarray:
-    """log p(c) - log p(the likeliest other): how far ahead of its nearest rival a category is.
+    """log p(c) - log p(the likeliest other): how far ahead of the next category a category is.
 
-    After label smoothing the softmax ranks right answers above wrong ones less well (Xia et al. 2024,
-    arXiv:2403.14715). The margin, which leaves out all but the nearest rival, is hurt less.
+    After label smoothing the softmax ranks correct answers above incorrect ones less well (Xia et al. 2024,
+    arXiv:2403.14715). The margin, which leaves out all but the next category, is hurt less.
 
     Args:
         logits: (B, C).
@@ -53,16 +53,16 @@ def _chosen_and_others(logits: np.ndarray, category: np.ndarray) -> tuple[np.nda
     return chosen, others
 
 
-def fit_calibration_row(
-    stage1: np.ndarray, stage2: np.ndarray, right: np.ndarray, towards: np.ndarray, strength: np.ndarray
+def fit_calibration(
+    stage1: np.ndarray, stage2: np.ndarray, correct: np.ndarray, towards: np.ndarray, strength: np.ndarray
 ) -> np.ndarray:
-    """Logistic regression of 'Stage 1 is right' on what both stages say, shrunk towards given coefficients.
+    """Logistic regression of 'Stage 1 is correct' on what both stages say, shrunk towards given coefficients.
 
-    The weights are kept from falling below 0: more evidence never lowers the confidence. Without images the row is
+    The weights are kept from falling below 0: more evidence never lowers the confidence. Without images they are
     `towards` itself. (Platt 1999, with a Gaussian prior.)
 
     Args:
-        stage1: Stage 1's margin, (N,). stage2: Stage 2's log-odds, (N,). right: bool (N,).
+        stage1: Stage 1's margin, (N,). stage2: Stage 2's log-odds, (N,). correct: bool (N,).
         towards, strength: mean and 1 / variance of the prior of (intercept, weight 1, weight 2), (3,).
 
     Returns:
@@ -72,7 +72,7 @@ def fit_calibration_row(
     from scipy.special import expit
 
     features = np.column_stack([np.ones(len(stage1)), stage1, stage2]).astype(np.float64)  # (N, 3)
-    sign = np.where(right, 1.0, -1.0)  # (N,)
+    sign = np.where(correct, 1.0, -1.0)  # (N,)
 
     def loss(row):
         margin, pull = sign * (features @ row), row - towards
@@ -82,39 +82,46 @@ def fit_calibration_row(
     return minimize(loss, towards, jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None), (0, None)]).x
 
 
-def fit_common_row(stage1: np.ndarray, stage2: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The calibration row of all categories, float64 (3,); see `fit_calibration_row`."""
-    return fit_calibration_row(stage1, stage2, right, COMMON_PRIOR, COMMON_STRENGTH)
+def fit_shared_calibration(stage1: np.ndarray, stage2: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """The calibration coefficients of all categories, float64 (3,); see `fit_calibration`."""
+    return fit_calibration(stage1, stage2, correct, PRIOR_MEAN, SHARED_PRECISION)
 
 
-def fit_category_rows(
+def fit_category_calibration(
     category: np.ndarray,
     stage1: np.ndarray,
     stage2: np.ndarray,
-    right: np.ndarray,
+    correct: np.ndarray,
     common: np.ndarray,
     chosen: Iterable[int],
 ) -> np.ndarray:
-    """The calibration rows of the chosen categories, float64 (len(chosen), 3), each shrunk towards the common one.
+    """The calibration coefficients of the chosen categories, float64 (len(chosen), 3), each shrunk towards
+    the shared ones.
 
     Args:
-        category: Stage 1's answer, (N,). stage1, stage2, right: see `fit_calibration_row`, (N,). common: (3,).
+        category: Stage 1's answer, (N,). stage1, stage2, correct: see `fit_calibration`, (N,). common: (3,).
     """
     groups = [category == c for c in chosen]
-    return np.array([fit_calibration_row(stage1[g], stage2[g], right[g], common, ROW_STRENGTH) for g in groups])
+    return np.array([fit_calibration(stage1[g], stage2[g], correct[g], common, CATEGORY_PRECISION) for g in groups])
 
 
-def combined_log_odds(rows: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray) -> np.ndarray:
-    """Log-odds that Stage 1 is right, float64 (B,), by calibration rows (C, 3): their sigmoid is the confidence.
+def confidence_log_odds(
+    coefficients: np.ndarray, category: np.ndarray, stage1: np.ndarray, stage2: np.ndarray
+) -> np.ndarray:
+    """Log-odds that Stage 1 is correct, float64 (B,), by calibration coefficients (C, 3).
+
+    Their sigmoid is the confidence.
 
     Args:
         stage1: Stage 1's margin, (B,). stage2: Stage 2's log-odds, (B,).
     """
-    intercept, weight1, weight2 = rows[category].T  # (B,) each
+    intercept, weight1, weight2 = coefficients[category].T  # (B,) each
     return intercept + weight1 * stage1 + weight2 * stage2
 
 
-def accept(category: np.ndarray, confidence: np.ndarray, threshold: float | np.ndarray, other: int) -> np.ndarray:
+def apply_threshold(
+    category: np.ndarray, confidence: np.ndarray, threshold: float | np.ndarray, other: int
+) -> np.ndarray:
     """The decision by confidence: the category where it reaches the threshold, else `other`; (B,).
 
     Args:
@@ -123,23 +130,23 @@ def accept(category: np.ndarray, confidence: np.ndarray, threshold: float | np.n
     return np.where(confidence >= np.broadcast_to(threshold, other)[category], category, other)
 
 
-class Views(NamedTuple):
+class Stage1Outputs(NamedTuple):
     """What Stage 1 makes of B images: its logits on each view, and the means over the views of what it sees first."""
 
     logits: np.ndarray  # float32 (views, B, C)
-    texture: np.ndarray  # float32 (B, T), the mean of each channel of its first block
-    detail: np.ndarray  # float32 (B, D), the log of the mean strength of each whitening filter
+    block1_means: np.ndarray  # float32 (B, T), the mean of each channel of its first block
+    whitening_strength: np.ndarray  # float32 (B, D), the log of the mean strength of each whitening filter
 
 
-class Opinions(NamedTuple):
+class StageScores(NamedTuple):
     """What both stages say of B images; every field has B rows."""
 
     category: np.ndarray  # int 0..C-1: Stage 1's answer, by its mean logits
     stage1: np.ndarray  # float64, Stage 1's margin for it
     stage2: np.ndarray  # float64, the log-odds of it by its Stage 2 CNN
     logits: np.ndarray  # float32 (views, B, C), Stage 1's on each view
-    texture: np.ndarray  # float32 (B, T), what its first block sees
-    detail: np.ndarray  # float32 (B, D), what its whitening sees
+    block1_means: np.ndarray  # float32 (B, T), what its first block sees
+    whitening_strength: np.ndarray  # float32 (B, D), what its whitening sees
 
     @property
     def mean_logits(self) -> np.ndarray:
@@ -153,26 +160,25 @@ class Decisions(NamedTuple):
     category: np.ndarray  # int 0..C, C meaning OTHER
     stage1_category: np.ndarray  # int 0..C-1, by Stage 1's mean logits over both views
     stage1_confidence: np.ndarray  # softmax probability of stage1_category, by the same
-    stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is right
+    stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is correct
     confidence: np.ndarray  # both combined and calibrated: what the threshold is held against
     stage1_log_odds: np.ndarray  # float64, the same as stage1_confidence before the sigmoid
     stage1_margin: np.ndarray  # float64, its lead over the next category, by the same: goes into the confidence
     stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
     stage1_logits: np.ndarray  # (B, C), the mean over both views
-    one_view_logits: np.ndarray  # (B, C), of the image alone: what Stage 1 would say without a look in the mirror
-    novelty: np.ndarray  # float64, above 0: OTHER at any threshold; NaN in a model that never learnt it
+    single_view_logits: np.ndarray  # (B, C), of the image alone: what Stage 1 would say without its mirror image
+    ood_score: np.ndarray  # float64, above 0: OTHER at any threshold; NaN in a model without OOD statistics
 
     @property
-    def familiar(self) -> np.ndarray:
+    def in_distribution(self) -> np.ndarray:
         """Where the threshold decides, bool (B,); all other images are OTHER at any threshold."""
-        return ~(self.novelty > 0)  # True where it is NaN
+        return ~(self.ood_score > 0)  # True where it is NaN
+
+    def take(self, indices: np.ndarray) -> Decisions:
+        """The decisions on some of the images."""
+        return Decisions(*(values[indices] for values in self))
 
     def reasons(self) -> np.ndarray:
-        """Why each image was decided as it was: ACCEPTED, UNSURE or STRANGE; str (B,)."""
+        """Why each image was decided as it was: ACCEPTED, LOW_CONFIDENCE or OUT_OF_DISTRIBUTION; str (B,)."""
         accepted = self.category < self.stage1_logits.shape[1]
-        return np.where(accepted, ACCEPTED, np.where(self.familiar, UNSURE, STRANGE))
-
-
-def select(decisions: Decisions, indices: np.ndarray) -> Decisions:
-    """The decisions on some of the images."""
-    return Decisions(*(values[indices] for values in decisions))
+        return np.where(accepted, ACCEPTED, np.where(self.in_distribution, LOW_CONFIDENCE, OUT_OF_DISTRIBUTION))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mscnn_parts.files import _here, path_from, project_root
 
-DOWNLOAD_PATIENCE = 10  # seconds to wait for a server's first answer
+DOWNLOAD_TIMEOUT = 10  # seconds to wait for a server's first answer
 
 
 def data_folder() -> Path:
@@ -74,7 +74,7 @@ def _download(url: str, known_hash: str, name: str) -> Path:
         )
     print(f"Fetching {name} from {url}", flush=True)
     try:
-        fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_PATIENCE, progressbar=sys.stderr.isatty())
+        fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT, progressbar=sys.stderr.isatty())
         return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
         reason = _download_problem(error, host, folder).rstrip(".")
@@ -93,7 +93,7 @@ def _ask(url: str) -> Exception | None:
 
     def ask() -> None:
         try:
-            requests.head(url, timeout=DOWNLOAD_PATIENCE / 2, allow_redirects=True).raise_for_status()
+            requests.head(url, timeout=DOWNLOAD_TIMEOUT / 2, allow_redirects=True).raise_for_status()
             answers.append(None)
         except Exception as error:  # not all are requests' own: a missing file of certificates is an OSError
             answers.append(error)
@@ -101,7 +101,7 @@ def _ask(url: str) -> Exception | None:
     # In a thread, since a name server that is silent is not bound by a time limit of requests.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(DOWNLOAD_PATIENCE)
+    asking.join(DOWNLOAD_TIMEOUT)
     return answers[0] if answers else requests.Timeout()
 
 

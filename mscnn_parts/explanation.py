@@ -77,7 +77,7 @@ class DecisionTrace(NamedTuple):
     image: np.ndarray  # uint8 (H, W, channels)
     truth: str  # "" where it is not known
     stage1_map: np.ndarray  # (h, w): why this category
-    stage2_map: np.ndarray  # (h, w): why right; where it is empty, nothing speaks for 'right'
+    stage2_map: np.ndarray  # (h, w): why correct; where it is empty, nothing speaks for 'correct'
     top3: list[tuple[str, float]]  # Stage 1's most probable categories
     stage2_confidence: float
     confidence: float
@@ -100,7 +100,7 @@ def trace_decisions(
                 image=images[i],
                 truth="" if labels is None else names[labels[i]],
                 stage1_map=grad_cam(model.stage1, one, lambda z, c=c: z[:, c])[0],
-                stage2_map=grad_cam(model.stage2_of(c), one, lambda z, c=c: log_odds_tensor(z, c))[0],
+                stage2_map=grad_cam(model.stage2_cnn(c), one, lambda z, c=c: log_odds_tensor(z, c))[0],
                 top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
                 stage2_confidence=float(decisions.stage2_confidence[i]),
                 confidence=float(decisions.confidence[i]),

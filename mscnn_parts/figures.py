@@ -12,16 +12,16 @@ import numpy as np
 
 from mscnn_parts.checks import _check_categories_within, _checked_labels, _checked_pair
 from mscnn_parts.data import Dataset
-from mscnn_parts.decision import STRANGE, Decisions
+from mscnn_parts.decision import OUT_OF_DISTRIBUTION, Decisions
 from mscnn_parts.metrics import aurc, calibration_error, reliability, risk_coverage
 from mscnn_parts.settings import OTHER, MSCNNError
 
 if TYPE_CHECKING:
     from mscnn_parts.explanation import DecisionTrace
-    from mscnn_parts.training import Retraining
+    from mscnn_parts.training import RetrainingResult
 
 
-MAP_COLOURS = "magma"  # perceptually uniform, and readable without colour vision
+CAM_COLORMAP = "magma"  # perceptually uniform, and readable without colour vision
 
 
 def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
@@ -163,11 +163,11 @@ def plot_history(history: dict[str, dict]):
         history: `{"stage1": {"loss": [...], "accuracy": [...], "val_loss": [...], "val_accuracy": [...]},
             "stage2": {category name: the same}}`; for Stage 2 the mean over the categories is drawn bold.
     """
-    stages = [stage for stage in ("stage1", "companion", "stage2") if history.get(stage)]
+    stages = [stage for stage in ("stage1", "stage2_base", "stage2") if history.get(stage)]
     figure, axes = _axes(max(1, len(stages)), 2, 5, 2.8)
     titles = {
         "stage1": "Stage 1",
-        "companion": "Companion",
+        "stage2_base": "Stage 2 base network",
         "stage2": "Stage 2 (thin: a category, thick: their mean)",
     }
     for row, stage in enumerate(stages):
@@ -227,13 +227,13 @@ def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dic
     """Risk-coverage curves.
 
     Args:
-        curves: label -> (confidence (N,), right bool (N,)).
+        curves: label -> (confidence (N,), correct bool (N,)).
         at: label -> threshold to mark on its curve.
     """
     figure, (axis,) = _axes(1, 1, 6, 4)
-    for label, (confidence, right) in curves.items():
-        coverage, risk = risk_coverage(confidence, right)
-        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, right):.4f})")
+    for label, (confidence, correct) in curves.items():
+        coverage, risk = risk_coverage(confidence, correct)
+        (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, correct):.4f})")
         accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
         if accepted:
             axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
@@ -249,16 +249,16 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     """Reliability diagram: accuracy against confidence; on the diagonal a confidence means what it says.
 
     Args:
-        curves: label -> (confidence (N,) in 0..1, right bool (N,)).
+        curves: label -> (confidence (N,) in 0..1, correct bool (N,)).
     """
     figure, (axis, counts) = _axes(1, 2, 4.5, 4)
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    for label, (confidence, right) in curves.items():
-        mean, accuracy, count = reliability(confidence, right, bins)
-        error = calibration_error(confidence, right, bins)
+    for label, (confidence, correct) in curves.items():
+        mean, accuracy, count = reliability(confidence, correct, bins)
+        error = calibration_error(confidence, correct, bins)
         axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
         counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
-    axis.set(xlabel="confidence", ylabel="share of right images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
+    axis.set(xlabel="confidence", ylabel="share of correct images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
     _legend_below(figure, axis)
@@ -273,7 +273,7 @@ def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, n
     fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
     for d, c, p, reason, t in zip(*fields, strict=True):
         said = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
-        said = f"{full[d]}\n{reason}" if reason == STRANGE else said
+        said = f"{full[d]}\n{reason}" if reason == OUT_OF_DISTRIBUTION else said
         captions.append(f"{said}\ntrue: {full[t]}")
     return plot_images(images, captions, title)
 
@@ -283,14 +283,16 @@ def _rounded_down(confidence: float) -> str:
     return f"{np.floor(1000 * confidence) / 1000:.1%}"
 
 
-def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Sequence[float], marked: float, split: str):
+def plot_thresholds(
+    confidence: np.ndarray, correct: np.ndarray, thresholds: Sequence[float], marked: float, split: str
+):
     """What a threshold buys on the images of a split: coverage and selective accuracy, with one threshold marked."""
-    confidence, right = _checked_pair(confidence, right)
+    confidence, correct = _checked_pair(confidence, correct)
     figure, (axis,) = _axes(1, 1, 6, 3.6)
     grid = np.asarray(thresholds)
     accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
     with np.errstate(invalid="ignore"):
-        accuracy = (accepted & right).sum(axis=1) / accepted.sum(axis=1)
+        accuracy = (accepted & correct).sum(axis=1) / accepted.sum(axis=1)
     axis.plot(grid, accepted.mean(axis=1), label="coverage")
     axis.plot(grid, accuracy, label="accuracy of what is accepted")
     axis.axvline(marked, color="grey", linestyle=":")
@@ -301,13 +303,13 @@ def plot_thresholds(confidence: np.ndarray, right: np.ndarray, thresholds: Seque
     return figure
 
 
-def plot_retraining(results: Sequence[Retraining]):
+def plot_retraining(results: Sequence[RetrainingResult]):
     """Log loss on the calibration split before and after retraining, side by side."""
     figure, (axis,) = _axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
     place = np.arange(len(results))
     axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
     axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
-    labels = [f"{r.category}\n{'kept' if r.kept else 'put back'}" for r in results]
+    labels = [f"{r.category}\n{'kept' if r.kept else 'rolled back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
     _legend_below(figure, axis)
@@ -324,24 +326,24 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]):
         _show_image(picture, trace.image, f"true: {trace.truth}" if trace.truth else "your image")
         for axis, heat, title in (
             (first, trace.stage1_map, "why this category"),
-            (second, trace.stage2_map, "why right"),
+            (second, trace.stage2_map, "why correct"),
         ):
             _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
         top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
-        text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: right {trace.stage2_confidence:.0%}", va="top", fontsize=9)
-        wrong = trace.verdict not in (OTHER, trace.truth) and trace.truth
-        colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if wrong else "darkgreen"
-        text.text(0, 0.02, _verdict(trace, bool(wrong)), fontsize=11, weight="bold", color=colour)
+        text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: correct {trace.stage2_confidence:.0%}", va="top", fontsize=9)
+        incorrect = trace.verdict not in (OTHER, trace.truth) and trace.truth
+        colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if incorrect else "darkgreen"
+        text.text(0, 0.02, _verdict(trace, bool(incorrect)), fontsize=11, weight="bold", color=colour)
     return figure
 
 
-def _verdict(trace: DecisionTrace, wrong: bool) -> str:
-    """In two lines; a confidence means nothing for what is like nothing known."""
-    if trace.reason == STRANGE:
-        return f"{trace.verdict}\n{STRANGE}"
+def _verdict(trace: DecisionTrace, incorrect: bool) -> str:
+    """In two lines; a confidence means nothing for what is out of distribution."""
+    if trace.reason == OUT_OF_DISTRIBUTION:
+        return f"{trace.verdict}\n{OUT_OF_DISTRIBUTION}"
     if trace.verdict == OTHER:
         return f"{trace.verdict}, {trace.reason}\n{trace.top3[0][0]}? {_rounded_down(trace.confidence)}"
-    return f"{trace.verdict}{' ✗' if wrong else ''}\n{_rounded_down(trace.confidence)}"
+    return f"{trace.verdict}{' ✗' if incorrect else ''}\n{_rounded_down(trace.confidence)}"
 
 
 def _show_map(axis, image: np.ndarray, heat: np.ndarray, title: str) -> None:
@@ -349,6 +351,6 @@ def _show_map(axis, image: np.ndarray, heat: np.ndarray, title: str) -> None:
     _show_image(axis, image, title)
     height, width = image.shape[:2]
     axis.imshow(
-        heat / max(float(heat.max()), 1e-9), cmap=MAP_COLOURS, alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",
+        heat / max(float(heat.max()), 1e-9), cmap=CAM_COLORMAP, alpha=0.6, vmin=0, vmax=1, interpolation="bilinear",
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )  # fmt: skip

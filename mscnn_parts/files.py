@@ -62,7 +62,7 @@ def places_of(text: str, *starts: Path | None) -> list[Path]:
     return list(dict.fromkeys(path_from(text, start) for start in starts if start))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file beside `path`, then moves it there: `path` is never half-written."""
     partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
     try:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from mscnn_parts.settings import MSCNNError
 
-WEAKEST_DETAIL = 1e-3  # of a whitening filter, whose usual strength is about 1: what is below is the same, flat
+WEAKEST_STRENGTH = 1e-3  # of a whitening filter, whose usual strength is about 1: what is below is the same, flat
 
 
 def _read(handle, like):

@@ -30,19 +30,19 @@ def gradient_of_kernel(images, output_gradient):
     Returns:
         (3, 3, in, out).
     """
-    count = images_in_a_row(tf.shape(images)[2])
+    count = images_per_row(tf.shape(images)[2])
     return tf.raw_ops.Conv2DBackpropFilter(
-        input=side_by_side(images, count), filter_sizes=(3, 3, images.shape[-1], output_gradient.shape[-1]),
-        out_backprop=side_by_side(output_gradient, count), strides=[1] * 4, padding="SAME",
+        input=pack_rows(images, count), filter_sizes=(3, 3, images.shape[-1], output_gradient.shape[-1]),
+        out_backprop=pack_rows(output_gradient, count), strides=[1] * 4, padding="SAME",
     )  # fmt: skip
 
 
-def images_in_a_row(width):
+def images_per_row(width):
     """How many images, with a column of zeros after each, fill a row of 32 places."""
     return 32 // (width + 1)
 
 
-def side_by_side(images, count):
+def pack_rows(images, count):
     """(B, H, W, C) -> (B / count, H, count (W + 1), C): a column of zeros after each image, zeros for those missing."""
     batch, height, width, channels = (*tf.unstack(tf.shape(images)[:3]), images.shape[-1])
     padded = tf.pad(images, [[0, -batch % count], [0, 0], [0, 1], [0, 0]])

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.kernels import images_in_a_row, short_rows_convolution
+from mscnn_parts.kernels import images_per_row, short_rows_convolution
 
 RANDOM_FLIP = -1  # in place of an epoch
 _serializable = keras.saving.register_keras_serializable(package="mscnn")
@@ -26,7 +26,7 @@ class RandomFlipCrop(keras.layers.Layer):
     second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
     Source: alternating flip (Jordan 2024, section 3.6).
 
-    While `share` is below 1, training sees a random part of each image, that share of its height and its width.
+    While `crop_fraction` is below 1, training sees a random part of each image, that share of its height and its width.
     """
 
     def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
@@ -35,12 +35,12 @@ class RandomFlipCrop(keras.layers.Layer):
         self.random = keras.random.SeedGenerator(seed)
         self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not weights: no model file needs them
         with tf.device("CPU"):  # the bounds of a draw are needed there
-            self.share = tf.Variable(1.0, trainable=False)
+            self.crop_fraction = tf.Variable(1.0, trainable=False)
 
     def reset(self) -> None:
         """Back to whole images, mirrored at random: as it is outside of a training by epochs."""
         self.epoch.assign(RANDOM_FLIP)
-        self.share.assign(1.0)
+        self.crop_fraction.assign(1.0)
 
     def reseed(self, seed: int) -> None:
         """Starts the random numbers anew, also for a graph that has been traced already."""
@@ -54,8 +54,8 @@ class RandomFlipCrop(keras.layers.Layer):
         rows, columns = self._places(batch, height), self._places(batch, width)
         if self.flip:
             columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
-        images = tf.gather(images, tf.cast(rows, tf.int64), axis=1, batch_dims=1)  # (B, share H, W, channels)
-        return tf.gather(images, tf.cast(columns, tf.int64), axis=2, batch_dims=1)  # (B, share H, share W, channels)
+        images = tf.gather(images, tf.cast(rows, tf.int64), axis=1, batch_dims=1)  # (B, crop H, W, channels)
+        return tf.gather(images, tf.cast(columns, tf.int64), axis=2, batch_dims=1)  # (B, crop H, crop W, channels)
 
     def _mirrored(self, images):
         """Which images are mirrored: bool (B,)."""
@@ -65,8 +65,8 @@ class RandomFlipCrop(keras.layers.Layer):
         return tf.where(self.epoch == RANDOM_FLIP, at_random, in_turn)
 
     def _places(self, batch, size: int):
-        """Which row (or column) each row of the result is taken from, reflected at the border: (B, share size)."""
-        kept = tf.round(self.share * size)
+        """Which row (or column) each row of the result is taken from, reflected at the border: (B, crop size)."""
+        kept = tf.round(self.crop_fraction * size)
         end = self.shift + size - tf.cast(kept, tf.int32) + 1
         start = keras.random.randint((batch, 1), -self.shift, end, dtype="int32", seed=self.random)
         return (size - 1) - tf.abs((size - 1) - tf.abs(tf.cast(start, tf.float32) + tf.range(kept)))
@@ -149,7 +149,7 @@ class Conv2D(keras.layers.Conv2D):
         super().build(input_shape)
         plain = self.kernel_size == (3, 3) and self.strides == self.dilation_rate == (1, 1) and self.padding == "same"
         on_cpu = self.compute_dtype == "bfloat16" and not tf.config.list_physical_devices("GPU")
-        self.short_rows = plain and on_cpu and images_in_a_row(input_shape[2]) > 2
+        self.short_rows = plain and on_cpu and images_per_row(input_shape[2]) > 2
 
     def convolution_op(self, inputs, kernel):
         convolve = short_rows_convolution if self.short_rows else super().convolution_op

@@ -12,22 +12,22 @@ from mscnn_parts.decision import Decisions, log_odds
 from mscnn_parts.settings import OTHER, MSCNNError
 
 
-def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
+def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, correct: np.ndarray, count: int) -> np.ndarray:
     """How badly the confidences fit, by predicted category: mean negative log likelihood in nats, (count,).
 
     A proper score: it falls when the confidences rank better and when they are better calibrated. NaN where
     Stage 1 predicts a category for no image.
     """
-    confidence, right = _checked_pair(confidence, right, share=True)
+    confidence, correct = _checked_pair(confidence, correct, share=True)
     category, _ = _one_an_image(category=category, confidence=confidence)
     _check_categories_within(category, count)
-    given = np.clip(np.where(right, confidence, 1 - confidence), 1e-12, 1)  # what was given to the truth
+    given = np.clip(np.where(correct, confidence, 1 - confidence), 1e-12, 1)  # what was given to the truth
     images = np.bincount(category, minlength=count)
     total = np.bincount(category, weights=-np.log(given), minlength=count)
     return np.divide(total, images, out=np.full(count, np.nan), where=images > 0)
 
 
-def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The risk-coverage curve: the error rate among the k most confident images, for k = 1..N.
 
     Images of equal confidence cannot be told apart, so each counts with the group's mean error, what a random order
@@ -35,83 +35,83 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray
     section 2.
 
     Args:
-        confidence: float (N,), any scale. right: bool (N,).
+        confidence: float (N,), any scale. correct: bool (N,).
 
     Returns:
         coverage float64 (N,), ascending to 1, and selective risk float64 (N,).
     """
-    confidence, right = _checked_pair(confidence, right)
-    wrong = 1.0 - right
+    confidence, correct = _checked_pair(confidence, correct)
+    incorrect = 1.0 - correct
     _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident
-    mean_wrong = np.bincount(group, weights=wrong) / np.bincount(group)
-    accepted = np.arange(1, len(wrong) + 1)
-    return accepted / len(wrong), np.cumsum(mean_wrong[np.sort(group)]) / accepted
+    mean_wrong = np.bincount(group, weights=incorrect) / np.bincount(group)
+    accepted = np.arange(1, len(incorrect) + 1)
+    return accepted / len(incorrect), np.cumsum(mean_wrong[np.sort(group)]) / accepted
 
 
-def aurc(confidence: np.ndarray, right: np.ndarray) -> float:
+def aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Area under the risk-coverage curve: the mean selective risk over all coverages (Geifman et al. 2019)."""
-    return float(risk_coverage(confidence, right)[1].mean())
+    return float(risk_coverage(confidence, correct)[1].mean())
 
 
-def e_aurc(confidence: np.ndarray, right: np.ndarray) -> float:
-    """How far the AURC lies above the least that this accuracy allows, every right image before every wrong one.
+def e_aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """How far the AURC lies above the least that this accuracy allows, every correct image before every incorrect one.
 
     Source: excess AURC (Geifman et al. 2019).
     """
-    _, right = _checked_pair(confidence, right)
-    return aurc(confidence, right) - aurc(right.astype(np.float64), right)
+    _, correct = _checked_pair(confidence, correct)
+    return aurc(confidence, correct) - aurc(correct.astype(np.float64), correct)
 
 
-def augrc(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Area under the generalized risk-coverage curve: mean share of all images that are accepted and wrong.
+def augrc(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Area under the generalized risk-coverage curve: mean share of all images that are accepted and incorrect.
 
     Unlike in the AURC an error counts the same at every coverage. By the trapezoidal rule it is exactly
     (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 with accuracy a. Source: Traub et al. 2024.
     """
-    coverage, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
+    coverage, risk = risk_coverage(*_checked_pair(confidence, correct, empty=False))
     undetected = coverage * risk  # (N,)
     return float((undetected.sum() - undetected[-1] / 2) / len(undetected))
 
 
-def error_at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
+def risk_at_coverage(confidence: np.ndarray, correct: np.ndarray, coverage: float) -> float:
     """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
     _check_share("coverage", coverage)
-    covered, risk = risk_coverage(*_checked_pair(confidence, right, empty=False))
+    covered, risk = risk_coverage(*_checked_pair(confidence, correct, empty=False))
     return float(risk[np.searchsorted(covered, coverage - 1e-9)])
 
 
-def coverage_at_error(confidence: np.ndarray, right: np.ndarray, error: float) -> float:
+def coverage_at_risk(confidence: np.ndarray, correct: np.ndarray, error: float) -> float:
     """The largest share of images that can be accepted with at most this error rate among them; 0: none.
 
     Among images of equal confidence some can be accepted by lot: ties as in `risk_coverage`.
     """
     _check_share("error", error)
-    covered, risk = risk_coverage(confidence, right)
+    covered, risk = risk_coverage(confidence, correct)
     return float(covered[risk <= error].max(initial=0.0))
 
 
-def failure_metrics(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """How well a confidence tells right from wrong predictions: misclassification detection, or failure prediction.
+def failure_metrics(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """How well a confidence tells correct from incorrect predictions: misclassification detection (failure prediction).
 
     Sources: Hendrycks & Gimpel 2017 (AUROC), Jaeger et al. 2023 (why the AURC belongs beside it).
 
     Args:
-        confidence: float (N,), any scale. right: bool (N,).
+        confidence: float (N,), any scale. correct: bool (N,).
 
     Returns:
-        aurc; auroc_failure: probability that a right image has the higher confidence; fpr95: share of the
-        wrong images accepted at the highest threshold that accepts 95 % of the right ones. The last two are
-        NaN where all predictions are right, or all wrong.
+        aurc; auroc_failure: probability that a correct image has the higher confidence; fpr95: share of the
+        incorrect images accepted at the highest threshold that accepts 95 % of the correct ones. The last two are
+        NaN where all predictions are correct, or all incorrect.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    confidence, right = _checked_pair(confidence, right)
-    if right.all() or not right.any():
-        return {"aurc": aurc(confidence, right), "auroc_failure": np.nan, "fpr95": np.nan}
-    false_positives, true_positives, _ = roc_curve(right, confidence, drop_intermediate=False)
+    confidence, correct = _checked_pair(confidence, correct)
+    if correct.all() or not correct.any():
+        return {"aurc": aurc(confidence, correct), "auroc_failure": np.nan, "fpr95": np.nan}
+    false_positives, true_positives, _ = roc_curve(correct, confidence, drop_intermediate=False)
     return {
-        "aurc": aurc(confidence, right),
-        "auroc_failure": float(roc_auc_score(right, confidence)),
+        "aurc": aurc(confidence, correct),
+        "auroc_failure": float(roc_auc_score(correct, confidence)),
         "fpr95": float(false_positives[np.searchsorted(true_positives, 0.95)]),
     }
 
@@ -122,15 +122,15 @@ def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, flo
     Returns:
         coverage: share of images not sent to OTHER. selective_accuracy: accuracy among those.
         accuracy_other_wrong: accuracy where OTHER counts as an error. stage_report_accuracy: share of
-        images accepted where Stage 1 is right or rejected where it is wrong.
+        images accepted where Stage 1 is correct or rejected where it is incorrect.
     """
     labels = _checked_labels(decisions.category, labels)
-    accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
+    accepted, correct = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
     return {
         "coverage": accepted.mean(),
-        "selective_accuracy": right[accepted].mean() if accepted.any() else np.nan,
-        "accuracy_other_wrong": (accepted & right).mean(),
-        "stage_report_accuracy": (accepted == right).mean(),
+        "selective_accuracy": correct[accepted].mean() if accepted.any() else np.nan,
+        "accuracy_other_wrong": (accepted & correct).mean(),
+        "stage_report_accuracy": (accepted == correct).mean(),
     }
 
 
@@ -145,7 +145,7 @@ def category_metrics(decisions: Decisions, labels: np.ndarray, names: Sequence[s
         selective_accuracy as in `selective_metrics`; and precision: of those decided to show it, the share that does.
     """
     labels = _checked_labels(decisions.category, labels)
-    accepted, right = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
+    accepted, correct = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
 
     def share(hits: np.ndarray) -> float:
         return hits.mean() if len(hits) else np.nan
@@ -153,10 +153,10 @@ def category_metrics(decisions: Decisions, labels: np.ndarray, names: Sequence[s
     return {
         name: {
             "images": int((labels == c).sum()),
-            "accuracy": share(right[labels == c]),
+            "accuracy": share(correct[labels == c]),
             "coverage": share(accepted[labels == c]),
-            "selective_accuracy": share(right[(labels == c) & accepted]),
-            "precision": share(right[decisions.category == c]),
+            "selective_accuracy": share(correct[(labels == c) & accepted]),
+            "precision": share(correct[decisions.category == c]),
         }
         for c, name in enumerate(names)
     }
@@ -168,16 +168,16 @@ def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict
     `stage1` is Stage 1 alone: its answers on one view, and its softmax as their confidence.
     """
     labels = _checked_labels(decisions.category, labels)
-    right, alone = decisions.stage1_category == labels, decisions.one_view_logits.argmax(axis=1)
-    odds = log_odds(decisions.one_view_logits, alone)
+    correct, alone = decisions.stage1_category == labels, decisions.single_view_logits.argmax(axis=1)
+    odds = log_odds(decisions.single_view_logits, alone)
     return {
         "stage1": {"accuracy": (alone == labels).mean(), **failure_metrics(odds, alone == labels)},
         "two_stage": {
             "threshold": threshold,
-            "accuracy": right.mean(),
+            "accuracy": correct.mean(),
             **selective_metrics(decisions, labels),
-            "like_nothing_known": np.where(np.isnan(decisions.novelty), np.nan, decisions.novelty > 0).mean(),
-            **failure_metrics(decisions.confidence, right),
+            "ood_rejection_rate": np.where(np.isnan(decisions.ood_score), np.nan, decisions.ood_score > 0).mean(),
+            **failure_metrics(decisions.confidence, correct),
         },
     }
 
@@ -203,7 +203,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     return (gained - lost) / max(1, len(first)), max(-1.0, middle - half), min(1.0, middle + half)
 
 
-def with_interval(difference: tuple[float, float, float]) -> str:
+def format_difference(difference: tuple[float, float, float]) -> str:
     """A difference of rates and its interval, see `paired_difference`, in percentage points: for a table."""
     return "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * one for one in difference))
 
@@ -215,7 +215,7 @@ class Comparison(NamedTuple):
     images: int
     changed: int  # images that are decided differently
     coverage: tuple[float, float, float]  # difference of the accepted share, and its interval
-    errors: tuple[float, float, float]  # the same of the share that is accepted and wrong
+    errors: tuple[float, float, float]  # the same of the share that is accepted and incorrect
 
 
 def compare_decisions(
@@ -229,7 +229,7 @@ def compare_decisions(
     _one_an_image(first=first.category, second=second.category)
     labels = _checked_labels(first.category, labels)
     accepted = [one.category < len(names) for one in (first, second)]
-    wrong = [taken & (one.category != labels) for taken, one in zip(accepted, (first, second), strict=True)]
+    incorrect = [taken & (one.category != labels) for taken, one in zip(accepted, (first, second), strict=True)]
     groups = [(name, labels == c) for c, name in enumerate(names)] + [("all", np.ones(len(labels), bool))]
     return [
         Comparison(
@@ -237,27 +237,29 @@ def compare_decisions(
             int(here.sum()),
             int((first.category != second.category)[here].sum()),
             paired_difference(*(one[here] for one in accepted)),
-            paired_difference(*(one[here] for one in wrong)),
+            paired_difference(*(one[here] for one in incorrect)),
         )
         for name, here in groups
     ]
 
 
-def stage_truth(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
-    """The truth of the stage report: the category where Stage 1 is right, OTHER where it is wrong; (B,)."""
+def stage_report_labels(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
+    """The truth of the stage report: the category where Stage 1 is correct, OTHER where it is incorrect; (B,)."""
     labels = _checked_labels(decisions.category, labels)
     return np.where(decisions.stage1_category == labels, labels, other)
 
 
-def classification_report(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> str:
+def decision_report(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> str:
     """scikit-learn's report over the C categories and OTHER."""
-    from sklearn.metrics import classification_report as report
+    from sklearn.metrics import classification_report
 
     truth, decided = _one_an_image(truth=truth, decided=decided)
-    return report(truth, decided, labels=range(len(names) + 1), target_names=[*names, OTHER], digits=3, zero_division=0)
+    return classification_report(
+        truth, decided, labels=range(len(names) + 1), target_names=[*names, OTHER], digits=3, zero_division=0
+    )
 
 
-def confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def decision_confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Confusion matrix with OTHER last, int (C+1, C+1): rows are the truth, columns the decision."""
     from sklearn.metrics import confusion_matrix
 
@@ -265,19 +267,21 @@ def confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> n
     return confusion_matrix(truth, decided, labels=range(len(names) + 1))
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reliability(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
-    confidence, right = _checked_pair(confidence, right, share=True)
+    confidence, correct = _checked_pair(confidence, correct, share=True)
     if not isinstance(bins, (int, np.integer)) or bins < 1:
         raise MSCNNError(f"bins is {bins!r}: it is a number of bins, a whole number from 1 on.")
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(where, minlength=bins)
-    sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, right)]
+    sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, correct)]
     mean, accuracy = (np.divide(s, count, out=np.full(bins, np.nan), where=count > 0) for s in sums)
     return mean, accuracy, count
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10, equal_mass: bool = False) -> float:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 10, equal_mass: bool = False) -> float:
     """Expected calibration error: mean gap between confidence and accuracy over the bins (Guo et al. 2017).
 
     Args:
@@ -285,12 +289,12 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10,
             else equally wide ones, of which most may be empty. Images of equal confidence that fall into two bins
             count in both with their mean accuracy, so that their order does not matter.
     """
-    confidence, right = _checked_pair(confidence, right, share=True)
+    confidence, correct = _checked_pair(confidence, correct, share=True)
     if equal_mass:
         _, group = np.unique(confidence, return_inverse=True)
-        right = (np.bincount(group, weights=right) / np.bincount(group))[group]
+        correct = (np.bincount(group, weights=correct) / np.bincount(group))[group]
         parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
-        gaps = [abs(confidence[part].mean() - right[part].mean()) * len(part) for part in parts if len(part)]
+        gaps = [abs(confidence[part].mean() - correct[part].mean()) * len(part) for part in parts if len(part)]
         return float(sum(gaps) / len(confidence))
-    mean, accuracy, count = reliability(confidence, right, bins)
+    mean, accuracy, count = reliability(confidence, correct, bins)
     return float(np.nansum(np.abs(mean - accuracy) * count) / count.sum())

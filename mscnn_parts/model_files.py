@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,9 @@ from mscnn_parts.settings import PRETRAINED, MSCNNError
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
+
+
+FORMAT = 2  # of model files; 0.1 wrote none
 
 
 def _check_keras() -> None:
@@ -42,6 +48,20 @@ def _check_model_file(path: Path) -> None:
         raise MSCNNError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull.")
     if path.suffix != ".keras":
         raise MSCNNError(f"{path} has no name that ends in .keras: rename it, if it is a model of this project.")
+    _check_format(path)
+
+
+def _check_format(path: Path) -> None:
+    """Raises MSCNNError for a model file of another version; what is damaged is told by Keras."""
+    written = FORMAT
+    with contextlib.suppress(Exception):  # a broken file fails in many ways: zip, zlib, JSON
+        with zipfile.ZipFile(path) as file:
+            found = json.loads(file.read("config.json"))
+        written = found["config"].get("format", 1) if found["class_name"] == "MultiStageCNN" else FORMAT
+    if written < FORMAT:
+        raise MSCNNError(f"{path} was written by MSCNN 0.1: load it with tag v0.1.0, or train anew.")
+    if written > FORMAT:
+        raise MSCNNError(f"{path} has format {written}, and this version reads {FORMAT}: update the project.")
 
 
 def load_model(path: str | Path) -> MultiStageCNN:

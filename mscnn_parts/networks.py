@@ -63,14 +63,16 @@ def build_cnn(
 def feature_extractor(stage1: keras.Model) -> keras.Model:
     """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T + 2 D).
 
-    Side by side: C logits; the texture, the means of the T channels of the first block; the means of the 2 D whitened
+    Side by side: C logits; the means of the T channels of the first block; the means of the 2 D whitened
     channels, D filters and their negatives.
     """
     layers = keras.layers
-    texture, whitened = (
+    block1_means, whitened = (
         layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer(name).output) for name in ("block1", "whitened")
     )
-    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")([stage1.outputs[0], texture, whitened]))
+    return keras.Model(
+        stage1.inputs[0], layers.Concatenate(dtype="float32")([stage1.outputs[0], block1_means, whitened])
+    )
 
 
 def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:

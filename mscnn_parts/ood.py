@@ -1,4 +1,4 @@
-"""Images that belong to no category: how strange an image is, and made-up ones to try it with."""
+"""Images that belong to no category: the OOD score that notices them, and synthetic ones to try it with."""
 
 from __future__ import annotations
 
@@ -10,40 +10,45 @@ import numpy as np
 from mscnn_parts.decision import ACCEPTED, Decisions
 from mscnn_parts.pictures import read_image
 
-NOVEL_SHARE = 0.01  # of the calibration images is called like nothing known: the price of noticing what is
-OWN_SHARE = 0.0025  # of them, by the texture alone, and by the detail alone
+ID_REJECTION_RATE = 0.01  # share of the calibration images that is rejected: the price of noticing what is foreign
+OWN_REJECTION_RATE = 0.0025  # of them, by the block 1 term alone, and by the whitening term alone
 FEW_IMAGES = 1000  # below this number a quantile of a hundredth is a matter of chance
-FEW_SHARE = 0.0005  # then, of the sum, whose tail is the heaviest; what is grossly strange shows in the other two
+FEW_REJECTION_RATE = 0.0005  # then, by the sum, whose tail is the heaviest; gross strangers show in the other two
 
 
-class Known(NamedTuple):
-    """What images of the categories look like, to notice what looks like none of them; all float64."""
+class OODStatistics(NamedTuple):
+    """What images of the categories look like, to notice what belongs to none of them; all float64."""
 
-    texture_mean: np.ndarray  # (T,), of the train images
-    texture_precision: np.ndarray  # (T, T), the inverse of the texture's covariance
-    detail_mean: np.ndarray  # (D,), and
-    detail_precision: np.ndarray  # (D, D), the same of the detail
-    scale: np.ndarray  # (2, 4): mean and standard deviation of each sign on the calibration split
-    limits: np.ndarray  # (3,): above which an image is like nothing known: of the sum, the texture, the detail
+    block1_mean: np.ndarray  # (T,), of the train images' block 1 means
+    block1_precision: np.ndarray  # (T, T), the inverse of their covariance
+    whitening_mean: np.ndarray  # (D,), of the train images' whitening strengths
+    whitening_precision: np.ndarray  # (D, D), the inverse of their covariance
+    scale: np.ndarray  # (2, 4): mean and standard deviation of each term on the calibration split
+    thresholds: np.ndarray  # (3,), above which an image is rejected: of the sum, the block 1 and the whitening term
 
 
-def signs_of_novelty(
-    logits: np.ndarray, odds: np.ndarray, texture: np.ndarray, detail: np.ndarray, known: Known
+def ood_terms(
+    logits: np.ndarray,
+    log_odds: np.ndarray,
+    block1_means: np.ndarray,
+    whitening_strength: np.ndarray,
+    statistics: OODStatistics,
 ) -> np.ndarray:
-    """Four signs that an image belongs to no category at all, float64 (B, 4); each grows with its strangeness.
+    """Four terms that grow as an image becomes less like those of the categories, float64 (B, 4).
 
-    That no category speaks up: the energy of Stage 1's logits (Liu et al. 2020). That both stages doubt: the log-odds
-    of a wrong answer. That Stage 1's first block, which sees edges and colours, sees others than usual: log squared
-    Mahalanobis distance to the mean of the train images (Lee et al. 2018 use it for every layer and category). That
-    the image has more or less detail than usual: the same distance of the whitening filters' log strengths, which
-    fall without end where an image is flat.
+    The energy of Stage 1's logits, high where no category speaks up (Liu et al. 2020). The log-odds of an error, by
+    both stages. The block 1 term: the log squared Mahalanobis distance of Stage 1's first block, which sees edges and
+    colors, to the mean of the train images (Lee et al. 2018 use it for every layer and category). The whitening term:
+    the same distance of the whitening filters' log strengths, which fall without end where an image is flat.
 
     Args:
-        logits: Stage 1's mean over the views, (B, C). odds: of the confidence, (B,). texture, detail: see `Views`.
+        logits: Stage 1's mean over the views, (B, C). log_odds: of the confidence, (B,).
+        block1_means: (B, T). whitening_strength: (B, D); for both see `Stage1Outputs`.
     """
     energy = -np.logaddexp.reduce(logits.astype(np.float64), axis=1)  # (B,)
-    unusual = _log_distance(texture, known.texture_mean, known.texture_precision)
-    return np.stack([energy, -odds, unusual, _log_distance(detail, known.detail_mean, known.detail_precision)], axis=1)
+    block1 = _log_distance(block1_means, statistics.block1_mean, statistics.block1_precision)
+    whitening = _log_distance(whitening_strength, statistics.whitening_mean, statistics.whitening_precision)
+    return np.stack([energy, -log_odds, block1, whitening], axis=1)
 
 
 def _log_distance(features: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
@@ -53,65 +58,65 @@ def _log_distance(features: np.ndarray, mean: np.ndarray, precision: np.ndarray)
     return np.log(np.maximum((np.einsum("bk,kl->bl", shifted, precision) * shifted).sum(axis=1), 1e-12))
 
 
-def novelty(signs: np.ndarray, known: Known) -> np.ndarray:
-    """How strange images are, float64 (B,): a score for out-of-distribution detection, above 0 too strange.
+def ood_score(terms: np.ndarray, statistics: OODStatistics) -> np.ndarray:
+    """The OOD score, float64 (B,): above 0 an image is rejected as out of distribution.
 
-    The sum of the first three standardised signs less its limit. The texture counts only where it is stranger than the
-    mean: a usual one is no sign of a known category, since nearly all photographs have it. Texture and detail have
-    limits of their own, too: on noise the stages may be as confident as never before, and would outvote them. Only
-    beyond such a limit does its excess replace the sum, if it is larger; so the order of all other images is the sum's.
-    NaN where nothing is known.
+    It is the sum of the first three standardized terms less its threshold. The block 1 term counts only above its
+    mean: unusual colors are suspicious, usual ones prove nothing, since nearly every photograph has them. The block 1
+    and the whitening term have thresholds of their own, too: on noise the stages may be more confident than ever, and
+    would outvote them. Only beyond such a threshold does the excess replace the sum, if it is larger; the order of all
+    other images is that of the sum. NaN in a model without statistics.
 
     Args:
-        signs: (B, 4), see `signs_of_novelty`.
+        terms: (B, 4), see `ood_terms`.
     """
-    above = _parts_of_novelty(signs, known) - known.limits  # (B, 3)
+    above = _compared_with_thresholds(terms, statistics) - statistics.thresholds  # (B, 3)
     own = above[:, 1:].max(axis=1)
     return np.where(own > 0, np.maximum(above[:, 0], own), above[:, 0])
 
 
-def _parts_of_novelty(signs: np.ndarray, known: Known) -> np.ndarray:
-    """What the limits are held against, float64 (B, 3): the sum, the texture and the detail, standardised."""
-    mean, deviation = known.scale
-    energy, doubt, texture, detail = ((signs - mean) / deviation).T  # (B,) each
-    return np.stack([energy + doubt + np.maximum(0, texture), texture, detail], axis=1)
+def _compared_with_thresholds(terms: np.ndarray, statistics: OODStatistics) -> np.ndarray:
+    """The sum, the block 1 and the whitening term, standardized, float64 (B, 3)."""
+    mean, deviation = statistics.scale
+    energy, doubt, block1, whitening = ((terms - mean) / deviation).T  # (B,) each
+    return np.stack([energy + doubt + np.maximum(0, block1), block1, whitening], axis=1)
 
 
-def known_features(texture: np.ndarray, detail: np.ndarray) -> Known:
-    """What is known of train images from texture (N, T) and detail (N, D): not yet scale and limits, see `known_scale`.
+def fit_feature_statistics(block1_means: np.ndarray, whitening_strength: np.ndarray) -> OODStatistics:
+    """Fits means and precisions on train images, (N, T) and (N, D); `fit_ood_scale` adds scale and thresholds.
 
     Covariances are shrunk (Ledoit and Wolf 2004), for few images.
     """
     from sklearn.covariance import LedoitWolf
 
     found = []
-    for features in (texture, detail):
+    for features in (block1_means, whitening_strength):
         covariance = LedoitWolf(store_precision=False).fit(features).covariance_
-        some = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
-        found += [features.mean(axis=0, dtype=float), np.linalg.inv(covariance + some)]
-    return Known(*found, scale=np.full((2, 4), np.nan), limits=np.full(3, np.nan))
+        ridge = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
+        found += [features.mean(axis=0, dtype=float), np.linalg.inv(covariance + ridge)]
+    return OODStatistics(*found, scale=np.full((2, 4), np.nan), thresholds=np.full(3, np.nan))
 
 
-def known_scale(known: Known, signs: np.ndarray) -> Known:
-    """Returns `known` with scale and limits fitted on the signs (N, 4) of calibration images.
+def fit_ood_scale(statistics: OODStatistics, terms: np.ndarray) -> OODStatistics:
+    """Returns the statistics with scale and thresholds fitted on the terms (N, 4) of calibration images.
 
-    NOVEL_SHARE of the images lie beyond a limit: OWN_SHARE beyond that of the texture, as many beyond that of the
-    detail, and so many beyond that of the sum that all make up the share. Fewer than FEW_IMAGES tell little of their
-    own tails: then one image at most lies beyond a limit, that of the sum, and no limit is below the bound that the
-    next image of a normal distribution exceeds with a probability of OWN_SHARE, or FEW_SHARE for the sum (its
+    ID_REJECTION_RATE of the images exceed a threshold: OWN_REJECTION_RATE that of the block 1 term, as many that of
+    the whitening term, and the rest that of the sum. Fewer than FEW_IMAGES tell little of their own tails. Then one
+    image at most exceeds a threshold, that of the sum, and no threshold is below the bound that the next image of a
+    normal distribution exceeds with a probability of OWN_REJECTION_RATE, or FEW_REJECTION_RATE for the sum (its
     prediction interval, Student's t).
     """
-    known = known._replace(scale=np.stack([signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-6)]))
-    parts, count = _parts_of_novelty(signs, known), len(signs)  # (N, 3)
+    statistics = statistics._replace(scale=np.stack([terms.mean(axis=0), np.maximum(terms.std(axis=0), 1e-6)]))
+    parts, count = _compared_with_thresholds(terms, statistics), len(terms)  # (N, 3)
     few = count < FEW_IMAGES
-    beyond, own = (1, 0) if few else (int(NOVEL_SHARE * count), int(OWN_SHARE * count))
-    texture, detail = (_exceeded_by(own, values) for values in parts[:, 1:].T)
-    usual = ~((parts[:, 1] > texture) | (parts[:, 2] > detail))  # all, where the features are not known yet: NaN
-    limits = np.array([_exceeded_by(beyond - (~usual).sum(), parts[usual, 0]), texture, detail])
+    beyond, own = (1, 0) if few else (int(ID_REJECTION_RATE * count), int(OWN_REJECTION_RATE * count))
+    block1, whitening = (_exceeded_by(own, values) for values in parts[:, 1:].T)
+    usual = ~((parts[:, 1] > block1) | (parts[:, 2] > whitening))  # all, where the features are not fitted yet: NaN
+    thresholds = np.array([_exceeded_by(beyond - (~usual).sum(), parts[usual, 0]), block1, whitening])
     if few and count > 1:
-        shares = np.array([FEW_SHARE, OWN_SHARE, OWN_SHARE])
-        limits = np.maximum(limits, _next_image_bound(parts, shares))
-    return known._replace(limits=limits)
+        rates = np.array([FEW_REJECTION_RATE, OWN_REJECTION_RATE, OWN_REJECTION_RATE])
+        thresholds = np.maximum(thresholds, _next_image_bound(parts, rates))
+    return statistics._replace(thresholds=thresholds)
 
 
 def _exceeded_by(count: int, values: np.ndarray) -> float:
@@ -127,7 +132,7 @@ def _next_image_bound(values: np.ndarray, share: np.ndarray) -> np.ndarray:
     return values.mean(axis=0) + factor * values.std(axis=0, ddof=1)
 
 
-def made_up_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+def synthetic_ood_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Images that belong to no category, as many of each kind as are given: uint8 (B, H, W, channels).
 
     Args:

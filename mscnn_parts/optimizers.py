@@ -12,11 +12,11 @@ from mscnn_parts.settings import MSCNNError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the CNNs are trained; `recipe_for` chooses epochs and batch size for the data at hand."""
+    """How the CNNs are trained; `default_recipe` chooses epochs and batch size for the data at hand."""
 
     epochs: int
     batch_size: int
-    companion_epochs: int = 0  # 0: as many as Stage 1
+    stage2_base_epochs: int = 0  # 0: as many as Stage 1
     learning_rate: float = 0.5  # peak, at batches of 512; proportional to the batch size
     kernel_learning_rate: float = 0.06  # the same of convolution kernels, at any batch size; see Muon
     momentum: float = 0.85
@@ -26,20 +26,20 @@ class Recipe:
     small_crops: float = 0.5  # share of the epochs, the first ones, that see a part of each image; see SmallCropsFirst
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
-    stage2_share: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
+    stage2_fraction: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
 
     @property
     def peak(self) -> float:
-        """The highest learning rate of Stage 1 and the companion, kernels aside."""
+        """The highest learning rate of Stage 1 and the Stage 2 base network, kernels aside."""
         return self.learning_rate * self.batch_size / 512
 
 
-def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
+def default_recipe(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
 
-    With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and the companion
-    and Stage 2, whose CNNs are cheap, see more of them. With many, a companion of some points more did not make better
-    judges, so it has fewer epochs than Stage 1.
+    With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and Stage 2 and
+    its base network, which are cheap, see more of them. With many, a base network of some points more did not make
+    better verifiers, so it has fewer epochs than Stage 1.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 0:
@@ -47,12 +47,17 @@ def recipe_for(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     epochs = epochs or 20
     if images < 20_000:
         return Recipe(
-            epochs, batch_size or 64, companion_epochs=2 * epochs, learning_rate=0.75, small_crops=0.0, stage2_share=0.3
+            epochs,
+            batch_size or 64,
+            stage2_base_epochs=2 * epochs,
+            learning_rate=0.75,
+            small_crops=0.0,
+            stage2_fraction=0.3,
         )
-    return Recipe(epochs, batch_size or 512, companion_epochs=max(1, round(0.8 * epochs)))
+    return Recipe(epochs, batch_size or 512, stage2_base_epochs=max(1, round(0.8 * epochs)))
 
 
-class Triangle(keras.optimizers.schedules.LearningRateSchedule):
+class WarmupLinearDecay(keras.optimizers.schedules.LearningRateSchedule):
     """Rises in a straight line from a fifth to the peak, then falls in another to a hundredth (airbench: to 7 %)."""
 
     def __init__(self, peak: float, rising: int, steps: int):
@@ -68,9 +73,9 @@ class Triangle(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "rising": self.rising, "steps": self.steps}
 
 
-def learning_rate_schedule(recipe: Recipe, steps: int) -> Triangle:
-    """Of Stage 1 and the companion, for a training of so many steps."""
-    return Triangle(recipe.peak, int(recipe.warm_up * steps), steps)
+def learning_rate_schedule(recipe: Recipe, steps: int) -> WarmupLinearDecay:
+    """Of Stage 1 and the Stage 2 base network, for a training of so many steps."""
+    return WarmupLinearDecay(recipe.peak, int(recipe.warm_up * steps), steps)
 
 
 class Muon(keras.optimizers.SGD):
@@ -101,18 +106,18 @@ class Muon(keras.optimizers.SGD):
             return super().update_step(gradient, variable, learning_rate)
         momentum = self.momentums[self._get_variable_index(variable)]
         self.assign(momentum, self.momentum * momentum + gradient)
-        step = orthogonalised(as_matrix(gradient + self.momentum * momentum))  # (9 in, out)
+        step = orthogonalize(kernel_matrix(gradient + self.momentum * momentum))  # (9 in, out)
         kernel = variable * (variable.shape[-1] ** 0.5 / tf.norm(variable))
         rate = tf.cast(learning_rate, kernel.dtype) * self.kernel_gain
         self.assign(variable, kernel - rate * tf.reshape(step, variable.shape))
 
 
-def as_matrix(kernel):
+def kernel_matrix(kernel):
     """A convolution kernel (height, width, in, out) as a matrix (height width in, out)."""
     return tf.reshape(kernel, (-1, kernel.shape[-1]))
 
 
-def orthogonalised(matrix, rounds: int = 3):
+def orthogonalize(matrix, rounds: int = 3):
     """About the nearest matrix whose singular values are all 1: float32 (m, n) -> (m, n).
 
     By Newton-Schulz iteration with coefficients chosen for speed: in three rounds, singular values of more than a
@@ -129,12 +134,12 @@ def orthogonalised(matrix, rounds: int = 3):
     return x @ transform
 
 
-def muon_for(recipe: Recipe, steps: int) -> Muon:
-    """The optimizer of Stage 1 and the companion, for a training of so many steps."""
+def stage1_optimizer(recipe: Recipe, steps: int) -> Muon:
+    """The optimizer of Stage 1 and the Stage 2 base network, for a training of so many steps."""
     return Muon(learning_rate_schedule(recipe, steps), recipe.kernel_learning_rate / recipe.peak, recipe)
 
 
-def stage2_muon_for(recipe: Recipe, batch_size: int, steps: int) -> Muon:
+def stage2_optimizer(recipe: Recipe, batch_size: int, steps: int) -> Muon:
     """The optimizer of a Stage 2 CNN, whose learning rate falls from the first step on."""
     rate = recipe.stage2_learning_rate * batch_size / 256
     falling = keras.optimizers.schedules.CosineDecay(rate, steps, alpha=0.01)

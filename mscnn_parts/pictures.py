@@ -178,7 +178,7 @@ def read_image(picture, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)
     try:
         with contextlib.ExitStack() as stack:
             opened = picture if isinstance(picture, Image.Image) else stack.enter_context(Image.open(name))
-            flat = _flattened(_upright(opened)).convert("RGB" if channels == 3 else "L")
+            flat = _drop_alpha(_upright(opened)).convert("RGB" if channels == 3 else "L")
     except FileNotFoundError as error:
         raise MSCNNError(f"There is no image at {name}: give the path of a picture file.") from error
     except Exception as error:  # a damaged file fails in many ways: each of Pillow's readers has its own
@@ -210,7 +210,7 @@ def _upright(picture):
     return picture.transpose(Image.Transpose[turn]) if turn else picture
 
 
-def _flattened(picture):
+def _drop_alpha(picture):
     """A Pillow image without transparency (on white) and with 8 bits a channel."""
     from PIL import Image
 

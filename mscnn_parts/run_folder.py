@@ -21,10 +21,10 @@ from mscnn_parts.files import (
     _jsonable,
     _make_folder,
     _with_suffix,
-    _write_whole,
     path_from,
     places_of,
     project_root,
+    write_atomically,
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, _did_you_mean
 from mscnn_parts.sources import _find_data
@@ -107,16 +107,16 @@ class Run:
 
     def write(self, name: str, **entries: Any) -> None:
         """Sets entries of `metrics.json` or `history.json` and keeps the rest."""
-        self.replace(name, {**self.read(name), **entries})
+        self.overwrite(name, {**self.read(name), **entries})
 
-    def forget(self, name: str, *entries: str) -> None:
+    def remove(self, name: str, *entries: str) -> None:
         """Takes entries out of `metrics.json` or `history.json`, because they no longer hold."""
-        self.replace(name, {key: value for key, value in self.read(name).items() if key not in entries})
+        self.overwrite(name, {key: value for key, value in self.read(name).items() if key not in entries})
 
-    def replace(self, name: str, record: dict) -> None:
+    def overwrite(self, name: str, record: dict) -> None:
         """Writes `metrics.json` or `history.json` anew, whole."""
         text = json.dumps(_jsonable(record), indent=2, ensure_ascii=False)
-        _write_whole(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_atomically(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     def require(self, name: str, entry: str, notebook: str) -> Any:
         """Reads one entry that an earlier notebook has left.
@@ -138,7 +138,7 @@ class Run:
             figure.text(0.5, 1.0, FALLBACK_NOTICE, ha="center", va="bottom", color="firebrick", weight="bold")
         make_legible(figure)
         path = self.figures / f"{name}.png"
-        _write_whole(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
+        write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
         return figure
 
     def finish(self) -> None:

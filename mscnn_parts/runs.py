@@ -29,7 +29,7 @@ from mscnn_parts.run_folder import (
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
 from mscnn_parts.sources import load_dataset
-from mscnn_parts.thresholds import check_enough_to_certify, threshold_for_coverage
+from mscnn_parts.thresholds import check_certification_size, threshold_for_coverage
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -67,7 +67,7 @@ def commit() -> str | None:
         return None
 
 
-def checked_data(run: Run) -> Dataset:
+def validate_run(run: Run) -> Dataset:
     """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
 
     Raises:
@@ -78,7 +78,7 @@ def checked_data(run: Run) -> Dataset:
     data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
     run.settings.mode(data.category_names)
     if run.settings.target_risk:
-        check_enough_to_certify(len(data.certification), run.settings.target_risk)
+        check_certification_size(len(data.certification), run.settings.target_risk)
     start = run.starting_model()
     if start is not None:
         load_model(start).check_matches(data)
@@ -138,13 +138,13 @@ def _is_of(record: dict, data: Dataset) -> bool:
     return record.get("name", data.name) == data.name and names == list(data.category_names)
 
 
-def start_data(run: Run) -> Dataset:
+def begin_run_data(run: Run) -> Dataset:
     """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
-    settings, data, start = run.settings, checked_data(run), run.starting_model()
+    settings, data, start = run.settings, validate_run(run), run.starting_model()
     goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
     _remove_results(run)
     for name in ("metrics",) if goes_on else ("metrics", "history"):
-        run.replace(name, {})
+        run.overwrite(name, {})
     run.write(
         "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settled(settings)), versions=versions(),
         device=device_name(), status="running", started=_now(), commit=commit(),
@@ -152,7 +152,7 @@ def start_data(run: Run) -> Dataset:
     return data
 
 
-def continue_data(run: Run) -> Dataset:
+def continue_run_data(run: Run) -> Dataset:
     """Notebooks 02 to 05: the data set that notebook 01 has found, without looking for another.
 
     A model given by `load_model` needs no earlier notebook: in an empty run folder the run begins here.
@@ -161,7 +161,7 @@ def continue_data(run: Run) -> Dataset:
         MSCNNError: notebook 01 has not run here, or with other parameters.
     """
     if run.settings.load_model and not run.read("metrics"):
-        return start_data(run)
+        return begin_run_data(run)
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
@@ -182,7 +182,7 @@ def continue_data(run: Run) -> Dataset:
     return data
 
 
-def open_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStageCNN:
+def load_run_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiStageCNN:
     """Loads a model that `notebook` has left, and checks that it fits the data.
 
     Its threshold becomes the run's; with a target it stays the one that was found for it, see `set_threshold`.
@@ -215,15 +215,17 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
         model.certify(data.certification, settings.target_risk)
     elif settings.target_coverage:
         decisions = model.decide(data.calibration.images)
-        familiar, count = decisions.confidence[decisions.familiar], len(decisions.confidence)
-        model.threshold = threshold_for_coverage(familiar, min(1.0, settings.target_coverage * count / len(familiar)))
-        accepted = (familiar >= model.threshold).sum() / count
-        model.threshold_reason = f"accepts {accepted:.0%} of the calibration split"
+        in_distribution, count = decisions.confidence[decisions.in_distribution], len(decisions.confidence)
+        model.threshold = threshold_for_coverage(
+            in_distribution, min(1.0, settings.target_coverage * count / len(in_distribution))
+        )
+        accepted = (in_distribution >= model.threshold).sum() / count
+        model.threshold_source = f"accepts {accepted:.0%} of the calibration split"
     else:
         model.threshold = settings.threshold
     return model.threshold_text()
 
 
-def in_notebook_of_a_person() -> bool:
+def is_interactive() -> bool:
     """Whether a notebook is run by a person who can move a slider, not by papermill or nbconvert."""
     return "ipykernel" in sys.modules and not os.environ.get("MSCNN_HEADLESS")

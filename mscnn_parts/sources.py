@@ -17,7 +17,7 @@ import numpy as np
 
 from mscnn_parts.data import Dataset, _Raw, _split
 from mscnn_parts.downloads import _download, _may_read, data_folder
-from mscnn_parts.files import _here, _write_whole, places_of, project_root
+from mscnn_parts.files import _here, places_of, project_root, write_atomically
 from mscnn_parts.pictures import _as_uint8, _image_folder
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, _did_you_mean, check_seed
 
@@ -151,7 +151,7 @@ def _download_cifar10() -> Path:
         with tarfile.open(archive) as tar:
             for name in CIFAR10_MD5:
                 content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
-                _write_whole(target / name, lambda path, content=content: path.write_bytes(content))
+                write_atomically(target / name, lambda path, content=content: path.write_bytes(content))
         return target
     except (FileNotFoundError, MSCNNError) as error:
         folders = _cifar10_folders()
@@ -255,9 +255,9 @@ def _as_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
     if len(labels) != count:
         refuse(f"{len(labels)} in {name}, for {count} images in x{name[1:]}")
     numbers = labels.astype(np.float64)
-    wrong = labels[~((numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers)))]  # NaN, too
-    if len(wrong):
-        refuse(f"{len(labels)} of {labels.dtype} in {name}, among them {wrong[0]}")
+    incorrect = labels[~((numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers)))]  # NaN, too
+    if len(incorrect):
+        refuse(f"{len(labels)} of {labels.dtype} in {name}, among them {incorrect[0]}")
     return labels.astype(np.int64)
 
 

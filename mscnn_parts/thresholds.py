@@ -9,7 +9,7 @@ import numpy as np
 from mscnn_parts.checks import _check_categories_within, _check_numbers, _check_share, _checked_pair, _one_an_image
 from mscnn_parts.settings import MSCNNError
 
-GIVEN = "as given"  # how a threshold was chosen, if nothing else is told of it
+USER_SET = "as given"  # how a threshold was chosen, if nothing else is told of it
 
 
 class Certificate(NamedTuple):
@@ -19,7 +19,7 @@ class Certificate(NamedTuple):
     risk: float  # the error rate that was asked for, among the images that are accepted
     delta: float  # probability that the guarantee fails, over the draw of the split it was computed on
     bound: float  # upper bound of the error rate at the threshold, at most `risk`
-    errors: int  # wrong among the accepted images of that split
+    errors: int  # incorrect among the accepted images of that split
     accepted: int
     images: int  # size of the split
 
@@ -27,12 +27,12 @@ class Certificate(NamedTuple):
         """What it promises, in one line."""
         return (
             f"Guaranteed with probability {1 - self.delta:.0%}: at threshold {self.threshold:.4f} at most "
-            f"{self.risk:.2%} of the accepted are wrong. "
+            f"{self.risk:.2%} of the accepted are incorrect. "
             f"On the certification split {self.errors} of {self.accepted:,} were."
         )
 
 
-def error_bound(errors: int, accepted: int, delta: float) -> float:
+def risk_upper_bound(errors: int, accepted: int, delta: float) -> float:
     """Exact upper bound of an error rate, by the binomial distribution (Clopper & Pearson 1934).
 
     With an error rate above it, so few errors have a probability of less than `delta`. 1 where nothing is accepted.
@@ -42,7 +42,7 @@ def error_bound(errors: int, accepted: int, delta: float) -> float:
     return 1.0 if errors >= accepted else float(beta.ppf(1 - delta, errors + 1, accepted - errors))
 
 
-def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tuple[int, int]:
+def check_certification_size(images: int, risk: float, delta: float = 0.05) -> tuple[int, int]:
     """Whether so many images could guarantee the risk at all, if the model made no error on them.
 
     Returns:
@@ -63,7 +63,7 @@ def check_enough_to_certify(images: int, risk: float, delta: float = 0.05) -> tu
     return steps, needed
 
 
-def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, delta: float = 0.05) -> Certificate:
+def threshold_for_risk(confidence: np.ndarray, correct: np.ndarray, risk: float, delta: float = 0.05) -> Certificate:
     """A threshold of large coverage whose true error rate is at most `risk`, guaranteed.
 
     Source: selection with guaranteed risk (Geifman & El-Yaniv 2017, algorithm 1). A binary search asks for the bound of
@@ -73,35 +73,35 @@ def threshold_for_risk(confidence: np.ndarray, right: np.ndarray, risk: float, d
     error rate: then all thresholds on the way to a wrong one are fixed beforehand, and the sharing is exact.
 
     Args:
-        confidence: (N,). right: bool (N,), whether the prediction is right.
+        confidence: (N,). correct: bool (N,), whether the prediction is correct.
         risk: error rate among the accepted, 0 to 1. delta: probability of failure, 0 to 1.
 
     Raises:
         MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
     """
-    confidence, right = _checked_pair(confidence, right)
-    steps, needed = check_enough_to_certify(len(right), risk, delta)
+    confidence, correct = _checked_pair(confidence, correct)
+    steps, needed = check_certification_size(len(correct), risk, delta)
     descending = np.sort(confidence)[::-1]
-    low, high, best = needed - 1, len(right) - 1, None  # fewer than that cannot reach it
+    low, high, best = needed - 1, len(correct) - 1, None  # fewer than that cannot reach it
     for _ in range(steps):
         middle = (low + high + 1) // 2
         accepted = confidence >= descending[middle]  # with all images of the same confidence
-        errors, count = int((accepted & ~right).sum()), int(accepted.sum())
-        bound = error_bound(errors, count, delta / steps)
+        errors, count = int((accepted & ~correct).sum()), int(accepted.sum())
+        bound = risk_upper_bound(errors, count, delta / steps)
         if bound <= risk:
             low = middle
             if best is None or count > best.accepted:
-                best = Certificate(float(descending[middle]), risk, delta, bound, errors, count, len(right))
+                best = Certificate(float(descending[middle]), risk, delta, bound, errors, count, len(correct))
         else:
             high = max(middle - 1, low)
     if best is None:
-        errors = np.cumsum(~right[np.argsort(-confidence, kind="stable")])  # among the most confident 1, 2, 3, ...
+        errors = np.cumsum(~correct[np.argsort(-confidence, kind="stable")])  # among the most confident 1, 2, 3, ...
         least = min(
-            error_bound(int(errors[i]), i + 1, delta / steps) for i in np.flatnonzero(np.diff(errors, append=-1))
+            risk_upper_bound(int(errors[i]), i + 1, delta / steps) for i in np.flatnonzero(np.diff(errors, append=-1))
         )
         raise MSCNNError(
             f"No threshold guarantees {risk:.2%} errors at the most with probability {1 - delta:.0%} on these "
-            f"{len(right):,} images: ask for a larger risk, from about {least:.2%} on."
+            f"{len(correct):,} images: ask for a larger risk, from about {least:.2%} on."
         )
     return best
 
@@ -133,16 +133,16 @@ def thresholds_by_category(category: np.ndarray, confidence: np.ndarray, coverag
     return np.array([threshold_for_coverage(one if len(one) else confidence, coverage) for one in groups])
 
 
-def threshold_for_costs(wrong: float, other: float) -> float:
-    """The threshold of least expected cost, where a wrong answer and an OTHER cost so much and a right answer nothing.
+def threshold_for_costs(incorrect: float, other: float) -> float:
+    """The threshold of least expected cost: of incorrect answers and of OTHER; a correct answer costs nothing.
 
-    An answer of confidence p costs `wrong` (1 - p) on the average: so it pays from p = 1 - other / wrong on (Chow 1970,
-    "On optimum recognition error and reject tradeoff"). Holds as far as the confidence is calibrated.
+    An answer of confidence p costs `incorrect` (1 - p) on average: so it pays from p = 1 - other / incorrect on (Chow,
+    "On optimum recognition error and reject tradeoff", 1970). Holds as far as the confidence is calibrated.
 
     Raises:
         MSCNNError: a cost is not positive.
     """
-    numbers = all(isinstance(cost, (int, float, np.number)) for cost in (wrong, other))
-    if not (numbers and wrong > 0 and other > 0):
-        raise MSCNNError(f"The costs are {wrong!r} (wrong answer) and {other!r} (OTHER): use numbers above 0.")
-    return max(0.0, 1 - other / wrong)
+    numbers = all(isinstance(cost, (int, float, np.number)) for cost in (incorrect, other))
+    if not (numbers and incorrect > 0 and other > 0):
+        raise MSCNNError(f"The costs are {incorrect!r} (incorrect answer) and {other!r} (OTHER): use numbers above 0.")
+    return max(0.0, 1 - other / incorrect)

@@ -1,4 +1,4 @@
-"""Trains Stage 1, the companion and Stage 2, and retrains some categories."""
+"""Trains Stage 1, the Stage 2 base network and Stage 2, and retrains some categories."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.callbacks import AlternatingFlip, EpochSeconds, KeepBestWeights, SmallCropsFirst
-from mscnn_parts.data import Dataset, both_splits
+from mscnn_parts.callbacks import AlternatingFlip, EpochTimer, ProgressiveCrops, RestoreBestWeights
+from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
-from mscnn_parts.optimizers import Recipe, muon_for, stage2_muon_for
+from mscnn_parts.optimizers import Recipe, stage1_optimizer, stage2_optimizer
 from mscnn_parts.settings import MSCNNError, Settings, categories_from
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _seed(network: keras.Model, seed: int) -> None:
     network.get_layer("augmentation").reseed(seed)
 
 
-def steps_per_call(epoch: int) -> int:
+def steps_per_execution(epoch: int) -> int:
     """How many training steps `fit` takes in one call of a graph: on a GPU all those of an epoch, on CPU one.
 
     A GPU takes a step in milliseconds, so that Python between two steps would cost as much. On CPU it costs little,
@@ -104,11 +104,11 @@ def compile_classifier(model: keras.Model, recipe: Recipe, steps: int) -> keras.
         steps: of the whole training, over which the learning rate rises and falls.
     """
     model.compile(
-        muon_for(recipe, steps),
+        stage1_optimizer(recipe, steps),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         metrics=["accuracy"],
         jit_compile=False,  # XLA was slower on CPU wherever it was measured; on GPU it has not been tried
-        steps_per_execution=steps_per_call(steps // recipe.epochs),
+        steps_per_execution=steps_per_execution(steps // recipe.epochs),
     )
     return model
 
@@ -121,7 +121,7 @@ def train_classifier(
     log_dir: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
-    """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the companion.
+    """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the Stage 2 base network.
 
     Args:
         log_dir: folder for TensorBoard logs; None: none are written.
@@ -137,20 +137,20 @@ def train_classifier(
     if not network.trainable:
         raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
     _seed(network, seed)
-    both = both_splits(data)
+    both = train_and_calibration(data)
     one_hot = keras.utils.to_categorical(both.labels, len(data.category_names))
     train, calibration = np.split(np.arange(len(both)), [len(data.train)])
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
     trainer = compile_classifier(Trainer(network, both.images), recipe, steps)
     del both  # the trainer has its own copy
-    augmentation, timer = network.get_layer("augmentation"), EpochSeconds()
-    by_epoch = [AlternatingFlip(augmentation), SmallCropsFirst(augmentation, int(recipe.small_crops * recipe.epochs))]
+    augmentation, timer = network.get_layer("augmentation"), EpochTimer()
+    by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
     try:
         history = trainer.fit(
             batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
             validation_data=batches(one_hot, 500, calibration),
-            callbacks=[timer, *by_epoch, *callbacks, KeepBestWeights(), *logs],
+            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted
         augmentation.reset()
@@ -165,36 +165,36 @@ def train_stage1(
     log_dir: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
-    """Trains Stage 1 where it stands, see `train_classifier`, and learns the texture that it knows.
+    """Trains Stage 1 where it stands, see `train_classifier`, and fits the OOD statistics.
 
     What was calibrated to it is void.
     """
     history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
-    model.void_calibration()
-    model.learn_known(data)
+    model.reset_calibration()
+    model.fit_ood(data)
     return history
 
 
-def train_companion(
+def train_stage2_base(
     model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
 ) -> dict[str, list[float]]:
-    """Trains the companion, then makes every trainable Stage 2 CNN a copy of it."""
-    own = dataclasses.replace(recipe, epochs=recipe.companion_epochs or recipe.epochs)
-    history = train_classifier(model.companion, data, own, seed + 1, log_dir)
+    """Trains the Stage 2 base network, then makes every trainable Stage 2 CNN a copy of it."""
+    own = dataclasses.replace(recipe, epochs=recipe.stage2_base_epochs or recipe.epochs)
+    history = train_classifier(model.stage2_base, data, own, seed + 1, log_dir)
     for category in model.trainable_categories():
-        model.stage2_of(category).set_weights(model.companion.get_weights())
-    model.void_calibration(model.trainable_categories())
+        model.stage2_cnn(category).set_weights(model.stage2_base.get_weights())
+    model.reset_calibration(model.trainable_categories())
     return history
 
 
-def draw_stage2_images(
+def sample_hard_negatives(
     labels: np.ndarray, probability: np.ndarray, category: int, count: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Chooses what a Stage 2 CNN is trained on: in turn an image of its category and a hard one of another.
 
     Images of other categories are drawn in proportion to the square of `probability`, plus 0.00001: what Stage 1 would
-    mistake for the category is what its judge has to know. On its own train images Stage 1 is rarely mistaken. Without
-    the square, the many images to which it gives a few hundredths would be nearly all of the draw.
+    mistake for the category is what its verifier has to know. On its own train images Stage 1 is rarely mistaken.
+    Without the square, the many images to which it gives a few hundredths would be nearly all of the draw.
 
     Args:
         labels: (N,). probability: Stage 1's probability of `category` for each image, (N,).
@@ -220,67 +220,67 @@ class Stage2Trainer:
         recipe: its epochs scale the number of steps.
     """
 
-    ROUNDS = 5  # points of the history of each category
+    HISTORY_POINTS = 5  # points of the history of each category
 
     def __init__(self, model: MultiStageCNN, data: Dataset, recipe: Recipe):
         self.model, self.data = model, data
         self.batch_size = min(256, recipe.batch_size)
-        images = recipe.stage2_share * recipe.epochs * len(data.train)
-        self.steps = max(1, round(images / self.batch_size / self.ROUNDS))  # a round
+        images = recipe.stage2_fraction * recipe.epochs * len(data.train)
+        self.steps = max(1, round(images / self.batch_size / self.HISTORY_POINTS))  # a round
         self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
-        self.predicted = model.stage1_views(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
-        images, self.labels = both_splits(data)
-        self.network = model.new_stage2()  # not a clone, which would be frozen where the companion is
+        self.predicted = model.stage1_outputs(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
+        images, self.labels = train_and_calibration(data)
+        self.network = model.build_stage2()  # not a clone, which would be frozen where the Stage 2 base network is
         self.head = LogOdds()
         self.trainer = Trainer(self.network, images, self.head)
 
-        def accuracy(right, log_odds):
-            return tf.cast((log_odds > 0) == (right > 0.5), tf.float32)
+        def accuracy(correct, log_odds):
+            return tf.cast((log_odds > 0) == (correct > 0.5), tf.float32)
 
         self.trainer.compile(
-            stage2_muon_for(recipe, self.batch_size, self.steps * self.ROUNDS),
+            stage2_optimizer(recipe, self.batch_size, self.steps * self.HISTORY_POINTS),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[accuracy],
             jit_compile=False,
-            steps_per_execution=steps_per_call(self.steps),
+            steps_per_execution=steps_per_execution(self.steps),
         )
 
     def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
         """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value a round."""
-        timer = EpochSeconds()
+        timer = EpochTimer()
         _seed(self.network, seed)
         self.network.set_weights(start.get_weights())
         self.head.category.assign(category)
         for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
             variable.assign(tf.zeros_like(variable))
-        right = np.float32(self.labels == category)  # (N,), 1 where it is right to say `category`
+        correct = np.float32(self.labels == category)  # (N,), 1 where it is correct to say `category`
         # In the calibration split the question is only asked where Stage 1 says `category`.
         asked = len(self.data.train) + np.flatnonzero(self.predicted == category)
         history = self.trainer.fit(
-            batches(right, self.batch_size, self._order(category, np.random.default_rng(seed))),
-            epochs=self.ROUNDS, steps_per_epoch=self.steps, shuffle=False, verbose=0, callbacks=[timer],
-            validation_data=batches(right, 500, asked) if len(asked) else None,
+            batches(correct, self.batch_size, self._order(category, np.random.default_rng(seed))),
+            epochs=self.HISTORY_POINTS, steps_per_epoch=self.steps, shuffle=False, verbose=0, callbacks=[timer],
+            validation_data=batches(correct, 500, asked) if len(asked) else None,
         ).history  # fmt: skip
-        self.model.stage2_of(category).set_weights(self.network.get_weights())
-        self.model.void_calibration([category])
+        self.model.stage2_cnn(category).set_weights(self.network.get_weights())
+        self.model.reset_calibration([category])
         return {**history, "seconds": timer.seconds}
 
     def _order(self, category: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of the train images of one whole training."""
-        count = self.ROUNDS * self.steps * self.batch_size
-        return draw_stage2_images(self.data.train.labels, self.probability[:, category], category, count, rng)
+        count = self.HISTORY_POINTS * self.steps * self.batch_size
+        return sample_hard_negatives(self.data.train.labels, self.probability[:, category], category, count, rng)
 
 
 def train_stage2(
-    model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, start: str = "companion"
+    model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, start: str = "stage2_base"
 ) -> dict[str, dict[str, list[float]]]:
-    """Trains the trainable Stage 2 CNNs: 'Stage 1 says c: is it right?'
+    """Trains the trainable Stage 2 CNNs: 'Stage 1 says c: is it correct?'
 
     Each CNN is fine-tuned by binary cross-entropy on its log-odds of c, on batches that are half images of c
     and half images that Stage 1 takes, or nearly takes, for c.
 
     Args:
-        start: "companion": begin with a copy of the companion; "current": go on from the CNN as it is.
+        start: "stage2_base": begin with a copy of the Stage 2 base network; "current": go on from the CNN as it is.
 
     Returns:
         A history for each category's name: loss, accuracy, val_loss, val_accuracy and seconds.
@@ -288,20 +288,20 @@ def train_stage2(
     trainer, histories = Stage2Trainer(model, data, recipe), {}
     for category in model.trainable_categories():
         begun, name = time.time(), model.category_names[category]
-        network = model.companion if start == "companion" else model.stage2_of(category)
+        network = model.stage2_base if start == "stage2_base" else model.stage2_cnn(category)
         histories[name] = history = trainer.train(category, network, seed + 100 + category)
         accuracy = f"accuracy {history['accuracy'][-1]:.3f}, loss {history['loss'][-1]:.3f}"
         print(f"Stage 2 {name}: {accuracy}, {time.time() - begun:.0f} s", flush=True)
     return histories
 
 
-def stage2_is_kept(model: MultiStageCNN, settings: Settings) -> bool:
+def keeps_stage2(model: MultiStageCNN, settings: Settings) -> bool:
     """Whether notebook 03 leaves Stage 2 as it is: only some categories of a finished model are to be retrained."""
     some = len(categories_from(settings.stage2_categories, model.category_names)) < len(model.category_names)
     return settings.stage2_only and some and model.is_calibrated
 
 
-class Retraining(NamedTuple):
+class RetrainingResult(NamedTuple):
     """What became of one category; losses are mean log losses on the calibration split, in nats."""
 
     category: str
@@ -313,8 +313,8 @@ class Retraining(NamedTuple):
 def calibration_losses(model: MultiStageCNN, data: Dataset) -> np.ndarray:
     """Log loss of the confidences on the calibration split, by predicted category, (C,)."""
     decisions = model.decide(data.calibration.images)
-    right = decisions.stage1_category == data.calibration.labels
-    return log_loss_by_category(decisions.stage1_category, decisions.confidence, right, len(model.category_names))
+    correct = decisions.stage1_category == data.calibration.labels
+    return log_loss_by_category(decisions.stage1_category, decisions.confidence, correct, len(model.category_names))
 
 
 def weakest_categories(model: MultiStageCNN, data: Dataset, count: int = 2) -> tuple[int, ...]:
@@ -331,30 +331,31 @@ def retrain_stage2(
     seed: int = 0,
     start: str = "current",
     keep_worse: bool = False,
-) -> tuple[list[Retraining], dict[str, dict[str, list[float]]]]:
-    """Retrains the Stage 2 CNNs and calibration rows of some categories; all else stays bit for bit.
+) -> tuple[list[RetrainingResult], dict[str, dict[str, list[float]]]]:
+    """Retrains the Stage 2 CNNs and calibration coefficients of some categories; all else stays bit for bit.
 
-    So do the limits of what is like nothing known: with other confidences in the chosen categories, somewhat more or
+    So do the limits of what is out of distribution: with other confidences in the chosen categories, somewhat more or
     less than one in a hundred of their images may now be beyond them.
 
-    A category whose log loss on the calibration split did not fall is put back as it was, unless
+    A category whose log loss on the calibration split did not fall is rolled back as it was, unless
     `keep_worse`. Everything but the chosen categories is left frozen.
 
     Returns:
-        One `Retraining` a chosen category, and the histories.
+        One `RetrainingResult` a chosen category, and the histories.
     """
     chosen = categories_from(categories, model.category_names)
-    before = {c: (model.stage2_of(c).get_weights(), model.rows.numpy()[c]) for c in chosen}
+    before = {c: (model.stage2_cnn(c).get_weights(), model.calibration_coefficients.numpy()[c]) for c in chosen}
     losses = calibration_losses(model, data)
     model.train_only(chosen)
     histories = train_stage2(model, data, recipe, seed, start)
     model.calibrate(data.calibration, chosen)
-    new_losses, rows, results = calibration_losses(model, data), model.rows.numpy(), []
+    new_losses, results = calibration_losses(model, data), []
+    coefficients = model.calibration_coefficients.numpy()
     for c in chosen:
         kept = keep_worse or bool(new_losses[c] < losses[c])
         if not kept:
-            weights, rows[c] = before[c]
-            model.stage2_of(c).set_weights(weights)
-        results.append(Retraining(model.category_names[c], losses[c], new_losses[c], kept))
-    model.rows.assign(rows)
+            weights, coefficients[c] = before[c]
+            model.stage2_cnn(c).set_weights(weights)
+        results.append(RetrainingResult(model.category_names[c], losses[c], new_losses[c], kept))
+    model.calibration_coefficients.assign(coefficients)
     return results, histories

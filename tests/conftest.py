@@ -42,7 +42,7 @@ def write_tiny_npz(path: Path, train: int = 600, test: int = 100) -> Path:
 def gross_strangers(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """What no model may take for one of its categories, uint8 (B, H, W, channels) a kind."""
     some = np.zeros((60, *shape), np.uint8)
-    kinds = mscnn.made_up_images(some, 7)
+    kinds = mscnn.synthetic_ood_images(some, 7)
     return {kind: kinds[kind] for kind in ("uniform noise", "Gaussian noise", "one colour", "stripes")}
 
 
@@ -90,7 +90,7 @@ def trained_model_path(tiny_data, tmp_path_factory) -> Path:
     model = mscnn.MultiStageCNN.for_dataset(tiny_data, **SMALL)
     recipe = mscnn.Recipe(epochs=8, batch_size=32)
     mscnn.train_stage1(model, tiny_data, recipe)
-    mscnn.train_companion(model, tiny_data, recipe)
+    mscnn.train_stage2_base(model, tiny_data, recipe)
     mscnn.train_stage2(model, tiny_data, recipe)
     model.calibrate(tiny_data.calibration)
     path = tmp_path_factory.mktemp("model") / "trained.keras"

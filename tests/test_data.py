@@ -263,7 +263,7 @@ def silent_name_server(monkeypatch):
 @pytest.mark.parametrize("dataset", ["auto", "cifar10"])
 def test_a_silent_name_server_is_given_up(tmp_path, monkeypatch, silent_name_server, dataset):
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
-    patch_rooms(monkeypatch, "DOWNLOAD_PATIENCE", 0.3)
+    patch_rooms(monkeypatch, "DOWNLOAD_TIMEOUT", 0.3)
     begun = time.monotonic()
     if dataset == "auto":
         assert load_dataset(dataset).fallback
@@ -442,7 +442,7 @@ def test_an_archive_that_cannot_be_unpacked(archive, monkeypatch, capsys):
     def full(path, write):
         raise MSCNNError(f"Cannot write {path}: No space left on device. Choose another place.")
 
-    patch_rooms(monkeypatch, "_write_whole", full)
+    patch_rooms(monkeypatch, "write_atomically", full)
     assert load_dataset("auto").fallback
     assert f"Cannot write {folder / 'cifar-10-batches-py' / 'data_batch_1'}: No space left" in capsys.readouterr().out
 
@@ -1443,9 +1443,9 @@ def test_an_array_that_is_no_picture_is_refused():
 
 def test_a_data_set_is_named_by_text_or_a_path(tiny_path, tiny_data):
     assert mscnn.load_dataset(tiny_path).fingerprint == tiny_data.fingerprint
-    for wrong in (None, 5):
-        with pytest.raises(MSCNNError, match=f"dataset is {wrong}: give its name, or the path"):
-            mscnn.load_dataset(wrong)
+    for incorrect in (None, 5):
+        with pytest.raises(MSCNNError, match=f"dataset is {incorrect}: give its name, or the path"):
+            mscnn.load_dataset(incorrect)
     with pytest.raises(MSCNNError, match="light_mode is 'no': it has to be True or False"):
         mscnn.load_dataset("digits", light_mode="no")
 

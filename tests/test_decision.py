@@ -1,4 +1,4 @@
-"""Section 4: log-odds, calibration rows, confidence, threshold."""
+"""Section 4: log-odds, calibration coefficients, confidence, threshold."""
 
 import itertools
 from fractions import Fraction
@@ -10,7 +10,7 @@ import scipy.optimize
 from scipy.special import expit
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import COMMON_PRIOR, COMMON_STRENGTH, ROW_STRENGTH, MSCNNError
+from mscnn_helpers import CATEGORY_PRECISION, PRIOR_MEAN, SHARED_PRECISION, MSCNNError
 
 # ------------------------------------------------------------------------------------------------------------
 # Log-odds
@@ -82,17 +82,17 @@ def test_log_odds_tensor_says_the_same(category):
 NEARLY_NO_PRIOR = np.full(3, 1e-9)
 
 
-def opinions(count: int, row=(-0.5, 0.8, 0.3), seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log-odds of both stages, and whether Stage 1 is right, drawn with the probability that `row` gives."""
+def scores(count: int, row=(-0.5, 0.8, 0.3), seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-odds of both stages, and whether Stage 1 is correct, drawn with the probability that `row` gives."""
     rng = np.random.default_rng(seed)
     stage1, stage2 = rng.normal(2, 2, count), rng.normal(1, 3, count)
     return stage1, stage2, rng.random(count) < expit(row[0] + row[1] * stage1 + row[2] * stage2)
 
 
-def penalised_loss(row, stage1, stage2, right, towards, strength) -> float:
+def penalised_loss(row, stage1, stage2, correct, towards, strength) -> float:
     """The loss in its plainest form: what was given to the truth, and the Gaussian prior."""
     p = expit(row[0] + row[1] * stage1 + row[2] * stage2)
-    return -np.log(np.where(right, p, 1 - p)).sum() + 0.5 * (strength * (row - towards) ** 2).sum()
+    return -np.log(np.where(correct, p, 1 - p)).sum() + 0.5 * (strength * (row - towards) ** 2).sum()
 
 
 def test_gradient_of_the_calibration_is_right(monkeypatch):
@@ -104,8 +104,8 @@ def test_gradient_of_the_calibration_is_right(monkeypatch):
         return scipy.optimize.OptimizeResult(x=start)
 
     monkeypatch.setattr(scipy.optimize, "minimize", spy)
-    data = (*opinions(40), np.array([0.1, 0.4, 0.9]), np.array([2.0, 3.0, 5.0]))
-    mscnn.fit_calibration_row(*data)
+    data = (*scores(40), np.array([0.1, 0.4, 0.9]), np.array([2.0, 3.0, 5.0]))
+    mscnn.fit_calibration(*data)
     for row in np.random.default_rng(2).normal(size=(5, 3)):
         loss, gradient = handed["loss"](row)
         assert loss == pytest.approx(penalised_loss(row, *data))
@@ -113,23 +113,23 @@ def test_gradient_of_the_calibration_is_right(monkeypatch):
 
 
 def test_calibration_finds_the_lowest_loss():
-    data = (*opinions(100), COMMON_PRIOR, COMMON_STRENGTH)
-    row = mscnn.fit_calibration_row(*data)
+    data = (*scores(100), PRIOR_MEAN, SHARED_PRECISION)
+    row = mscnn.fit_calibration(*data)
     best = scipy.optimize.minimize(penalised_loss, [0, 1, 1], args=data, method="Nelder-Mead", tol=1e-10).x
     np.testing.assert_allclose(row, best, atol=1e-3)
 
 
 def test_calibration_finds_known_coefficients_again():
-    row = mscnn.fit_calibration_row(*opinions(100_000, (-0.5, 0.8, 0.3)), COMMON_PRIOR, COMMON_STRENGTH)
+    row = mscnn.fit_calibration(*scores(100_000, (-0.5, 0.8, 0.3)), PRIOR_MEAN, SHARED_PRECISION)
     np.testing.assert_allclose(row, (-0.5, 0.8, 0.3), atol=0.03)
 
 
 def test_calibration_without_a_prior_is_plain_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
-    stage1, stage2, right = opinions(2000)
-    plain = LogisticRegression(C=1e9, tol=1e-10, max_iter=1000).fit(np.column_stack([stage1, stage2]), right)
-    row = mscnn.fit_calibration_row(stage1, stage2, right, np.zeros(3), NEARLY_NO_PRIOR)
+    stage1, stage2, correct = scores(2000)
+    plain = LogisticRegression(C=1e9, tol=1e-10, max_iter=1000).fit(np.column_stack([stage1, stage2]), correct)
+    row = mscnn.fit_calibration(stage1, stage2, correct, np.zeros(3), NEARLY_NO_PRIOR)
     np.testing.assert_allclose(row, [plain.intercept_[0], *plain.coef_[0]], rtol=2e-3)
 
 
@@ -137,24 +137,24 @@ def test_without_images_the_row_is_the_prior():
     none = np.zeros(0)
     towards = np.array([0.3, 0.7, 0.2])
     np.testing.assert_array_equal(
-        mscnn.fit_calibration_row(none, none, none.astype(bool), towards, ROW_STRENGTH), towards
+        mscnn.fit_calibration(none, none, none.astype(bool), towards, CATEGORY_PRECISION), towards
     )
 
 
 @pytest.mark.parametrize("true_row", [(0, 0.8, -0.6), (0, -0.6, 0.8), (1, -0.6, -0.6)])
 def test_more_evidence_never_lowers_the_confidence(true_row):
-    row = mscnn.fit_calibration_row(*opinions(3000, true_row), COMMON_PRIOR, COMMON_STRENGTH)
+    row = mscnn.fit_calibration(*scores(3000, true_row), PRIOR_MEAN, SHARED_PRECISION)
     assert (row[1:] >= 0).all()
     for fitted, true in zip(row[1:], true_row[1:], strict=True):
         assert (fitted == 0) == (true < 0)
 
 
 def test_a_stronger_prior_holds_the_row_closer():
-    towards, data = np.array([1.0, 0.2, 1.2]), opinions(200)
+    towards, data = np.array([1.0, 0.2, 1.2]), scores(200)
     distances = []
     for factor in (1e-3, 1e-1, 1, 10, 1e3, 1e6):
-        pull = mscnn.fit_calibration_row(*data, towards, factor * ROW_STRENGTH) - towards
-        distances.append(np.sqrt((ROW_STRENGTH * pull**2).sum()))
+        pull = mscnn.fit_calibration(*data, towards, factor * CATEGORY_PRECISION) - towards
+        distances.append(np.sqrt((CATEGORY_PRECISION * pull**2).sum()))
     assert distances[0] > 0.5 and distances[-1] < 1e-2
     assert (np.diff(distances) < 0).all()
 
@@ -163,7 +163,7 @@ def test_a_stronger_prior_holds_the_row_closer():
 def test_a_category_without_a_counter_example_stays_finite(all_are):
     """A few images, all right (or all wrong), would drive an unshrunk regression to infinity."""
     stage1 = np.full(20, 3.0)
-    row = mscnn.fit_calibration_row(stage1, stage1, np.full(20, all_are), COMMON_PRIOR, ROW_STRENGTH)
+    row = mscnn.fit_calibration(stage1, stage1, np.full(20, all_are), PRIOR_MEAN, CATEGORY_PRECISION)
     assert np.isfinite(row).all() and (row[1:] >= 0).all()
     assert (row[0] > 0) == all_are
 
@@ -176,9 +176,9 @@ def test_a_category_without_a_counter_example_stays_finite(all_are):
 def test_both_opinions_are_combined_by_the_row_of_each_category():
     rows = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 2.0], [-1.0, 0.5, 0.25]])
     category, stage1, stage2 = np.array([2, 0, 1, 2]), np.array([4.0, -3.0, 9.0, 0.0]), np.array([8.0, 5.0, -0.5, 0.0])
-    got = mscnn.combined_log_odds(rows, category, stage1, stage2)
+    got = mscnn.confidence_log_odds(rows, category, stage1, stage2)
     np.testing.assert_array_equal(got, [-1 + 2 + 2, -3, 1 - 1, -1])
-    assert mscnn.combined_log_odds(rows, category[:0], stage1[:0], stage2[:0]).shape == (0,)
+    assert mscnn.confidence_log_odds(rows, category[:0], stage1[:0], stage2[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +188,16 @@ def test_both_opinions_are_combined_by_the_row_of_each_category():
 def test_accepted_is_what_reaches_the_threshold(threshold, expected):
     """Equal to the threshold is accepted; a confidence that is not a number is not."""
     confidence = np.array([np.nextafter(0.7, 0), 0.7, 1.0, np.nan])
-    np.testing.assert_array_equal(mscnn.accept(np.array([0, 1, 2, 3]), confidence, threshold, other=5), expected)
+    np.testing.assert_array_equal(
+        mscnn.apply_threshold(np.array([0, 1, 2, 3]), confidence, threshold, other=5), expected
+    )
 
 
 def test_log_loss_by_category_by_hand():
-    category, right = np.array([0, 0, 2, 2, 2]), np.array([True, False, True, True, False])
+    category, correct = np.array([0, 0, 2, 2, 2]), np.array([True, False, True, True, False])
     confidence = np.array([0.5, 0.75, 1.0, 0.25, 0.0])
     expected = [(np.log(2) + np.log(4)) / 2, np.nan, np.log(4) / 3, np.nan]
-    got = mscnn.log_loss_by_category(category, confidence, right, 4)
+    got = mscnn.log_loss_by_category(category, confidence, correct, 4)
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
@@ -208,8 +210,8 @@ def test_the_true_confidence_has_the_lowest_log_loss():
     """A proper score: neither boasting nor hedging pays."""
     rng = np.random.default_rng(0)
     p = rng.random(20_000)
-    right, category = rng.random(len(p)) < p, np.zeros(len(p), int)
-    losses = [mscnn.log_loss_by_category(category, expit(k * np.log(p / (1 - p))), right, 1)[0] for k in (0.5, 1, 2)]
+    correct, category = rng.random(len(p)) < p, np.zeros(len(p), int)
+    losses = [mscnn.log_loss_by_category(category, expit(k * np.log(p / (1 - p))), correct, 1)[0] for k in (0.5, 1, 2)]
     assert losses[1] < min(losses[0], losses[2])
 
 
@@ -226,37 +228,37 @@ def binomial_tail(errors: int, accepted: int, rate: Fraction) -> Fraction:
 
 @pytest.mark.parametrize(("errors", "accepted"), [(0, 1), (0, 30), (3, 30), (29, 30), (7, 1625)])
 def test_the_error_bound_is_where_so_few_errors_become_improbable(errors, accepted):
-    bound = mscnn.error_bound(errors, accepted, 0.05)
+    bound = mscnn.risk_upper_bound(errors, accepted, 0.05)
     assert float(binomial_tail(errors, accepted, Fraction(bound))) == pytest.approx(0.05, rel=1e-6)
 
 
 @pytest.mark.parametrize(("errors", "accepted"), [(0, 0), (5, 5)])
 def test_the_error_bound_is_1_where_nothing_speaks_against_it(errors, accepted):
-    assert mscnn.error_bound(errors, accepted, 0.05) == 1
+    assert mscnn.risk_upper_bound(errors, accepted, 0.05) == 1
 
 
 def sorted_images(*runs: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Images of falling confidence: so many right ones, so many wrong ones, ..."""
-    right = np.repeat([one for _, one in runs], [count for count, _ in runs])
-    return np.linspace(0.99, 0.01, len(right)), right
+    """Images of falling confidence: so many correct ones, so many incorrect ones, ..."""
+    correct = np.repeat([one for _, one in runs], [count for count, _ in runs])
+    return np.linspace(0.99, 0.01, len(correct)), correct
 
 
 def test_a_certificate_takes_in_what_its_bound_allows():
-    confidence, right = sorted_images((900, True), (600, False))
-    found = mscnn.threshold_for_risk(confidence, right, 0.05)
+    confidence, correct = sorted_images((900, True), (600, False))
+    found = mscnn.threshold_for_risk(confidence, correct, 0.05)
     steps = 11  # of a binary search among 1,500
     accepted = confidence >= found.threshold
-    assert (found.accepted, found.errors) == (accepted.sum(), (accepted & ~right).sum())
-    assert found.bound == mscnn.error_bound(found.errors, found.accepted, 0.05 / steps) <= 0.05
+    assert (found.accepted, found.errors) == (accepted.sum(), (accepted & ~correct).sum())
+    assert found.bound == mscnn.risk_upper_bound(found.errors, found.accepted, 0.05 / steps) <= 0.05
     assert found.accepted > 900
-    further = [mscnn.error_bound(e, 900 + e, 0.05 / steps) for e in range(found.errors + 1, 600)]
+    further = [mscnn.risk_upper_bound(e, 900 + e, 0.05 / steps) for e in range(found.errors + 1, 600)]
     assert min(further) > 0.05, "no lower threshold would do"
 
 
 def test_a_certificate_counts_all_images_of_the_same_confidence():
     confidence = np.repeat([0.9, 0.5], [500, 500])
-    right = np.r_[np.ones(500, bool), np.zeros(500, bool)]
-    found = mscnn.threshold_for_risk(confidence, right, 0.05)
+    correct = np.r_[np.ones(500, bool), np.zeros(500, bool)]
+    found = mscnn.threshold_for_risk(confidence, correct, 0.05)
     assert (found.threshold, found.errors, found.accepted) == (0.9, 0, 500)
 
 
@@ -273,12 +275,12 @@ def test_a_bound_that_cannot_be_met_is_refused():
 
 def test_where_a_bound_cannot_be_met_the_smallest_one_that_can_is_named():
     rng = np.random.default_rng(1)
-    confidence, right = rng.random(600), rng.random(600) < 0.9
-    steps, _ = mscnn.check_enough_to_certify(600, 0.02)
+    confidence, correct = rng.random(600), rng.random(600) < 0.9
+    steps, _ = mscnn.check_certification_size(600, 0.02)
     order = np.argsort(-confidence)
-    bounds = [mscnn.error_bound(int((~right[order[:n]]).sum()), n, 0.05 / steps) for n in range(1, 601)]
+    bounds = [mscnn.risk_upper_bound(int((~correct[order[:n]]).sum()), n, 0.05 / steps) for n in range(1, 601)]
     with pytest.raises(MSCNNError, match=f"ask for a larger risk, from about {min(bounds):.2%} on"):
-        mscnn.threshold_for_risk(confidence, right, 0.02)
+        mscnn.threshold_for_risk(confidence, correct, 0.02)
 
 
 @pytest.mark.parametrize(("risk", "delta", "named"), [(0, 0.05, "risk is 0"), (1, 0.05, "risk"), (0.1, 1, "delta")])
@@ -293,7 +295,7 @@ def test_a_certificate_fails_no_more_often_than_delta_by_enumeration(tenths):
     kinds = tuple((confidence, Fraction(p, 10)) for confidence, p in zip((0.9, 0.6, 0.3), tenths, strict=True))
     risk, delta, share = 0.45, 0.3, Fraction(1, 3)
     failing = total = Fraction(0)
-    for counts in itertools.product(range(10), repeat=6):  # right and wrong images of each kind
+    for counts in itertools.product(range(10), repeat=6):  # right and incorrect images of each kind
         if sum(counts) != 9:
             continue
         chance = Fraction(factorial(9))
@@ -301,9 +303,9 @@ def test_a_certificate_fails_no_more_often_than_delta_by_enumeration(tenths):
             chance *= (share * p) ** good * (share * (1 - p)) ** bad / (factorial(good) * factorial(bad))
         total += chance
         confidence = np.repeat([c for c, _ in kinds for _ in range(2)], counts)
-        right = np.repeat([True, False] * 3, counts)
+        correct = np.repeat([True, False] * 3, counts)
         try:
-            threshold = mscnn.threshold_for_risk(confidence, right, risk, delta).threshold
+            threshold = mscnn.threshold_for_risk(confidence, correct, risk, delta).threshold
         except MSCNNError:
             continue
         taken = [p for c, p in kinds if c >= threshold]
@@ -322,9 +324,9 @@ def test_a_certificate_fails_no_more_often_than_delta_by_simulation(steepness):
     true_risk = np.cumsum(error_rate[::-1]) / np.arange(1, len(grid) + 1)  # of accepting the most confident
     for _ in range(2_000):
         confidence = rng.random(400)
-        right = rng.random(400) >= (1 - confidence) ** steepness / 2
+        correct = rng.random(400) >= (1 - confidence) ** steepness / 2
         try:
-            threshold = mscnn.threshold_for_risk(confidence, right, risk, delta).threshold
+            threshold = mscnn.threshold_for_risk(confidence, correct, risk, delta).threshold
         except MSCNNError:
             continue
         given += 1
@@ -344,11 +346,11 @@ def test_a_coverage_that_is_no_share_is_refused(coverage):
         mscnn.threshold_for_coverage(np.ones(3), coverage)
 
 
-@pytest.mark.parametrize(("wrong", "other"), [(10, 1), (2, 1), (1, 1), (1, 5)])
-def test_a_threshold_for_costs_is_where_answering_begins_to_pay(wrong, other):
-    threshold = mscnn.threshold_for_costs(wrong, other)
+@pytest.mark.parametrize(("incorrect", "other"), [(10, 1), (2, 1), (1, 1), (1, 5)])
+def test_a_threshold_for_costs_is_where_answering_begins_to_pay(incorrect, other):
+    threshold = mscnn.threshold_for_costs(incorrect, other)
     for confidence in np.linspace(0, 1, 101):
-        pays = wrong * (1 - confidence) <= other + 1e-9
+        pays = incorrect * (1 - confidence) <= other + 1e-9
         assert (confidence >= threshold - 1e-9) == pays
 
 
@@ -365,7 +367,7 @@ def test_thresholds_by_category_accept_the_same_share_of_each():
     own = mscnn.thresholds_by_category(category, confidence, 0.75, 4)
     assert own[0] > own[1] > own[2]
     assert own[3] == mscnn.threshold_for_coverage(confidence, 0.75), "the last category has no image"
-    decided = mscnn.accept(category, confidence, own, 4)
+    decided = mscnn.apply_threshold(category, confidence, own, 4)
     for c in range(3):
         here = category == c
         assert (decided[here] != 4).sum() == np.ceil(0.75 * here.sum())
@@ -376,31 +378,31 @@ def test_thresholds_by_category_accept_the_same_share_of_each():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def looks_of(count: int, seed: int) -> dict[str, np.ndarray]:
-    """What `signs_of_novelty` needs of three categories; four correlated channels of texture, three of detail."""
+def features_of(count: int, seed: int) -> dict[str, np.ndarray]:
+    """What `ood_terms` needs of three categories; four correlated channels of texture, three of detail."""
     rng, labels = np.random.default_rng(seed), np.arange(count) % 3
     mixing = np.array([[1.0, 0.9, 0, 0], [0, 0.5, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 0]])  # the last is always 0
     found = {
-        "logits": 3 * np.eye(3)[labels] + rng.normal(size=(count, 3)), "odds": rng.normal(4, 2, count),
-        "texture": rng.normal(size=(count, 4)) @ mixing, "detail": rng.normal(size=(count, 3)),
+        "logits": 3 * np.eye(3)[labels] + rng.normal(size=(count, 3)), "log_odds": rng.normal(4, 2, count),
+        "block1_means": rng.normal(size=(count, 4)) @ mixing, "whitening_strength": rng.normal(size=(count, 3)),
     }  # fmt: skip
     return {name: one.astype(np.float32) for name, one in found.items()}
 
 
-def known_of(count: int = 3000) -> mscnn.Known:
-    looks = looks_of(count, 0)
-    known = mscnn.known_features(looks["texture"], looks["detail"])
-    return mscnn.known_scale(known, mscnn.signs_of_novelty(**looks_of(count, 1), known=known))
+def statistics_of(count: int = 3000) -> mscnn.OODStatistics:
+    features = features_of(count, 0)
+    statistics = mscnn.fit_feature_statistics(features["block1_means"], features["whitening_strength"])
+    return mscnn.fit_ood_scale(statistics, mscnn.ood_terms(**features_of(count, 1), statistics=statistics))
 
 
-def novelty_of(looks: dict[str, np.ndarray], known: mscnn.Known) -> np.ndarray:
-    return mscnn.novelty(mscnn.signs_of_novelty(**looks, known=known), known)
+def score_of(features: dict[str, np.ndarray], statistics: mscnn.OODStatistics) -> np.ndarray:
+    return mscnn.ood_score(mscnn.ood_terms(**features, statistics=statistics), statistics)
 
 
-def test_a_hundredth_of_the_calibration_images_is_like_nothing_known():
-    known = known_of()
-    assert (novelty_of(looks_of(3000, 1), known) > 0).sum() == 30, "beyond one of the three limits, not each"
-    assert (novelty_of(looks_of(20_000, 2), known) > 0).mean() == pytest.approx(0.01, abs=0.004)
+def test_a_hundredth_of_the_calibration_images_is_out_of_distribution():
+    statistics = statistics_of()
+    assert (score_of(features_of(3000, 1), statistics) > 0).sum() == 30, "beyond one of the three limits, not each"
+    assert (score_of(features_of(20_000, 2), statistics) > 0).mean() == pytest.approx(0.01, abs=0.004)
 
 
 AGAINST = np.where(np.arange(4) == 1, 9.0, 0.0) - np.where(np.arange(4) == 0, 9.0, 0.0)  # usual one by one
@@ -408,67 +410,70 @@ AGAINST = np.where(np.arange(4) == 1, 9.0, 0.0) - np.where(np.arange(4) == 0, 9.
 
 @pytest.mark.parametrize(
     ("column", "name", "change"),
-    [(0, "logits", -20), (1, "odds", -30), (2, "texture", np.float32(AGAINST)), (3, "detail", -9)],
+    [(0, "logits", -20), (1, "log_odds", -30), (2, "block1_means", np.float32(AGAINST)), (3, "whitening_strength", -9)],
 )
-def test_each_of_the_four_signs_can_make_an_image_strange(column, name, change):
-    known, usual = known_of(), looks_of(500, 3)
-    strange = {**usual, name: usual[name] + change}
-    before, after = (mscnn.signs_of_novelty(**looks, known=known) for looks in (usual, strange))
+def test_each_of_the_four_terms_can_reject_an_image(column, name, change):
+    statistics, usual = statistics_of(), features_of(500, 3)
+    foreign = {**usual, name: usual[name] + change}
+    before, after = (mscnn.ood_terms(**features, statistics=statistics) for features in (usual, foreign))
     others = [k for k in range(4) if k != column]
     np.testing.assert_array_equal(after[:, others], before[:, others])
     assert (after[:, column] > before[:, column]).mean() > 0.99
-    assert (novelty_of(strange, known) > 0).mean() > 0.95
+    assert (score_of(foreign, statistics) > 0).mean() > 0.95
 
 
-def test_a_usual_texture_does_not_excuse_a_doubt():
-    """An image at the mean of all textures, whose distance is next to nothing, is as strange as one at the usual."""
-    known, looks = known_of(), looks_of(500, 3)
-    signs = mscnn.signs_of_novelty(**looks, known=known)
-    signs[:, 2] = known.scale[0, 2]
-    calm = np.where([False, False, True, False], -100.0, signs)
-    np.testing.assert_array_equal(mscnn.novelty(calm, known), mscnn.novelty(signs, known))
+def test_usual_block1_means_do_not_excuse_a_doubt():
+    """An image at the mean of all textures, whose distance is next to nothing, is as foreign as one at the usual."""
+    statistics, features = statistics_of(), features_of(500, 3)
+    terms = mscnn.ood_terms(**features, statistics=statistics)
+    terms[:, 2] = statistics.scale[0, 2]
+    calm = np.where([False, False, True, False], -100.0, terms)
+    np.testing.assert_array_equal(mscnn.ood_score(calm, statistics), mscnn.ood_score(terms, statistics))
 
 
-@pytest.mark.parametrize(("name", "change"), [("texture", np.float32(AGAINST)), ("detail", -9)])
-def test_no_confidence_outvotes_a_texture_or_detail_beyond_its_limit(name, change):
+@pytest.mark.parametrize(("name", "change"), [("block1_means", np.float32(AGAINST)), ("whitening_strength", -9)])
+def test_no_confidence_outvotes_a_term_beyond_its_own_threshold(name, change):
     """On noise a network may be more confident than on any image that it knows."""
-    known, usual = known_of(), looks_of(500, 3)
-    certain = {**usual, "logits": 40 * usual["logits"], "odds": usual["odds"] + 100}
-    assert not (novelty_of(certain, known) > 0).mean() > 0.02
-    assert (novelty_of({**certain, name: usual[name] + change}, known) > 0).all()
+    statistics, usual = statistics_of(), features_of(500, 3)
+    certain = {**usual, "logits": 40 * usual["logits"], "log_odds": usual["log_odds"] + 100}
+    assert not (score_of(certain, statistics) > 0).mean() > 0.02
+    assert (score_of({**certain, name: usual[name] + change}, statistics) > 0).all()
 
 
 def test_within_the_limits_the_order_is_that_of_the_sum():
-    known, looks = known_of(), looks_of(2000, 4)
-    signs = mscnn.signs_of_novelty(**looks, known=known)
-    energy, doubt, texture, detail = ((signs - known.scale[0]) / known.scale[1]).T
-    within = (texture <= known.limits[1]) & (detail <= known.limits[2])
-    expected = energy + doubt + np.maximum(0, texture) - known.limits[0]
-    np.testing.assert_allclose(mscnn.novelty(signs, known)[within], expected[within])
+    statistics, features = statistics_of(), features_of(2000, 4)
+    terms = mscnn.ood_terms(**features, statistics=statistics)
+    energy, doubt, block1_means, whitening_strength = ((terms - statistics.scale[0]) / statistics.scale[1]).T
+    within = (block1_means <= statistics.thresholds[1]) & (whitening_strength <= statistics.thresholds[2])
+    expected = energy + doubt + np.maximum(0, block1_means) - statistics.thresholds[0]
+    np.testing.assert_allclose(mscnn.ood_score(terms, statistics)[within], expected[within])
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 22, 90, 250, 999])
 def test_few_calibration_images_lose_at_most_one_and_the_next_ones_few(count):
-    looks, lost = known_of(), []
+    features, lost = statistics_of(), []
     for seed in range(30):
-        signs = mscnn.signs_of_novelty(**looks_of(count, 100 + seed), known=looks)
-        known = mscnn.known_scale(looks, signs)
-        assert (mscnn.novelty(signs, known) > 0).sum() <= 1
-        lost.append((novelty_of(looks_of(500, 200 + seed), known) > 0).mean())
+        terms = mscnn.ood_terms(**features_of(count, 100 + seed), statistics=features)
+        statistics = mscnn.fit_ood_scale(features, terms)
+        assert (mscnn.ood_score(terms, statistics) > 0).sum() <= 1
+        lost.append((score_of(features_of(500, 200 + seed), statistics) > 0).mean())
     assert count < 8 or np.mean(lost) < 0.03
 
 
-def test_the_texture_is_judged_by_its_mahalanobis_distance():
+def test_the_block1_term_is_a_mahalanobis_distance():
     from scipy.spatial.distance import mahalanobis
 
-    known, looks = known_of(), looks_of(20, 4)
-    expected = [2 * np.log(mahalanobis(one, known.texture_mean, known.texture_precision)) for one in looks["texture"]]
-    np.testing.assert_allclose(mscnn.signs_of_novelty(**looks, known=known)[:, 2], expected, rtol=1e-4)
-    covariance = np.cov(looks_of(3000, 0)["texture"][:, :3].T)
-    np.testing.assert_allclose(known.texture_precision[:3, :3], np.linalg.inv(covariance), rtol=0.05, atol=0.05)
+    statistics, features = statistics_of(), features_of(20, 4)
+    expected = [
+        2 * np.log(mahalanobis(one, statistics.block1_mean, statistics.block1_precision))
+        for one in features["block1_means"]
+    ]
+    np.testing.assert_allclose(mscnn.ood_terms(**features, statistics=statistics)[:, 2], expected, rtol=1e-4)
+    covariance = np.cov(features_of(3000, 0)["block1_means"][:, :3].T)
+    np.testing.assert_allclose(statistics.block1_precision[:3, :3], np.linalg.inv(covariance), rtol=0.05, atol=0.05)
 
 
-def test_where_nothing_is_known_nothing_is_strange():
-    blank = mscnn.Known(*(np.full_like(one, np.nan) for one in known_of(30)))
-    strange = novelty_of(looks_of(5, 0), blank)
-    assert np.isnan(strange).all() and not (strange > 0).any()
+def test_without_statistics_nothing_is_rejected():
+    blank = mscnn.OODStatistics(*(np.full_like(one, np.nan) for one in statistics_of(30)))
+    foreign = score_of(features_of(5, 0), blank)
+    assert np.isnan(foreign).all() and not (foreign > 0).any()

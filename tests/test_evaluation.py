@@ -27,11 +27,11 @@ def decisions_of(category, stage1_category, confidence=None, log_odds=None, cate
 # ------------------------------------------------------------------------------------------------------------
 
 
-def risk_by_every_order(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+def risk_by_every_order(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """The mean of the curves over all orders of the images that do not contradict the confidences."""
     curves = [
-        np.cumsum([not right[i] for i in order]) / np.arange(1, len(order) + 1)
-        for order in itertools.permutations(range(len(right)))
+        np.cumsum([not correct[i] for i in order]) / np.arange(1, len(order) + 1)
+        for order in itertools.permutations(range(len(correct)))
         if all(confidence[a] >= confidence[b] for a, b in itertools.pairwise(order))
     ]
     return np.mean(curves, axis=0)
@@ -45,34 +45,34 @@ def test_risk_coverage_by_hand():
 
 def test_risk_coverage_with_ties_by_hand():
     """Three images share the highest confidence, one of them wrong: each counts with a third of an error."""
-    confidence, right = np.array([0.9, 0.9, 0.9, 0.2]), np.array([False, True, True, False])
-    np.testing.assert_allclose(mscnn.risk_coverage(confidence, right)[1], [1 / 3, 1 / 3, 1 / 3, 2 / 4])
-    assert mscnn.aurc(confidence, right) == pytest.approx((1 + 1 / 2) / 4)
+    confidence, correct = np.array([0.9, 0.9, 0.9, 0.2]), np.array([False, True, True, False])
+    np.testing.assert_allclose(mscnn.risk_coverage(confidence, correct)[1], [1 / 3, 1 / 3, 1 / 3, 2 / 4])
+    assert mscnn.aurc(confidence, correct) == pytest.approx((1 + 1 / 2) / 4)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 7])
 def test_risk_coverage_is_the_mean_over_the_orders_of_ties(levels):
     rng = np.random.default_rng(levels)
-    confidence, right = rng.integers(0, levels, 7) / levels, rng.random(7) < 0.6
-    risk = mscnn.risk_coverage(confidence, right)[1]
-    np.testing.assert_allclose(risk, risk_by_every_order(confidence, right))
-    assert mscnn.aurc(confidence, right) == pytest.approx(risk_by_every_order(confidence, right).mean())
+    confidence, correct = rng.integers(0, levels, 7) / levels, rng.random(7) < 0.6
+    risk = mscnn.risk_coverage(confidence, correct)[1]
+    np.testing.assert_allclose(risk, risk_by_every_order(confidence, correct))
+    assert mscnn.aurc(confidence, correct) == pytest.approx(risk_by_every_order(confidence, correct).mean())
 
 
 def test_aurc_does_not_depend_on_the_order_of_the_images():
     rng = np.random.default_rng(0)
     confidence = np.round(rng.random(500), 1)  # eleven values: many ties
-    right = rng.random(500) < confidence
-    values = {round(mscnn.aurc(confidence[order], right[order]), 12) for order in map(rng.permutation, [500] * 20)}
+    correct = rng.random(500) < confidence
+    values = {round(mscnn.aurc(confidence[order], correct[order]), 12) for order in map(rng.permutation, [500] * 20)}
     assert len(values) == 1
-    best, worst = np.lexsort((~right, -confidence)), np.lexsort((right, -confidence))
-    assert mscnn.aurc(confidence[best], right[best]) == pytest.approx(mscnn.aurc(confidence[worst], right[worst]))
+    best, worst = np.lexsort((~correct, -confidence)), np.lexsort((correct, -confidence))
+    assert mscnn.aurc(confidence[best], correct[best]) == pytest.approx(mscnn.aurc(confidence[worst], correct[worst]))
 
 
 def test_aurc_depends_on_the_ranks_only():
     rng = np.random.default_rng(1)
-    log_odds, right = rng.normal(3, 2, 200), rng.random(200) < 0.8
-    assert mscnn.aurc(log_odds, right) == mscnn.aurc(expit(log_odds), right)
+    log_odds, correct = rng.normal(3, 2, 200), rng.random(200) < 0.8
+    assert mscnn.aurc(log_odds, correct) == mscnn.aurc(expit(log_odds), correct)
 
 
 def test_aurc_at_its_ends():
@@ -92,29 +92,29 @@ def test_aurc_at_its_ends():
 @pytest.mark.parametrize("decimals", [1, 6])
 def test_failure_metrics_against_scikit_learn_and_pair_by_pair(decimals):
     rng = np.random.default_rng(2)
-    right = rng.random(300) < 0.8
-    confidence = np.round(expit(rng.normal(np.where(right, 2, 0), 1.5)), decimals)
-    got = mscnn.failure_metrics(confidence, right)
-    wins = np.sign(confidence[right][:, None] - confidence[~right][None, :])  # a tie counts half
+    correct = rng.random(300) < 0.8
+    confidence = np.round(expit(rng.normal(np.where(correct, 2, 0), 1.5)), decimals)
+    got = mscnn.failure_metrics(confidence, correct)
+    wins = np.sign(confidence[correct][:, None] - confidence[~correct][None, :])  # a tie counts half
     assert got["auroc_failure"] == pytest.approx((wins.mean() + 1) / 2)
-    assert got["auroc_failure"] == pytest.approx(roc_auc_score(right, confidence))
-    highest = max(t for t in confidence if (confidence[right] >= t).mean() >= 0.95)
-    assert got["fpr95"] == pytest.approx((confidence[~right] >= highest).mean())
-    assert got["aurc"] == mscnn.aurc(confidence, right)
+    assert got["auroc_failure"] == pytest.approx(roc_auc_score(correct, confidence))
+    highest = max(t for t in confidence if (confidence[correct] >= t).mean() >= 0.95)
+    assert got["fpr95"] == pytest.approx((confidence[~correct] >= highest).mean())
+    assert got["aurc"] == mscnn.aurc(confidence, correct)
 
 
 def test_fpr95_by_hand():
-    """20 right images: the threshold that accepts 19 of them lies at 0.20, where 2 of 4 wrong ones pass."""
+    """20 correct images: the threshold that accepts 19 of them lies at 0.20, where 2 of 4 incorrect ones pass."""
     confidence = np.array([*np.linspace(0.2, 0.9, 19), 0.05, 0.95, 0.2, 0.19, 0.01])
-    right = np.arange(24) < 20
-    assert mscnn.failure_metrics(confidence, right)["fpr95"] == 0.5
-    assert mscnn.failure_metrics(np.zeros(24), right)["fpr95"] == 1  # all alike: accept all or nothing
-    assert mscnn.failure_metrics(right.astype(float), right)["fpr95"] == 0
+    correct = np.arange(24) < 20
+    assert mscnn.failure_metrics(confidence, correct)["fpr95"] == 0.5
+    assert mscnn.failure_metrics(np.zeros(24), correct)["fpr95"] == 1  # all alike: accept all or nothing
+    assert mscnn.failure_metrics(correct.astype(float), correct)["fpr95"] == 0
 
 
-@pytest.mark.parametrize(("right", "aurc"), [(True, 0.0), (False, 1.0)])
-def test_failure_cannot_be_predicted_where_there_is_but_one_kind(right, aurc):
-    got = mscnn.failure_metrics(np.linspace(0, 1, 10), np.full(10, right))
+@pytest.mark.parametrize(("correct", "aurc"), [(True, 0.0), (False, 1.0)])
+def test_failure_cannot_be_predicted_where_there_is_but_one_kind(correct, aurc):
+    got = mscnn.failure_metrics(np.linspace(0, 1, 10), np.full(10, correct))
     assert got["aurc"] == aurc
     assert np.isnan(got["auroc_failure"]) and np.isnan(got["fpr95"])
 
@@ -128,33 +128,33 @@ def noisy(levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("levels", [1, 4, 10_000])
 def test_augrc_is_its_closed_form_of_auroc_and_accuracy(levels):
-    confidence, right = noisy(levels)
-    a = right.mean()
-    closed = (1 - roc_auc_score(right, confidence)) * a * (1 - a) + (1 - a) ** 2 / 2
-    assert mscnn.augrc(confidence, right) == pytest.approx(closed, rel=1e-12)
+    confidence, correct = noisy(levels)
+    a = correct.mean()
+    closed = (1 - roc_auc_score(correct, confidence)) * a * (1 - a) + (1 - a) ** 2 / 2
+    assert mscnn.augrc(confidence, correct) == pytest.approx(closed, rel=1e-12)
 
 
 def test_augrc_by_hand():
     """Right, wrong, right, wrong by falling confidence: 0, 1, 1, 2 errors of 4 images."""
-    confidence, right = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
+    confidence, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
     heights = [0, 0, 1 / 4, 1 / 4, 2 / 4]
     area = sum((a + b) / 2 / 4 for a, b in itertools.pairwise(heights))
-    assert mscnn.augrc(confidence, right) == pytest.approx(area)
+    assert mscnn.augrc(confidence, correct) == pytest.approx(area)
 
 
 def test_e_aurc_is_0_for_a_confidence_that_knows_and_grows_with_what_it_does_not():
-    right = np.array([True, False, True, True, False])
-    assert mscnn.e_aurc(right + 0.0, right) == 0
+    correct = np.array([True, False, True, True, False])
+    assert mscnn.e_aurc(correct + 0.0, correct) == 0
     swapped = np.array([1.0, 1.0, 1.0, 0.0, 0.0])  # the fourth, right, behind the second, wrong
     optimum = (0 + 0 + 0 + 1 / 4 + 2 / 5) / 5
-    assert mscnn.e_aurc(swapped, right) == pytest.approx(mscnn.aurc(swapped, right) - optimum)
-    assert mscnn.e_aurc(swapped, right) > 0.1
+    assert mscnn.e_aurc(swapped, correct) == pytest.approx(mscnn.aurc(swapped, correct) - optimum)
+    assert mscnn.e_aurc(swapped, correct) > 0.1
 
 
 MEASURES = {
     "threshold_for_risk": lambda *pair: mscnn.threshold_for_risk(*pair, 0.9),
-    "error_at_coverage": lambda *pair: mscnn.error_at_coverage(*pair, 0.5),
-    "coverage_at_error": lambda *pair: mscnn.coverage_at_error(*pair, 0.5),
+    "risk_at_coverage": lambda *pair: mscnn.risk_at_coverage(*pair, 0.5),
+    "coverage_at_risk": lambda *pair: mscnn.coverage_at_risk(*pair, 0.5),
     "calibration_error, equal mass": lambda *pair: mscnn.calibration_error(*pair, equal_mass=True),
     **{name: getattr(mscnn, name) for name in (
         "risk_coverage", "aurc", "e_aurc", "augrc", "failure_metrics", "reliability",
@@ -165,16 +165,16 @@ MEASURES = {
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_what_is_no_confidence_or_not_whether_right_is_refused(name):
-    measure, right = MEASURES[name], np.arange(20) % 4 > 0
+    measure, correct = MEASURES[name], np.arange(20) % 4 > 0
     confidence = np.linspace(0, 1, 20)
-    measure(list(confidence), list(right))
-    for labels in (right.astype(int), right + 0.0, np.arange(20)):
-        with pytest.raises(mscnn.MSCNNError, match=r"right is (int|float)\d+, not bool: .* labels == predicted"):
+    measure(list(confidence), list(correct))
+    for labels in (correct.astype(int), correct + 0.0, np.arange(20)):
+        with pytest.raises(mscnn.MSCNNError, match=r"correct is (int|float)\d+, not bool: .* labels == predicted"):
             measure(confidence, labels)
-    with pytest.raises(mscnn.MSCNNError, match=r"confidence is \(20,\) and right \(19,\)"):
-        measure(confidence, right[1:])
+    with pytest.raises(mscnn.MSCNNError, match=r"confidence is \(20,\) and correct \(19,\)"):
+        measure(confidence, correct[1:])
     with pytest.raises(mscnn.MSCNNError, match="3 of 20 confidences are NaN"):
-        measure(np.where(np.arange(20) < 3, np.nan, confidence), right)
+        measure(np.where(np.arange(20) < 3, np.nan, confidence), correct)
 
 
 @pytest.mark.parametrize("name", ["reliability", "calibration_error", "calibration_error, equal mass"])
@@ -183,32 +183,32 @@ def test_log_odds_are_no_share(name):
         MEASURES[name](np.array([-3.0, 0.5, 3.0]), np.array([False, True, True]))
 
 
-@pytest.mark.parametrize("name", ["augrc", "error_at_coverage"])
+@pytest.mark.parametrize("name", ["augrc", "risk_at_coverage"])
 def test_nothing_is_measured_without_an_image(name):
     with pytest.raises(mscnn.MSCNNError, match="empty"):
         MEASURES[name](np.zeros(0), np.zeros(0, bool))
 
 
 def test_errors_and_coverages_against_a_loop_over_thresholds():
-    confidence, right = noisy(10_000_000)
+    confidence, correct = noisy(10_000_000)
     taken = [confidence >= threshold for threshold in sorted(confidence, reverse=True)]
-    points = [(one.mean(), 1 - right[one].mean()) for one in taken]  # coverage and risk, without ties
+    points = [(one.mean(), 1 - correct[one].mean()) for one in taken]  # coverage and risk, without ties
     for wanted in (0.005, 0.3, 0.7, 1.0):
         first = next(risk for covered, risk in points if covered >= wanted - 1e-12)
-        assert mscnn.error_at_coverage(confidence, right, wanted) == pytest.approx(first)
+        assert mscnn.risk_at_coverage(confidence, correct, wanted) == pytest.approx(first)
     for allowed in (0.0, 0.101, 0.201, 1.0):
         fits = [covered for covered, risk in points if risk <= allowed]
-        assert mscnn.coverage_at_error(confidence, right, allowed) == pytest.approx(max(fits, default=0))
+        assert mscnn.coverage_at_risk(confidence, correct, allowed) == pytest.approx(max(fits, default=0))
 
 
 def test_ties_are_what_a_random_order_of_them_gives_in_the_mean():
-    confidence, right = noisy(4)
+    confidence, correct = noisy(4)
     rng = np.random.default_rng(0)
     errors = []
     for _ in range(2_000):
         order = np.lexsort((rng.random(len(confidence)), -confidence))
-        errors.append((~right[order])[: len(order) // 3].mean())
-    assert mscnn.error_at_coverage(confidence, right, (len(right) // 3) / len(right)) == pytest.approx(
+        errors.append((~correct[order])[: len(order) // 3].mean())
+    assert mscnn.risk_at_coverage(confidence, correct, (len(correct) // 3) / len(correct)) == pytest.approx(
         np.mean(errors), abs=0.005
     )
 
@@ -249,7 +249,7 @@ SIX, FIVE = np.zeros(6, int), np.zeros(5, int)
         lambda: mscnn.selective_metrics(decisions_of(SIX, SIX), FIVE),
         lambda: mscnn.category_metrics(decisions_of(SIX, SIX), FIVE, ("ant", "bee")),
         lambda: mscnn.evaluate(decisions_of(SIX, SIX), FIVE, 0.7),
-        lambda: mscnn.stage_truth(decisions_of(SIX, SIX), FIVE, 10),
+        lambda: mscnn.stage_report_labels(decisions_of(SIX, SIX), FIVE, 10),
         lambda: mscnn.compare_decisions(decisions_of(SIX, SIX), decisions_of(FIVE, FIVE), SIX, ("ant", "bee")),
         lambda: mscnn.paired_difference(SIX == 0, FIVE == 0),
         lambda: mscnn.thresholds_by_category(SIX, FIVE / 2, 0.5, 3),
@@ -257,8 +257,8 @@ SIX, FIVE = np.zeros(6, int), np.zeros(5, int)
         lambda: mscnn.threshold_for_coverage(np.zeros((5, 1)), 0.5),
         lambda: mscnn.plot_thresholds(SIX / 2, FIVE == 0, [0.5], 0.5, "test"),
         lambda: mscnn.plot_gallery(np.zeros((6, 8, 8, 3)), decisions_of(SIX, SIX, SIX / 2), FIVE, ("ant", "bee"), ""),
-        lambda: mscnn.confusion(SIX, FIVE, ("ant", "bee")),
-        lambda: mscnn.classification_report(SIX, FIVE, ("ant", "bee")),
+        lambda: mscnn.decision_confusion(SIX, FIVE, ("ant", "bee")),
+        lambda: mscnn.decision_report(SIX, FIVE, ("ant", "bee")),
     ],
 )
 def test_arrays_of_different_length_are_named(measure):
@@ -267,14 +267,14 @@ def test_arrays_of_different_length_are_named(measure):
 
 
 def test_what_is_no_truth_value_no_number_or_no_category_is_named():
-    for wrong, message in (
+    for incorrect, message in (
         (
             lambda: mscnn.evaluate(decisions_of(SIX, SIX), SIX / 1, 0.7),
             "labels are float64: give .* as integers from 0",
         ),
         (lambda: mscnn.selective_metrics(decisions_of(SIX, SIX), np.array(["ant"] * 6)), "labels are <U3"),
-        (lambda: mscnn.error_at_coverage(SIX / 2, SIX == 0, 2), "coverage is 2: it is a share, a number from 0 to 1"),
-        (lambda: mscnn.coverage_at_error(SIX / 2, SIX == 0, "1"), "error is '1': it is a share, a number from 0 to 1"),
+        (lambda: mscnn.risk_at_coverage(SIX / 2, SIX == 0, 2), "coverage is 2: it is a share, a number from 0 to 1"),
+        (lambda: mscnn.coverage_at_risk(SIX / 2, SIX == 0, "1"), "error is '1': it is a share, a number from 0 to 1"),
         (lambda: mscnn.threshold_for_risk(SIX / 2, SIX == 0, 1), "risk is 1: .* a number between 0 and 1"),
         (lambda: mscnn.reliability(SIX / 2, SIX == 0, 0), "bins is 0: it is a number of bins"),
         (lambda: mscnn.plot_confusion(np.eye(3), ("ant", "bee"), ""), r"The matrix is float64 \(3, 3\): use counts"),
@@ -289,7 +289,7 @@ def test_what_is_no_truth_value_no_number_or_no_category_is_named():
         ),
     ):
         with pytest.raises(mscnn.MSCNNError, match=message):
-            wrong()
+            incorrect()
 
 
 def test_a_model_that_rejects_everything_is_not_praised_by_the_honest_figures():
@@ -309,21 +309,26 @@ def test_a_model_that_accepts_everything_is_stage_1():
 
 
 def test_other_has_two_reasons():
-    decisions = decisions_of([3, 10, 10, 10], [3, 3, 4, 5])._replace(novelty=np.array([-1.0, -1.0, 2.0, np.nan]))
-    assert decisions.reasons().tolist() == [mscnn.ACCEPTED, mscnn.UNSURE, mscnn.STRANGE, mscnn.UNSURE]
+    decisions = decisions_of([3, 10, 10, 10], [3, 3, 4, 5])._replace(ood_score=np.array([-1.0, -1.0, 2.0, np.nan]))
+    assert decisions.reasons().tolist() == [
+        mscnn.ACCEPTED,
+        mscnn.LOW_CONFIDENCE,
+        mscnn.OUT_OF_DISTRIBUTION,
+        mscnn.LOW_CONFIDENCE,
+    ]
 
 
 @pytest.mark.parametrize("shape", [(6, 32, 32, 3), (5, 30, 33, 1)])
 def test_made_up_images_show_nothing(shape):
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    made_up, again = mscnn.made_up_images(images, 1), mscnn.made_up_images(images, 1)
+    made_up, again = mscnn.synthetic_ood_images(images, 1), mscnn.synthetic_ood_images(images, 1)
     for kind, one in made_up.items():
         assert one.dtype == np.uint8 and len(one) == len(images)
         np.testing.assert_array_equal(one, again[kind])
     assert (made_up["one colour"] == made_up["one colour"][:, :1, :1]).all()
     assert len(np.unique(made_up["one colour"][:, 0, 0], axis=0)) == len(images), "another one for each image"
     assert (made_up["one colour"][:3, 0, 0, 0] == [255, 0, 128]).all()
-    assert len(mscnn.made_up_images(images[:1])["one colour"]) == 1
+    assert len(mscnn.synthetic_ood_images(images[:1])["one colour"]) == 1
     for i, line in enumerate(made_up["stripes"]):
         assert len(np.unique(line.reshape(-1, shape[-1]), axis=0)) == 2, "two colours"
         along = [line[:1] == line, line[:, :1] == line, line[1:, :-1] == line[:-1, 1:]][i % 3]
@@ -346,18 +351,18 @@ def test_evaluate_gives_the_entries_of_metrics_json():
     labels = np.array([0, 1, 2, 3, 4, 5])
     stage1 = [0, 1, 2, 3, 9, 9]
     decisions = decisions_of([0, 1, 2, 3, 10, 10], stage1, [0.9, 0.9, 0.8, 0.8, 0.1, 0.2])
-    # By one look Stage 1 makes one error more, and is the surer the more wrong it is; the combined confidence is not.
+    # On a single view Stage 1 errs once more, and its confidence grows with its errors; the combined one does not.
     one_look = np.arange(1, 7)[:, None] * np.eye(10)[[0, 1, 2, 9, 9, 9]]
-    decisions = decisions._replace(one_view_logits=one_look, novelty=np.array([-1.0, -0.5, 0, 0, 0.5, 2]))
+    decisions = decisions._replace(single_view_logits=one_look, ood_score=np.array([-1.0, -0.5, 0, 0, 0.5, 2]))
     got = mscnn.evaluate(decisions, labels, threshold=0.55)
-    assert got["two_stage"]["like_nothing_known"] == pytest.approx(2 / 6)
-    older = mscnn.evaluate(decisions._replace(novelty=np.full(6, np.nan)), labels, threshold=0.55)
-    assert np.isnan(older["two_stage"]["like_nothing_known"]), "nobody has looked"
+    assert got["two_stage"]["ood_rejection_rate"] == pytest.approx(2 / 6)
+    older = mscnn.evaluate(decisions._replace(ood_score=np.full(6, np.nan)), labels, threshold=0.55)
+    assert np.isnan(older["two_stage"]["ood_rejection_rate"]), "nobody has looked"
     assert set(got) == {"stage1", "two_stage"}
     assert set(got["stage1"]) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(got["two_stage"]) == {
         "threshold", "accuracy", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
-        "like_nothing_known", "aurc", "auroc_failure", "fpr95",
+        "ood_rejection_rate", "aurc", "auroc_failure", "fpr95",
     }  # fmt: skip
     assert got["stage1"]["accuracy"] == 3 / 6 and got["two_stage"]["accuracy"] == pytest.approx(4 / 6)
     assert (got["stage1"]["auroc_failure"], got["two_stage"]["auroc_failure"]) == (0, 1)
@@ -373,14 +378,14 @@ NAMES = mscnn.CIFAR10_NAMES
 
 
 def test_stage_truth_is_other_where_stage_1_is_wrong():
-    truth = mscnn.stage_truth(decisions_of([0, 10, 2], [0, 1, 2]), np.array([0, 1, 5]), other=10)
+    truth = mscnn.stage_report_labels(decisions_of([0, 10, 2], [0, 1, 2]), np.array([0, 1, 5]), other=10)
     np.testing.assert_array_equal(truth, [0, 1, 10])
 
 
 def test_report_has_a_row_for_each_category_and_other():
     """Also where some of them do not occur, and with the shares worked by hand."""
     truth, decided = np.array([8, 8, 8, 10, 0]), np.array([8, 8, 10, 10, 8])
-    lines = [line.split() for line in mscnn.classification_report(truth, decided, NAMES).splitlines()]
+    lines = [line.split() for line in mscnn.decision_report(truth, decided, NAMES).splitlines()]
     rows = {line[0]: line[1:] for line in lines if len(line) == 5}
     assert list(rows) == [*NAMES, OTHER]
     assert rows["ship"] == ["0.667", "0.667", "0.667", "3"]
@@ -391,7 +396,7 @@ def test_report_has_a_row_for_each_category_and_other():
 def test_confusion_counts_every_image_once():
     rng = np.random.default_rng(3)
     truth, decided = rng.integers(0, 10, 400), rng.integers(0, 11, 400)
-    matrix = mscnn.confusion(truth, decided, NAMES)
+    matrix = mscnn.decision_confusion(truth, decided, NAMES)
     assert matrix.shape == (11, 11) and np.issubdtype(matrix.dtype, np.integer)
     np.testing.assert_array_equal(matrix.sum(axis=1), np.bincount(truth, minlength=11))
     np.testing.assert_array_equal(matrix.sum(axis=0), np.bincount(decided, minlength=11))
@@ -405,36 +410,36 @@ def test_confusion_counts_every_image_once():
 
 def test_reliability_by_hand():
     confidence = np.array([0.0, 0.2, 0.6, 0.7, 1.0])
-    right = np.array([False, True, True, False, True])
-    mean, accuracy, count = mscnn.reliability(confidence, right, bins=4)
+    correct = np.array([False, True, True, False, True])
+    mean, accuracy, count = mscnn.reliability(confidence, correct, bins=4)
     np.testing.assert_array_equal(count, [2, 0, 2, 1])  # 1.0 belongs to the last bin
     np.testing.assert_allclose(mean, [0.1, np.nan, 0.65, 1.0])
     np.testing.assert_allclose(accuracy, [0.5, np.nan, 0.5, 1.0])
-    assert mscnn.calibration_error(confidence, right, bins=4) == pytest.approx((2 * 0.4 + 2 * 0.15 + 0) / 5)
+    assert mscnn.calibration_error(confidence, correct, bins=4) == pytest.approx((2 * 0.4 + 2 * 0.15 + 0) / 5)
 
 
 def test_calibration_error_is_small_for_honest_confidences_and_large_for_boasting():
     rng = np.random.default_rng(4)
     p = rng.random(50_000)
-    right = rng.random(len(p)) < p
-    assert mscnn.calibration_error(p, right) < 0.01
-    assert mscnn.calibration_error(np.ones(len(p)), right) == pytest.approx(0.5, abs=0.01)
+    correct = rng.random(len(p)) < p
+    assert mscnn.calibration_error(p, correct) < 0.01
+    assert mscnn.calibration_error(np.ones(len(p)), correct) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 10_000])
 def test_calibration_error_in_bins_of_equal_mass_does_not_depend_on_the_order(levels):
-    confidence, right = noisy(levels)
-    order = np.argsort(right, kind="stable")
-    errors = [mscnn.calibration_error(confidence[o], right[o], 15, equal_mass=True) for o in (order, order[::-1])]
+    confidence, correct = noisy(levels)
+    order = np.argsort(correct, kind="stable")
+    errors = [mscnn.calibration_error(confidence[o], correct[o], 15, equal_mass=True) for o in (order, order[::-1])]
     assert errors[0] == pytest.approx(errors[1])
 
 
 def test_calibration_error_in_bins_of_equal_mass_by_hand():
-    confidence, right = np.array([0.9, 0.1, 0.2, 0.8]), np.array([True, False, True, True])
+    confidence, correct = np.array([0.9, 0.1, 0.2, 0.8]), np.array([True, False, True, True])
     # lower half: 0.15 on the average, half right; upper half: 0.85, all right
-    assert mscnn.calibration_error(confidence, right, bins=2, equal_mass=True) == pytest.approx((0.35 + 0.15) / 2)
-    assert mscnn.calibration_error(confidence, right, bins=9, equal_mass=True) == pytest.approx(
-        np.abs(confidence - right).mean()
+    assert mscnn.calibration_error(confidence, correct, bins=2, equal_mass=True) == pytest.approx((0.35 + 0.15) / 2)
+    assert mscnn.calibration_error(confidence, correct, bins=9, equal_mass=True) == pytest.approx(
+        np.abs(confidence - correct).mean()
     )
 
 

@@ -25,7 +25,7 @@ def logit(category: int):
 
 
 def networks(model: MultiStageCNN):
-    return model.stage1, model.stage2_of(CATEGORY)
+    return model.stage1, model.stage2_cnn(CATEGORY)
 
 
 def test_cam_adds_up_to_the_logit(model, images):
@@ -170,7 +170,7 @@ def test_the_maps_of_a_trace_explain_the_predicted_category(model, images):
     for i, trace in enumerate(mscnn.trace_decisions(model, images)):
         c, one = decisions.stage1_category[i], images[i : i + 1]
         np.testing.assert_array_equal(trace.stage1_map, grad_cam(model.stage1, one, logit(c))[0])
-        odds = grad_cam(model.stage2_of(c), one, lambda z, c=c: mscnn.log_odds_tensor(z, c))[0]
+        odds = grad_cam(model.stage2_cnn(c), one, lambda z, c=c: mscnn.log_odds_tensor(z, c))[0]
         np.testing.assert_array_equal(trace.stage2_map, odds)
         assert min(trace.stage1_map.shape + trace.stage2_map.shape) >= 7
 
@@ -183,7 +183,7 @@ def test_traces_without_truth_and_without_images(model, images):
 
 def test_what_cannot_be_explained_is_refused(trained_model, tiny_data):
     network, images = trained_model.stage1, tiny_data.test.images[:2]
-    for wrong, message in (
+    for incorrect, message in (
         (
             lambda: class_activation_map(network, images / 255, 1),
             r"Images are float64 .*stage1 takes uint8 \(B, 32, 32, 3\)",
@@ -193,7 +193,7 @@ def test_what_cannot_be_explained_is_refused(trained_model, tiny_data):
         (lambda: mscnn.trace_decisions(trained_model, images, np.array([1])), r"decisions is \(2,\) and labels \(1,\)"),
     ):
         with pytest.raises(mscnn.MSCNNError, match=message):
-            wrong()
+            incorrect()
 
 
 @pytest.mark.parametrize("category", [-1, 5, 1.0])

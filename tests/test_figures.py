@@ -36,7 +36,7 @@ def trace(
     verdict: str = mscnn.OTHER,
     channels: int = 3,
     heat: float = 1.0,
-    reason: str = mscnn.UNSURE,
+    reason: str = mscnn.LOW_CONFIDENCE,
 ) -> mscnn.DecisionTrace:
     maps = heat * RNG.random((2, 7, 7)).astype(np.float32)
     top = [("ship", 0.6), ("truck", 0.3), ("cat", 0.1)]
@@ -53,16 +53,18 @@ def scores(count: int) -> tuple[np.ndarray, np.ndarray]:
     return confidence, RNG.random(count) < confidence
 
 
-RETRAINED = [mscnn.Retraining("ship", 0.4, 0.3, True), mscnn.Retraining("truck", 0.2, 0.5, False)]
+RETRAINED = [mscnn.RetrainingResult("ship", 0.4, 0.3, True), mscnn.RetrainingResult("truck", 0.2, 0.5, False)]
 
 # Each figure with plenty, with one and with nothing to show.
 FIGURES = {
     "images": lambda n: mscnn.plot_images(pictures(n), [str(i) for i in range(n)], "title"),
     "history": lambda n: mscnn.plot_history(
-        {"stage1": run_of(n), "companion": run_of(n), "stage2": {name: run_of(n) for name in NAMES[:n]}} if n else {}
+        {"stage1": run_of(n), "stage2_base": run_of(n), "stage2": {name: run_of(n) for name in NAMES[:n]}} if n else {}
     ),
     "confusion": lambda n: mscnn.plot_confusion(
-        mscnn.confusion(np.arange(n) % 10, np.arange(n) % 11, NAMES) if n else np.zeros((11, 11), int), NAMES, "title"
+        mscnn.decision_confusion(np.arange(n) % 10, np.arange(n) % 11, NAMES) if n else np.zeros((11, 11), int),
+        NAMES,
+        "title",
     ),
     "risk_coverage": lambda n: mscnn.plot_risk_coverage({"both": scores(n), "Stage 1": scores(n)}, {"both": 0.5}),
     "reliability": lambda n: mscnn.plot_reliability({"both": scores(n)}),
@@ -161,25 +163,25 @@ def test_confusion_shows_counts_and_other():
 
 
 def test_risk_coverage_draws_the_curve_and_marks_the_threshold():
-    confidence, right = np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, True, False, False])
-    figure = mscnn.plot_risk_coverage({"both": (confidence, right)}, at={"both": 0.7})
+    confidence, correct = np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, True, False, False])
+    figure = mscnn.plot_risk_coverage({"both": (confidence, correct)}, at={"both": 0.7})
     curve, mark = figure.axes[0].lines
     np.testing.assert_allclose(curve.get_xdata(), [0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(curve.get_ydata(), [0, 0, 1 / 3, 1 / 2])
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (0.75, pytest.approx(1 / 3))
-    assert f"both (AURC {mscnn.aurc(confidence, right):.4f})" in texts(figure)
+    assert f"both (AURC {mscnn.aurc(confidence, correct):.4f})" in texts(figure)
 
 
 def test_reliability_names_the_calibration_error():
-    confidence, right = scores(500)
-    assert f"both (ECE {mscnn.calibration_error(confidence, right):.3f})" in texts(
-        mscnn.plot_reliability({"both": (confidence, right)})
+    confidence, correct = scores(500)
+    assert f"both (ECE {mscnn.calibration_error(confidence, correct):.3f})" in texts(
+        mscnn.plot_reliability({"both": (confidence, correct)})
     )
 
 
 def test_thresholds_draw_coverage_and_accuracy():
-    confidence, right = np.array([0.2, 0.4, 0.6, 0.8]), np.array([False, True, False, True])
-    figure = mscnn.plot_thresholds(confidence, right, [0, 0.5, 0.7, 0.9], marked=0.5, split="calibration")
+    confidence, correct = np.array([0.2, 0.4, 0.6, 0.8]), np.array([False, True, False, True])
+    figure = mscnn.plot_thresholds(confidence, correct, [0, 0.5, 0.7, 0.9], marked=0.5, split="calibration")
     coverage, accuracy, mark = figure.axes[0].lines
     np.testing.assert_allclose(coverage.get_ydata(), [1, 0.5, 0.25, 0])
     np.testing.assert_allclose(accuracy.get_ydata(), [0.5, 0.5, 1, np.nan])
@@ -189,7 +191,7 @@ def test_thresholds_draw_coverage_and_accuracy():
 
 def test_retraining_says_what_was_kept():
     figure = mscnn.plot_retraining(RETRAINED)
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["ship\nkept", "truck\nput back"]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["ship\nkept", "truck\nrolled back"]
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0.4, 0.2, 0.3, 0.5]
 
 
@@ -210,7 +212,7 @@ def test_no_confidence_short_of_certainty_is_shown_as_certain():
 
 def test_select_takes_all_fields_of_some_images():
     whole, chosen = decisions_of(10), np.array([7, 2])
-    for part, values in zip(mscnn.select(whole, chosen), whole, strict=True):
+    for part, values in zip(whole.take(chosen), whole, strict=True):
         np.testing.assert_array_equal(part, values[chosen])
 
 
@@ -223,17 +225,24 @@ def test_decision_traces_are_one_row_an_image():
     read = "\n".join(texts(figure))
     assert "✗" not in read  # neither is wrong: one is rejected, of the other the truth is not known
     assert "truck ✗\n55.0%" in texts(mscnn.plot_decision_traces([trace("ship", "truck")]))
-    for part in ("ship 60.0%", "truck 30.0%", "cat 10.0%", "right 40%", "OTHER, unsure\nship? 55.0%", "truck\n55.0%"):
+    for part in (
+        "ship 60.0%",
+        "truck 30.0%",
+        "cat 10.0%",
+        "correct 40%",
+        "OTHER, low confidence\nship? 55.0%",
+        "truck\n55.0%",
+    ):
         assert part in read
-    strange = texts(mscnn.plot_decision_traces([trace(reason=mscnn.STRANGE)]))
-    assert "OTHER\nlike nothing I know" in strange, "without a confidence, which means nothing there"
+    strange = texts(mscnn.plot_decision_traces([trace(reason=mscnn.OUT_OF_DISTRIBUTION)]))
+    assert "OTHER\nout of distribution" in strange, "without a confidence, which means nothing there"
 
 
 def test_the_map_lies_over_the_whole_image():
     picture, first = mscnn.plot_decision_traces([trace()]).axes[:2]
     image, heat = first.get_images()
     assert heat.get_extent() == image.get_extent() == picture.get_images()[0].get_extent()
-    assert heat.get_array().max() == 1 and heat.get_cmap().name == mscnn.MAP_COLOURS
+    assert heat.get_array().max() == 1 and heat.get_cmap().name == mscnn.CAM_COLORMAP
 
 
 @pytest.mark.filterwarnings("error")
@@ -256,7 +265,7 @@ def unevenness(colours: str) -> float:
 
 def test_the_colours_of_maps_are_perceptually_uniform():
     """Equal steps of the map are equal steps in lightness; jet, for comparison, goes up and down."""
-    assert unevenness(mscnn.MAP_COLOURS) < 0.25 < 1 < unevenness("jet")
+    assert unevenness(mscnn.CAM_COLORMAP) < 0.25 < 1 < unevenness("jet")
 
 
 def test_samples_show_every_category(tiny_data, digits):
@@ -300,7 +309,7 @@ def test_names_are_drawn_as_they_are(name, tmp_path):
     figures = {
         "confusion": mscnn.plot_confusion(np.eye(2, dtype=int), (name, "x"), name),
         "images": mscnn.plot_images(pictures(1), [name], name),
-        "retraining": mscnn.plot_retraining([mscnn.Retraining(name, 0.4, 0.3, True)]),
+        "retraining": mscnn.plot_retraining([mscnn.RetrainingResult(name, 0.4, 0.3, True)]),
         "traces": mscnn.plot_decision_traces([drawn]),
         "risk": mscnn.plot_risk_coverage({name: scores(5)}),
         "reliability": mscnn.plot_reliability({name: scores(5)}),

@@ -65,12 +65,12 @@ def test_call_gives_both_stages(model, tiny_data):
     np.testing.assert_array_equal(got["stage1"], model.stage1(images, training=False))
     assert got["stage1"].shape == got["stage2"].shape == (9, count)
     for c in range(count):
-        expected = mscnn.log_odds(model.stage2_of(c)(images, training=False), np.full(9, c))
+        expected = mscnn.log_odds(model.stage2_cnn(c)(images, training=False), np.full(9, c))
         np.testing.assert_allclose(got["stage2"][:, c], expected, rtol=1e-4, atol=1e-4)
 
 
 def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -> Decisions:
-    """The decision by the long way: every Stage 2 CNN judges every image and its mirror image."""
+    """The decision by the long way: every Stage 2 CNN verifiers every image and its mirror image."""
     one, mirrored = (model.stage1(view, training=False).numpy() for view in (images, images[:, :, ::-1]))
     logits = (one.astype(np.float64) + mirrored) / 2
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -80,7 +80,7 @@ def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -
     rows = np.arange(len(images))
     stage2, first = everything[rows, category], p[rows, category]
     margin = mscnn.margin(logits, category)
-    row = model.rows.numpy()[category]
+    row = model.calibration_coefficients.numpy()[category]
     combined = row[:, 0] + row[:, 1] * margin + row[:, 2] * stage2
     confidence, strange = 1 / (1 + np.exp(-combined)), plain_novelty(model, images, combined)
     final = np.where((confidence >= threshold) & ~(strange > 0), category, len(model.category_names))
@@ -89,27 +89,31 @@ def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -
 
 
 def plain_novelty(model: MultiStageCNN, images: np.ndarray, combined: np.ndarray) -> np.ndarray:
-    """The same of `novelty`: image by image, layer by layer."""
-    known, inputs, found = model.known, model.stage1.inputs[0], []
+    """The same of `ood_score`: image by image, layer by layer."""
+    known, inputs, found = model.ood_statistics, model.stage1.inputs[0], []
     layers = [model.stage1.get_layer(name).output for name in ("logits", "block1", "whitening")]
     logits, first, white = keras.Model(inputs, layers)(np.concatenate([images, images[:, :, ::-1]]), training=False)
-    texture = np.asarray(first, np.float64).mean(axis=(1, 2))
+    block1_means = np.asarray(first, np.float64).mean(axis=(1, 2))
     strength = np.abs(np.asarray(white, np.float64)[..., : white.shape[-1] // 2]).mean(axis=(1, 2))
     for i in range(len(images)):
-        z, t, s = (np.asarray(one, np.float64)[i :: len(images)].mean(axis=0) for one in (logits, texture, strength))
-        t, d = t - known.texture_mean, np.log(s + 0.001) - known.detail_mean
-        distances = [np.log(t @ known.texture_precision @ t), np.log(d @ known.detail_precision @ d)]
+        z, t, s = (
+            np.asarray(one, np.float64)[i :: len(images)].mean(axis=0) for one in (logits, block1_means, strength)
+        )
+        t, d = t - known.block1_mean, np.log(s + 0.001) - known.whitening_mean
+        distances = [np.log(t @ known.block1_precision @ t), np.log(d @ known.whitening_precision @ d)]
         signs = np.array([-np.log(np.exp(z).sum()), -combined[i], *distances])
-        energy, doubt, unusual, detail = (signs - known.scale[0]) / known.scale[1]
-        above = np.array([energy + doubt + max(0, unusual), unusual, detail]) - known.limits
+        energy, doubt, unusual, whitening_strength = (signs - known.scale[0]) / known.scale[1]
+        above = np.array([energy + doubt + max(0, unusual), unusual, whitening_strength]) - known.thresholds
         found.append(above.max() if (above[1:] > 0).any() else above[0])
     return np.array(found)
 
 
 def test_decide_equals_the_plain_computation(model, tiny_data):
     """With rows under which Stage 2 counts: on easy data the calibration may have given it no weight."""
-    fitted = model.rows.numpy()
-    model.rows.assign(np.column_stack([np.linspace(-1, 1, 5), np.full(5, 0.3), np.linspace(0.2, 0.6, 5)]))
+    fitted = model.calibration_coefficients.numpy()
+    model.calibration_coefficients.assign(
+        np.column_stack([np.linspace(-1, 1, 5), np.full(5, 0.3), np.linspace(0.2, 0.6, 5)])
+    )
     try:
         confidence = np.sort(model.decide(tiny_data.test.images).confidence)[20:80]
         widest = np.diff(confidence).argmax()  # a threshold between two images, so that rounding decides nothing
@@ -118,14 +122,14 @@ def test_decide_equals_the_plain_computation(model, tiny_data):
         assert_close(got, plain_decision(model, tiny_data.test.images, threshold))
         assert 20 <= (got.category == 5).sum() <= 80  # both verdicts occur
     finally:
-        model.rows.assign(fitted)
+        model.calibration_coefficients.assign(fitted)
 
 
 def test_only_the_stage2_cnn_of_the_predicted_category_runs(model, tiny_data, monkeypatch):
     runs = []
 
     def spy(handles, images, graph=model._stage2_graph):
-        own = {c: [w.value.handle for w in model.stage2_of(c).weights] for c in range(5)}
+        own = {c: [w.value.handle for w in model.stage2_cnn(c).weights] for c in range(5)}
         same = [c for c, known in own.items() if all(a is b for a, b in zip(handles, known, strict=True))]
         runs.append((same, len(images)))
         return graph(handles, images)
@@ -141,7 +145,7 @@ def test_only_the_stage2_cnn_of_the_predicted_category_runs(model, tiny_data, mo
 
 def test_stage2_judges_an_image_and_its_mirror_image(model, tiny_data):
     images = tiny_data.test.images[:5]
-    views = [model.stage2_of(2)(view, training=False) for view in (images, images[:, :, ::-1])]
+    views = [model.stage2_cnn(2)(view, training=False) for view in (images, images[:, :, ::-1])]
     expected = np.mean([mscnn.log_odds(view, np.full(5, 2)) for view in views], axis=0)
     np.testing.assert_allclose(model.stage2_log_odds(images, 2), expected, rtol=1e-3, atol=1e-3)
 
@@ -152,7 +156,7 @@ def test_stage1_answers_by_two_looks(model, tiny_data):
     images = ((some[:, None] + some[None, :20]) // 2).astype(np.uint8).reshape(-1, 32, 32, 3)
     decisions, logits = model.decide(images), model.stage1_logits(images)
     mirrored = model.stage1_logits(np.ascontiguousarray(images[:, :, ::-1]))
-    np.testing.assert_allclose(decisions.one_view_logits, logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(decisions.single_view_logits, logits, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(decisions.stage1_logits, (logits + mirrored) / 2, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(decisions.stage1_category, decisions.stage1_logits.argmax(axis=1))
     assert (decisions.stage1_category != logits.argmax(axis=1)).any()
@@ -161,84 +165,77 @@ def test_stage1_answers_by_two_looks(model, tiny_data):
 
 def test_what_is_like_nothing_known_is_other_however_confident(trained_model, tiny_data):
     """At a threshold that everything passes; the certificate is one for what is left."""
-    images = mscnn.made_up_images(tiny_data.test.images)["uniform noise"]
+    images = mscnn.synthetic_ood_images(tiny_data.test.images)["uniform noise"]
     decisions = trained_model.decide(images, threshold=0)
-    assert (decisions.novelty > 0).all()
-    np.testing.assert_array_equal(decisions.category == 5, decisions.novelty > 0)
-    assert set(decisions.reasons()) <= {"accepted", mscnn.STRANGE}
+    assert (decisions.ood_score > 0).all()
+    np.testing.assert_array_equal(decisions.category == 5, decisions.ood_score > 0)
+    assert set(decisions.reasons()) <= {"accepted", mscnn.OUT_OF_DISTRIBUTION}
     split = tiny_data.certification
     with_noise = mscnn.Split(np.concatenate([split.images, images]), np.concatenate([split.labels, np.zeros(100, int)]))
     found = trained_model.certify(with_noise, risk=0.5, delta=0.2)
-    assert found.accepted <= (trained_model.decide(with_noise.images).novelty <= 0).sum() <= 90
+    assert found.accepted <= (trained_model.decide(with_noise.images).ood_score <= 0).sum() <= 90
     assert found.images == 190
 
 
-@pytest.mark.parametrize("kept", [2, 6, 9])
-def test_a_file_from_before_what_is_known_decides_by_confidence_alone(trained_model_path, tiny_data, tmp_path, kept):
-    """Its variables end before those of `Known`, or it has seven of them; a guarantee went for what it accepted."""
-    model, older = mscnn.load_model(trained_model_path), tmp_path / "older.keras"
-    model.certify(tiny_data.certification, risk=0.5, delta=0.2)
-    model.threshold = 0.7
-    model.save(older)
-    with zipfile.ZipFile(older) as archive:
+@pytest.mark.parametrize(
+    ("written", "told"), [(None, "was written by MSCNN 0.1: load it with tag v0.1.0"), (3, "has format 3")]
+)
+def test_a_file_of_another_version_is_not_called_damaged(trained_model_path, tmp_path, written, told):
+    other = tmp_path / "other.keras"
+    with zipfile.ZipFile(trained_model_path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    weights = tmp_path / "weights.h5"
-    weights.write_bytes(members["model.weights.h5"])
-    with h5py.File(weights, "a") as file:
-        for name in [name for name in file["vars"] if int(name) >= kept]:
-            del file["vars"][name]
-        for number in range(len(file["vars"]), kept):
-            file["vars"][str(number)] = np.zeros(3)
-    members["model.weights.h5"] = weights.read_bytes()
-    with zipfile.ZipFile(older, "w") as archive:
+    config = json.loads(members["config.json"])
+    del config["config"]["format"]
+    config["config"] |= {} if written is None else {"format": written}
+    members["config.json"] = json.dumps(config)
+    with zipfile.ZipFile(other, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    assert mscnn.load_model(older).certificate is None
-    before, after = (mscnn.load_model(path).decide(tiny_data.test.images) for path in (older, trained_model_path))
-    assert np.isnan(before.novelty).all()
-    np.testing.assert_array_equal(before.confidence, after.confidence)
-    np.testing.assert_array_equal(before.category, np.where(before.confidence >= 0.7, before.stage1_category, 5))
+    with pytest.raises(MSCNNError, match=told):
+        mscnn.load_model(other)
 
 
 def test_what_is_known_is_learnt_from_the_whole_model_and_stays_when_a_category_is_retrained(trained_model, tiny_data):
-    before, recipe = trained_model.fingerprints()["known"], mscnn.Recipe(1, 64)
+    before, recipe = trained_model.fingerprints()["ood_statistics"], mscnn.Recipe(1, 64)
     trained_model.certify(tiny_data.certification, risk=0.5, delta=0.2)
-    trained_model.learn_known(tiny_data)
-    assert trained_model.fingerprints()["known"] == before and trained_model.certificate is None
+    trained_model.fit_ood(tiny_data)
+    assert trained_model.fingerprints()["ood_statistics"] == before and trained_model.certificate is None
     mscnn.retrain_stage2(trained_model, tiny_data, "ship", recipe)
-    assert trained_model.fingerprints()["known"] == before, "else images of other categories would be decided anew"
+    assert trained_model.fingerprints()["ood_statistics"] == before, "else other images would be decided anew"
     trained_model.set_stage1_trainable(True)
-    trained_model.companion.trainable = True
+    trained_model.stage2_base.trainable = True
     trained_model.set_stage2_category_trainable("", True)
-    texture = trained_model.known.texture_mean
-    mscnn.train_companion(trained_model, tiny_data, recipe)
+    block1_means = trained_model.ood_statistics.block1_mean
+    mscnn.train_stage2_base(trained_model, tiny_data, recipe)
     trained_model.calibrate(tiny_data.calibration)
-    assert trained_model.fingerprints()["known"] != before, "its scale is that of the confidences"
-    np.testing.assert_array_equal(trained_model.known.texture_mean, texture)
+    assert trained_model.fingerprints()["ood_statistics"] != before, "its scale is that of the confidences"
+    np.testing.assert_array_equal(trained_model.ood_statistics.block1_mean, block1_means)
     mscnn.train_stage1(trained_model, tiny_data, recipe)
-    assert (trained_model.known.texture_mean != texture).any() and np.isnan(trained_model.known.limits).all()
+    assert (trained_model.ood_statistics.block1_mean != block1_means).any() and np.isnan(
+        trained_model.ood_statistics.thresholds
+    ).all()
 
 
 def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     small = {"policy": "float32", "stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
     model, images = MultiStageCNN.for_dataset(digits, **small), digits.test.images[:5]
-    expected = mscnn.log_odds(model.stage2_of(7)(images, training=False), np.full(5, 7))
+    expected = mscnn.log_odds(model.stage2_cnn(7)(images, training=False), np.full(5, 7))
     np.testing.assert_allclose(model.stage2_log_odds(images, 7), expected, rtol=1e-4, atol=1e-4)
-    opinions = model.opinions(images)
-    assert len(opinions.logits) == 1
-    np.testing.assert_array_equal(opinions.stage1, mscnn.margin(opinions.logits[0], opinions.category))
+    scores = model.scores(images)
+    assert len(scores.logits) == 1
+    np.testing.assert_array_equal(scores.stage1, mscnn.margin(scores.logits[0], scores.category))
     model.calibrate(digits.calibration)
-    assert np.isnan(model.decide(images).novelty).all(), "it has not learnt what is known"
-    model.learn_known(digits)
-    assert (model.decide(digits.calibration.images).novelty > 0).mean() < 0.03
-    assert (model.decide(mscnn.made_up_images(digits.test.images)["uniform noise"]).novelty > 0).all()
+    assert np.isnan(model.decide(images).ood_score).all(), "it has not learnt what is known"
+    model.fit_ood(digits)
+    assert (model.decide(digits.calibration.images).ood_score > 0).mean() < 0.03
+    assert (model.decide(mscnn.synthetic_ood_images(digits.test.images)["uniform noise"]).ood_score > 0).all()
 
 
 def assert_notices_strangers(model: MultiStageCNN, images: np.ndarray) -> None:
-    """All gross strangers are OTHER by the second reason, and hardly any image of the categories is."""
+    """All gross strangers are OTHER by the OOD rejection, and hardly any image of the categories is."""
     for kind, found in gross_strangers(model.image_shape).items():
-        assert set(model.decide(found, threshold=0).reasons()) == {mscnn.STRANGE}, kind
-    assert (model.decide(images).novelty > 0).mean() <= 0.05
+        assert set(model.decide(found, threshold=0).reasons()) == {mscnn.OUT_OF_DISTRIBUTION}, kind
+    assert (model.decide(images).ood_score > 0).mean() <= 0.05
 
 
 def test_a_model_of_few_images_notices_gross_strangers(trained_model, tiny_data):
@@ -260,9 +257,9 @@ def photographs_of_few_kinds(categories: int, count: int) -> mscnn.Dataset:
 
 
 def trained_on(data: mscnn.Dataset) -> MultiStageCNN:
-    recipe, model = mscnn.recipe_for(len(data.train), epochs=5), MultiStageCNN.for_dataset(data)
+    recipe, model = mscnn.default_recipe(len(data.train), epochs=5), MultiStageCNN.for_dataset(data)
     mscnn.train_stage1(model, data, recipe)
-    mscnn.train_companion(model, data, recipe)
+    mscnn.train_stage2_base(model, data, recipe)
     mscnn.train_stage2(model, data, recipe)
     model.calibrate(data.calibration)
     return model
@@ -301,7 +298,7 @@ def test_decide_on_one_image_and_on_none(model, tiny_data):
 def test_the_threshold_decides_and_can_be_overridden(trained_model, tiny_data):
     images, other = tiny_data.test.images, 5
     usual = trained_model.decide(images)
-    strange = usual.novelty > 0
+    strange = usual.ood_score > 0
     np.testing.assert_array_equal(usual.category == other, (usual.confidence < 0.7) | strange)
     np.testing.assert_array_equal(trained_model.decide(images, threshold=0).category == other, strange)
     assert (trained_model.decide(images, threshold=1).category == other).all()
@@ -356,10 +353,10 @@ def test_an_unknown_category_freezes_nothing(untrained_model):
 
 
 def test_trainable_summary(untrained_model):
-    assert untrained_model.trainable_summary().splitlines()[0] == "✓ Stage 1: True   ✓ Companion: True"
+    assert untrained_model.trainable_summary().splitlines()[0] == "✓ Stage 1: True   ✓ Stage 2 base network: True"
     untrained_model.train_only("ship,truck")
     stage1, title, *rows = untrained_model.trainable_summary().splitlines()
-    assert (stage1, title) == ("✗ Stage 1: False   ✗ Companion: False", "Stage 2")
+    assert (stage1, title) == ("✗ Stage 1: False   ✗ Stage 2 base network: False", "Stage 2")
     entries = [entry.strip() for row in rows for entry in row.split("   ") if entry.strip()]
     assert entries == ["✗ airplane: False", "✗ cat: False", "✓ ship: True", "✓ truck: True", "✗ dog: False"]
 
@@ -401,7 +398,7 @@ def test_retraining_moves_the_chosen_parts_only(retrained):
     assert list(before) == list(after)
     same = {name for name in before if all(map(np.array_equal, before[name], after[name]))}
     assert set(before) - same == MOVED
-    assert {"stage1", "companion", "calibration/common", "stage2/cat", "calibration/cat"} <= same
+    assert {"stage1", "stage2_base", "calibration/shared", "stage2/cat", "calibration/cat"} <= same
 
 
 def test_fingerprints_change_for_the_chosen_parts_only(retrained):
@@ -417,7 +414,7 @@ def test_retraining_moves_only_the_chosen_arrays_of_the_file(retrained, tmp_path
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     rows = {name for name in moved if before[name].shape == (5, 3)}
     assert len(rows) == 1
-    networks = [retrained.after.stage2_of(c).get_weights() for c in (2, 3)]
+    networks = [retrained.after.stage2_cnn(c).get_weights() for c in (2, 3)]
     theirs = {array.tobytes() for arrays in networks for array in arrays}
     assert all(after[name].tobytes() in theirs for name in moved - rows)
     assert len(moved - rows) == 2 * (len(networks[0]) - 1)  # all but the whitening, which is fixed
@@ -427,8 +424,8 @@ def test_retraining_moves_only_the_chosen_arrays_of_the_file(retrained, tmp_path
 
 def test_parts_hold_every_array_of_the_model(model):
     parts = model.parts()
-    rows = [arrays[0] for name, arrays in parts.items() if name.startswith("calibration/") and "common" not in name]
-    np.testing.assert_array_equal(np.stack(rows), model.rows.numpy())
+    rows = [arrays[0] for name, arrays in parts.items() if name.startswith("calibration/") and "shared" not in name]
+    np.testing.assert_array_equal(np.stack(rows), model.calibration_coefficients.numpy())
     assert sum(map(len, parts.values())) - len(rows) + 1 == len(model.weights)
 
 
@@ -438,9 +435,9 @@ def test_images_of_other_categories_are_decided_as_before(retrained, tiny_data):
     before, after = retrained.before.decide(images), retrained.after.decide(images)
     elsewhere = ~np.isin(before.stage1_category, [2, 3])
     assert 50 < elsewhere.sum() < len(images) - 50
-    assert_same(mscnn.select(after, elsewhere), mscnn.select(before, elsewhere))
+    assert_same(after.take(elsewhere), before.take(elsewhere))
     loaded = mscnn.load_model(retrained.paths[1]).decide(images)
-    assert_same(mscnn.select(loaded, elsewhere), mscnn.select(before, elsewhere))
+    assert_same(loaded.take(elsewhere), before.take(elsewhere))
     assert (before.stage2_log_odds != after.stage2_log_odds)[~elsewhere].all()
 
 
@@ -451,25 +448,27 @@ def test_retraining_leaves_everything_else_frozen(retrained):
 
 
 def test_calibrating_some_rows_leaves_the_others(trained_model, tiny_data):
-    before, common = trained_model.rows.numpy(), trained_model.common_row.numpy()
+    before, common = trained_model.calibration_coefficients.numpy(), trained_model.shared_coefficients.numpy()
     trained_model.calibrate(tiny_data.certification, [1])
-    after = trained_model.rows.numpy()
+    after = trained_model.calibration_coefficients.numpy()
     np.testing.assert_array_equal(np.flatnonzero((before != after).any(axis=1)), [1])
-    np.testing.assert_array_equal(trained_model.common_row.numpy(), common)
+    np.testing.assert_array_equal(trained_model.shared_coefficients.numpy(), common)
     trained_model.calibrate(tiny_data.certification)
-    assert (trained_model.common_row.numpy() != common).any()
+    assert (trained_model.shared_coefficients.numpy() != common).any()
 
 
 def test_a_category_that_never_occurs_gets_the_common_row(trained_model, tiny_data):
-    predicted = trained_model.opinions(tiny_data.calibration.images).category
+    predicted = trained_model.scores(tiny_data.calibration.images).category
     trained_model.calibrate(tiny_data.calibration.take(predicted != 4))
-    np.testing.assert_array_equal(trained_model.rows.numpy()[4], trained_model.common_row.numpy())
-    assert (trained_model.rows.numpy()[0] != trained_model.common_row.numpy()).any()
+    np.testing.assert_array_equal(
+        trained_model.calibration_coefficients.numpy()[4], trained_model.shared_coefficients.numpy()
+    )
+    assert (trained_model.calibration_coefficients.numpy()[0] != trained_model.shared_coefficients.numpy()).any()
 
 
 def test_a_fingerprint_notices_one_statistic(trained_model):
     before = trained_model.fingerprints()
-    layer = next(x for x in trained_model.stage2_of(1).layers if isinstance(x, mscnn.FusedBatchNormalization))
+    layer = next(x for x in trained_model.stage2_cnn(1).layers if isinstance(x, mscnn.FusedBatchNormalization))
     moved = layer.moving_mean.numpy()
     moved[0] = np.nextafter(moved[0], np.float32(np.inf))
     layer.moving_mean.assign(moved)
@@ -526,16 +525,16 @@ def test_save_replaces_no_file_unless_it_may(untrained_model, tmp_path):
     assert (tmp_path / "new.keras").is_file()
 
 
-@pytest.mark.parametrize("name", ["stage1", "companion", "stage2"])
+@pytest.mark.parametrize("name", ["stage1", "stage2_base", "stage2"])
 def test_a_network_is_not_replaced(untrained_model, name):
     before = getattr(untrained_model, name)
     with pytest.raises(MSCNNError, match=rf"^{name} cannot be replaced: .*set_weights"):
-        setattr(untrained_model, name, untrained_model.new_stage2(name="mine"))
+        setattr(untrained_model, name, untrained_model.build_stage2(name="mine"))
     assert getattr(untrained_model, name) is before
 
 
 def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
-    untrained_model.stage2["category_1"] = untrained_model.new_stage2(name="mine")
+    untrained_model.stage2["category_1"] = untrained_model.build_stage2(name="mine")
     with pytest.raises(MSCNNError, match="category_1 cannot be replaced"):
         untrained_model.save(tmp_path / "m.keras")
     assert not list(tmp_path.iterdir())
@@ -544,7 +543,7 @@ def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", None])
 def test_a_batch_size_that_is_no_number_of_images(untrained_model, tiny_data, batch_size):
     images = tiny_data.test.images[:3]
-    for ask in (untrained_model.stage1_logits, untrained_model.stage1_views, untrained_model.opinions):
+    for ask in (untrained_model.stage1_logits, untrained_model.stage1_outputs, untrained_model.scores):
         with pytest.raises(MSCNNError, match=f"batch_size is {batch_size}: it is a number of images"):
             ask(images, batch_size=batch_size)
     with pytest.raises(MSCNNError, match="batch_size is"):
@@ -752,7 +751,7 @@ def test_a_model_of_other_data_is_refused(model, tiny_data, digits):
 
 
 def test_other_splits_of_the_same_data_are_refused(model, tiny_data):
-    """Else images that the model was trained on would calibrate and judge it."""
+    """Else images that the model was trained on would calibrate and verifier it."""
     swapped = dataclasses.replace(tiny_data, calibration=tiny_data.certification, certification=tiny_data.calibration)
     with pytest.raises(MSCNNError, match=r"trained on other splits of tiny \(seed, light_mode or files differ\)"):
         model.check_matches(swapped)
@@ -788,13 +787,14 @@ def certified(trained_model, tiny_data) -> MultiStageCNN:
 def test_a_certificate_is_of_the_decisions_on_the_split(certified, tiny_data):
     decisions = certified.decide(tiny_data.certification.images)
     accepted = decisions.category == decisions.stage1_category
-    wrong = decisions.stage1_category != tiny_data.certification.labels
+    incorrect = decisions.stage1_category != tiny_data.certification.labels
     assert certified.threshold == certified.certificate.threshold
     assert certified.certificate.accepted == accepted.sum() > 0
-    assert certified.certificate.errors == (accepted & wrong).sum()
+    assert certified.certificate.errors == (accepted & incorrect).sum()
     assert certified.certificate.images == len(tiny_data.certification)
-    assert f"at most 50.00% of the accepted are wrong. On the certification split {(accepted & wrong).sum()} of" in (
-        certified.guarantee()
+    assert (
+        f"at most 50.00% of the accepted are incorrect. On the certification split {(accepted & incorrect).sum()} of"
+        in (certified.guarantee())
     )
 
 
@@ -839,7 +839,7 @@ def test_a_threshold_for_each_category(model, tiny_data):
     images = tiny_data.test.images
     usual, decided = model.decide(images), model.decide(images, threshold=np.array([0.0, 1.0, 0.0, 1.0, 0.0])).category
     accepted = np.isin(usual.stage1_category, [0, 2, 4]) | (usual.confidence == 1)
-    expected = np.where(accepted & ~(usual.novelty > 0), usual.stage1_category, 5)
+    expected = np.where(accepted & ~(usual.ood_score > 0), usual.stage1_category, 5)
     assert np.array_equal(decided, expected)
     with pytest.raises(MSCNNError, match=r"threshold is 2: it is a confidence"):
         model.decide(images, threshold=np.array([0.0, 2.0, 0.0, 1.0, 0.0]))

@@ -17,15 +17,17 @@ from mscnn_parts import networks
 # ------------------------------------------------------------------------------------------------------------
 
 
-def shifted(image: np.ndarray, down: int, right: int, mirrored: bool) -> np.ndarray:
+def shifted(image: np.ndarray, down: int, correct: int, mirrored: bool) -> np.ndarray:
     """The image moved by so many pixels, the border filled by reflection, then mirrored if asked for."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    moved = padded[2 - down : 2 - down + height, 2 - right : 2 - right + width]
+    moved = padded[2 - down : 2 - down + height, 2 - correct : 2 - correct + width]
     return moved[:, ::-1] if mirrored else moved
 
 
-VARIANTS = [(down, right, mirrored) for down in range(-2, 3) for right in range(-2, 3) for mirrored in (False, True)]
+VARIANTS = [
+    (down, correct, mirrored) for down in range(-2, 3) for correct in range(-2, 3) for mirrored in (False, True)
+]
 
 
 def variants_seen(layer: Callable, images: np.ndarray) -> list[tuple[int, int, bool]]:
@@ -85,7 +87,7 @@ def test_in_epochs_what_must_not_be_mirrored_is_not():
 def test_a_small_crop_is_a_random_part_of_the_image():
     """Of 8 x 8 pixels a share of 0.75 is 6 x 6, which start anywhere from -2 to 4."""
     layer, images = RandomFlipCrop(flip=False), noise(1_000, 8, 8)
-    layer.share.assign(0.75)
+    layer.crop_fraction.assign(0.75)
     crops = tf.function(layer)(images, training=True).numpy()
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     starts = []
@@ -151,9 +153,9 @@ def test_a_trainer_saves_its_network(tmp_path):
 def test_reset_ends_what_a_training_has_set():
     layer = RandomFlipCrop()
     layer.epoch.assign(3)
-    layer.share.assign(0.75)
+    layer.crop_fraction.assign(0.75)
     layer.reset()
-    assert (int(layer.epoch), float(layer.share)) == (mscnn.RANDOM_FLIP, 1.0)
+    assert (int(layer.epoch), float(layer.crop_fraction)) == (mscnn.RANDOM_FLIP, 1.0)
 
 
 def test_augmentation_gathers_floats():
@@ -290,13 +292,13 @@ def test_the_gradient_of_images_side_by_side_is_the_gradient(batch, width):
         tape.watch(kernel)
         out = tf.nn.conv2d(images, kernel, 1, "SAME")
     expected = tape.gradient(out, kernel, output_gradients=result)
-    assert mscnn.images_in_a_row(width) > 2
+    assert mscnn.images_per_row(width) > 2
     np.testing.assert_allclose(mscnn.gradient_of_kernel(images, result), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_images_side_by_side_have_a_column_of_zeros_after_each():
     images = tf.reshape(tf.range(1.0, 13.0), (3, 2, 2, 1))
-    rows = mscnn.side_by_side(images, 2)[..., 0].numpy()  # (2, 2, 6)
+    rows = mscnn.pack_rows(images, 2)[..., 0].numpy()  # (2, 2, 6)
     assert rows.tolist() == [
         [[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]],
         [[9, 10, 0, 0, 0, 0], [11, 12, 0, 0, 0, 0]],

@@ -418,7 +418,7 @@ def check_metrics(folder) -> None:
     assert set(one) == {"accuracy", "aurc", "auroc_failure", "fpr95"}
     assert set(two) == {
         "threshold", "accuracy", "coverage", "selective_accuracy", "accuracy_other_wrong", "stage_report_accuracy",
-        "aurc", "auroc_failure", "fpr95", "like_nothing_known",
+        "aurc", "auroc_failure", "fpr95", "ood_rejection_rate",
     }  # fmt: skip
     assert one["accuracy"] > 3 * CHANCE
     assert 0.3 < two["coverage"] <= 1
@@ -427,7 +427,7 @@ def check_metrics(folder) -> None:
     assert two["stage_report_accuracy"] > max(one["accuracy"] - 0.1, 0.6)
     for stage in (one, two):
         assert 0 <= stage["fpr95"] <= 1
-        assert stage["auroc_failure"] > 0.6, "the confidence tells right from wrong"
+        assert stage["auroc_failure"] > 0.6, "the confidence tells correct from incorrect"
         assert stage["aurc"] < (1 - one["accuracy"]) * 0.8, "a confidence by chance has the error rate"
     assert re.search(r"^\s+OTHER\s", metrics["report"], re.M)
     for name in TINY_NAMES:
@@ -447,9 +447,9 @@ def test_the_chain_makes_the_documented_figures(chain):
 
 def test_the_chain_keeps_its_history(chain):
     history = read(chain, "history")
-    assert history.keys() >= {"stage1", "companion", "stage2", "retraining"}
-    recipe = mscnn.recipe_for(read(chain, "metrics")["dataset"]["sizes"]["train"], EPOCHS)
-    for stage, epochs in {"stage1": EPOCHS, "companion": recipe.companion_epochs}.items():
+    assert history.keys() >= {"stage1", "stage2_base", "stage2", "retraining"}
+    recipe = mscnn.default_recipe(read(chain, "metrics")["dataset"]["sizes"]["train"], EPOCHS)
+    for stage, epochs in {"stage1": EPOCHS, "stage2_base": recipe.stage2_base_epochs}.items():
         assert set(history[stage]) >= {"loss", "accuracy", "val_loss", "val_accuracy"}
         assert all(len(values) == epochs for values in history[stage].values())
         assert history[stage]["loss"][-1] < history[stage]["loss"][0]

@@ -84,7 +84,7 @@ def test_the_pretrained_model_is_what_its_card_says():
 def test_the_pretrained_model_notices_gross_strangers():
     model = mscnn.load_model(FILE)
     for kind, images in gross_strangers(model.image_shape).items():
-        assert set(model.decide(images, threshold=0).reasons()) == {mscnn.STRANGE}, kind
+        assert set(model.decide(images, threshold=0).reasons()) == {mscnn.OUT_OF_DISTRIBUTION}, kind
 
 
 @made
@@ -96,10 +96,10 @@ def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
     model.check_matches(cifar10)
     images, labels = cifar10.test.images[:1000], cifar10.test.labels[:1000]
     decisions = model.decide(images)
-    assert (decisions.novelty > 0).mean() <= 0.05
+    assert (decisions.ood_score > 0).mean() <= 0.05
     measured = mscnn.evaluate(decisions, labels, model.threshold)
     for got, said in (
-        (measured["stage1"]["accuracy"], record["figures"]["accuracy of Stage 1, one look"]),
+        (measured["stage1"]["accuracy"], record["figures"]["accuracy of Stage 1, a single view"]),
         (measured["two_stage"]["coverage"], record["figures"]["coverage"]),
         (measured["two_stage"]["selective_accuracy"], record["figures"]["accuracy of the accepted"]),
     ):

@@ -373,7 +373,7 @@ def test_no_other_address_of_the_repository(path):
     """A link to the repository that `make badges` does not know would go stale."""
     owner, name = PYPROJECT["tool"]["mscnn"]["repository"].split("/")[-2:]
     text = path.read_text("utf-8")
-    known = re.findall(COLAB + r"/github/[^\s()\"\\]+\.ipynb|REPOSITORY, REF = .+", text)
+    known = re.findall(COLAB + r"/github/[^\s()\"\\]+\.ipynb|REPOSITORY, REF = .+|git clone .+", text)
     assert text.count(f"{owner}/{name}") == sum(part.count(f"{owner}/{name}") for part in known)
 
 

@@ -1,4 +1,4 @@
-"""Both READMEs: what they name exists, what they show runs, and they say the same in both languages."""
+"""READMEs and docs/: what they name exists, what they show runs, and both READMEs say the same."""
 
 import ast
 import dataclasses
@@ -21,8 +21,11 @@ import mscnn_helpers as mscnn
 
 PATHS = {"en": ROOT / "README.md", "ja": ROOT / "README.ja.md"}
 TEXTS = {language: path.read_text("utf-8") for language, path in PATHS.items()}
+DOCS = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCUMENTS = [*PATHS.values(), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+ENGLISH = "\n".join([TEXTS["en"], (ROOT / "CONTRIBUTING.md").read_text("utf-8"), *DOCS.values()])
 NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in mscnn.NOTEBOOKS]
 
 both = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -114,19 +117,19 @@ def test_each_links_to_the_other():
 # ------------------------------------------------------------------------------------------------------------
 
 
-@both
-def test_links_resolve(text):
-    anchors = {anchor(title) for _, title in headings(text)}
-    for target in LINK.findall(text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif target == "benchmarks/risk_coverage.png":
-            path = ROOT / "benchmarks" / "quality.json"  # both come from the full run of seed 0
-            runs = json.loads(path.read_text("utf-8")) if path.is_file() else []
-            measured = any((run["kind"], run["seed"]) == ("full", 0) for run in runs)
-            assert (ROOT / target).is_file() or not measured, target
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_resolve(path):
+    for target in LINK.findall(path.read_text("utf-8")):
+        place, _, fragment = target.partition("#")
+        if target.startswith("https://"):
+            continue
+        there = (path.parent / place).resolve() if place else path
+        assert there.exists(), target
+        assert not fragment or fragment in {anchor(title) for _, title in headings(there.read_text("utf-8"))}, target
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert all(text.count("\n") <= 170 for text in TEXTS.values())
 
 
 @both
@@ -135,18 +138,16 @@ def test_every_notebook_is_listed_with_its_badge(text):
     assert listed == [(one, one) for one in NOTEBOOKS]
 
 
-@both
-def test_make_targets_exist(text):
+def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code(text)))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code(ENGLISH)))
     assert {"run", "test", "lab", "lint", "format", "test-slow", "badges", "lock", "env"} <= named
     assert named <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
 
 
-@both
-def test_files_exist(text):
+def test_files_exist():
     """Files of the project that are named in code; a run's files are the subject of the next test."""
-    named = set(re.findall(r"(?<![\w./\\-])[\w./-]+\.(?:py|toml|txt|lock|yml|ipynb)\b", code(text)))
+    named = set(re.findall(r"(?<![\w./\\-])[\w./-]+\.(?:py|toml|txt|lock|yml|ipynb)\b", code(ENGLISH)))
     assert {"mscnn_helpers.py", "benchmarks/quality.py", "requirements.lock", "environment.yml"} <= named
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
@@ -171,16 +172,15 @@ def test_a_run_leaves_what_the_tree_shows(text):
     assert set(pages) <= set(mscnn.NOTEBOOKS)
 
 
-@both
-def test_environment_variables_are_read(text):
+def test_environment_variables_are_read():
     source = "\n".join(path.read_text("utf-8") for path in SOURCES)
-    named = set(re.findall(r"\bMSCNN_[A-Z_]+", text))
+    named = set(re.findall(r"\bMSCNN_[A-Z_]+", ENGLISH))
     assert named == {"MSCNN_DATA_DIR", "MSCNN_HEADLESS"}
     assert all(f'"{name}"' in source for name in named)
 
 
-@both
-def test_docker_lines_fit_the_dockerfile(text):
+def test_docker_lines_fit_the_dockerfile():
+    text = DOCS["docker"]
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
     runs = re.findall(r"^docker run (.*)$", text, re.M)
     assert len(runs) == 4
@@ -207,19 +207,17 @@ def command_lines(text: str) -> list[str]:
     return direct + re.findall(r'make run ARGS="([^"]+)"', code(text))
 
 
-@both
-def test_command_lines_parse(text):
-    lines = command_lines(text)
+def test_command_lines_parse():
+    lines = command_lines(ENGLISH)
     assert len(lines) >= 10
     for line in lines:
         if line.strip() != "--help":
             mscnn.Settings(**vars(mscnn.command_line().parse_args(shlex.split(line))))
 
 
-@both
-def test_options_exist(text):
+def test_options_exist():
     options = {f"--{one.name}" for one in dataclasses.fields(mscnn.Settings)}
-    named = {one.split()[0] for one in inline_code(text) if one.startswith("--")}
+    named = {one.split()[0] for one in inline_code(ENGLISH) if one.startswith("--")}
     assert named - options == {"--gpus", "--user"}  # Docker's
 
 
@@ -234,9 +232,8 @@ def test_papermill_gets_parameters_of_the_right_type(text):
         assert kind == kinds[name], name
 
 
-@both
-def test_shell_blocks_are_shell(text):
-    for kind, block in FENCE.findall(text):
+def test_shell_blocks_are_shell():
+    for kind, block in FENCE.findall(ENGLISH):
         if kind == "sh":
             subprocess.run(["bash", "-n"], input=block, text=True, check=True)
 
@@ -254,8 +251,7 @@ def test_the_loop_of_papermill_fails_with_a_notebook(tmp_path):
     assert (tmp_path / "asked").read_text().split() == NOTEBOOKS[:3]
 
 
-@both
-def test_python_blocks_run(text, trained_model_path, tmp_path, monkeypatch, capsys):
+def test_python_blocks_run(trained_model_path, tmp_path, monkeypatch, capsys):
     """In the folder of a project whose run has left a model, a retrained model and a picture."""
     run = tmp_path / "runs" / "latest"
     (run / "figures").mkdir(parents=True)
@@ -264,13 +260,13 @@ def test_python_blocks_run(text, trained_model_path, tmp_path, monkeypatch, caps
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(run / "figures" / "example_image.png")
     monkeypatch.chdir(tmp_path)
     printed = []
-    for kind, block in FENCE.findall(text):
+    for kind, block in FENCE.findall(DOCS["parameters"] + TEXTS["en"]):
         if kind == "python":
             exec(compile(block, "README", "exec"), {})
             printed.append(capsys.readouterr().out.strip())
     names = [*mscnn.load_model(trained_model_path).category_names, mscnn.OTHER]
     assert printed[0] == "[]"  # two copies of one model
-    said = rf"decided: ({'|'.join(names)})\nwhy: (accepted|{mscnn.UNSURE}|{mscnn.STRANGE})\n"
+    said = rf"decided: ({'|'.join(names)})\nwhy: (accepted|{mscnn.LOW_CONFIDENCE}|{mscnn.OUT_OF_DISTRIBUTION})\n"
     assert re.fullmatch(rf"{said}Stage 1 says ({'|'.join(names[:-1])}), right with probability \d+%", printed[1])
 
 
@@ -279,20 +275,18 @@ def test_python_blocks_run(text, trained_model_path, tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------------------------------------
 
 
-@both
-def test_parameters_are_those_of_settings(text):
-    rows = [[cell.strip("`") for cell in row] for row in table_rows(between(text, "parameters"))]
+def test_parameters_are_those_of_settings():
+    rows = [[cell.strip("`") for cell in row] for row in table_rows(between(DOCS["parameters"], "parameters"))]
     fields = dataclasses.fields(mscnn.Settings)
     assert [(name, kind, ast.literal_eval(default)) for name, kind, default, _ in rows] == [
         (one.name, one.type, one.default) for one in fields
     ]
-    if text == TEXTS["en"]:
-        assert [row[3] for row in rows] == [one.metadata["help"] for one in fields]
+    assert [row[3] for row in rows] == [one.metadata["help"] for one in fields]
 
 
-@both
-def test_figures_of_the_recipe_and_the_networks(text):
-    large, small = mscnn.recipe_for(20_000), mscnn.recipe_for(19_999)
+def test_figures_of_the_recipe_and_the_networks():
+    text = "\n".join(DOCS.values())
+    large, small = mscnn.default_recipe(20_000), mscnn.default_recipe(19_999)
     (sentence,) = re.findall(r"^- .*20,000.*$", text, re.M)
     numbers = {int(number) for number in re.findall(r"\b\d+\b", sentence.replace("20,000", ""))}
     assert numbers == {large.epochs, large.batch_size, small.epochs, small.batch_size}
@@ -307,10 +301,7 @@ def test_figures_of_the_recipe_and_the_networks(text):
         weights.append(network.count_params() / 1e6)
     millions = [round(value) for value in (*work, 2 * sum(work))]  # the last is a whole decision
     everything = round(weights[0] + 11 * weights[1], 1)
-    if text == TEXTS["en"]:
-        expected = [*(f"{value} million multiply-adds" for value in millions), f"{everything} million weights"]
-    else:
-        expected = [*(f"{100 * value:,} 万回" for value in millions), f"{100 * everything:.0f} 万個"]
+    expected = [*(f"{value} million multiply-adds" for value in millions), f"{everything} million weights"]
     assert [one for one in expected if one not in text] == []
 
 
@@ -327,28 +318,26 @@ def disagreements(shown: str, runs: list[dict]) -> list[str]:
     kinds = [kind for kind in quality.KINDS if any(run["kind"] == kind for run in runs)]
     measured = table_rows(quality.table(runs))[: len(kinds)]
     rows = [row for row in table_rows(shown) if len(row) >= 5]
-    wrong = [] if len(rows) == len(kinds) else [f"{len(rows)} rows for {len(kinds)} kinds"]
+    incorrect = [] if len(rows) == len(kinds) else [f"{len(rows)} rows for {len(kinds)} kinds"]
     for row, expected in zip(rows, measured, strict=False):
         known = [numbers_of(cell) for cell in expected[1:]]
-        wrong += [f"{cell} is not in {expected}" for cell in row[1:] if numbers_of(cell) not in known]
+        incorrect += [f"{cell} is not in {expected}" for cell in row[1:] if numbers_of(cell) not in known]
         if numbers_of(expected[2]) not in [numbers_of(cell) for cell in row[1:]]:
-            wrong.append(f"Stage 1's accuracy {expected[2]} is missing")
+            incorrect.append(f"Stage 1's accuracy {expected[2]} is missing")
     stated = [*(quality.KINDS[kind][1] for kind in kinds), *{run["device"] for run in runs}]
-    return wrong + [f"'{one}' is missing" for one in stated if one not in shown]
+    return incorrect + [f"'{one}' is missing" for one in stated if one not in shown]
 
 
-@both
-def test_results_are_those_measured(text):
+def test_results_are_those_measured():
     path = ROOT / "benchmarks" / "quality.json"
-    shown = between(text, "results")
+    shown = between(DOCS["baselines"], "results")
     if path.is_file():
         assert disagreements(shown, json.loads(path.read_text("utf-8"))) == []
     else:
         assert "|" not in shown, "a table without measurements"
 
 
-@both
-def test_rivals_are_those_measured(text):
+def test_baselines_are_those_measured():
     """Work, AURC and our difference with its interval, signs included."""
 
     def signed(cells: list[str]) -> list[list[str]]:
@@ -356,7 +345,7 @@ def test_rivals_are_those_measured(text):
 
     figures = json.loads((ROOT / "benchmarks" / "selective.json").read_text("utf-8"))
     measured = [signed([row[1], *row[3:5]]) for row in table_rows(selective.table(figures)) if len(row) == 9]
-    rows = table_rows(between(text, "rivals"))
+    rows = table_rows(between(DOCS["baselines"], "baselines"))
     assert len(rows) > 5
     for row in rows:
         assert signed(row[1:]) in measured, row
@@ -369,7 +358,7 @@ def test_a_wrong_result_is_noticed():
     run |= {"dataset": {"name": "cifar10"}, "stage1": stage, "two_stage": {**stage, "aurc": 0.01}}
     run |= {"versions": {"python": "3"}, "device": "some processor", "policy": "float32"}
     run["seconds"] = {"01": 40.0, "02": 50.0, "total": 100.0}
-    run["training_seconds"] = {"stage1": 20.0, "companion": 8.0, "stage2": 6.0, "retraining": 1.0}
+    run["training_seconds"] = {"stage1": 20.0, "stage2_base": 8.0, "stage2": 6.0, "retraining": 1.0}
     table = quality.table([run])
     assert "| 0 | 20 | 8 | 6 | 0.70 | 1 | 158 (82%) |\n" in table
     assert "| 0 | 40 | 50 | 103 | 193 |\n" in table
@@ -379,3 +368,16 @@ def test_a_wrong_result_is_noticed():
     assert disagreements(shown.replace("91.34", "91.43"), [run]) != []
     assert disagreements(shown.replace("some processor", ""), [run]) == ["'some processor' is missing"]
     assert disagreements(shown.replace("| cifar10", "cifar10"), [run]) != []
+
+
+@both
+def test_the_figures_of_the_first_screen_are_those_measured(text):
+    """Selective accuracy, coverage, accuracy, minutes: the medians of the full runs; the gain over the softmax."""
+    runs = [run for run in json.loads((ROOT / "benchmarks/quality.json").read_text("utf-8")) if run["kind"] == "full"]
+    row = next(row for row in table_rows(between(DOCS["baselines"], "results")) if "0, 1, 2" in row)
+    accuracy, coverage, accepted, minutes = (float(numbers_of(row[i])[0]) for i in (3, 4, 5, 9))
+    gain = next(row for row in table_rows(between(DOCS["baselines"], "baselines")) if "softmax, a single" in row[0])[3]
+    assert len(runs) == 3
+    for figure in (f"**{accepted:.1f} %**", f"{coverage:.1f} %", f"{accuracy:.1f} %", f"{minutes:.1f}"):
+        assert figure in text, figure
+    assert f"**{float(numbers_of(gain)[0]):.0f} %**" in text

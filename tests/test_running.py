@@ -38,7 +38,7 @@ def settings(tiny_path, tmp_path) -> Settings:
 
 def test_notebook_01_writes_down_what_the_run_is_about(settings, tiny_data):
     run = Run("01_data_and_light_mode", settings)
-    data = mscnn.start_data(run)
+    data = mscnn.begin_run_data(run)
     metrics = run.read("metrics")
     assert data.fingerprint == tiny_data.fingerprint
     assert metrics["dataset"] == tiny_data.describe()
@@ -52,7 +52,7 @@ def test_notebook_01_begins_the_metrics_anew(settings):
     run = Run("01_data_and_light_mode", settings)
     run.write("metrics", stage1={"accuracy": 1.0}, seconds={"02_stage1_training": 1.0})
     run.write("history", stage1={"loss": [1.0]})
-    mscnn.start_data(run)
+    mscnn.begin_run_data(run)
     assert not {"stage1", "seconds"} & run.read("metrics").keys()
 
 
@@ -70,7 +70,7 @@ def test_notebook_01_refuses_and_loses_nothing(settings, change, message):
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, **change))
     run.write("metrics", stage1={"accuracy": 1.0})
     with pytest.raises(MSCNNError, match=message):
-        mscnn.start_data(run)
+        mscnn.begin_run_data(run)
     assert run.read("metrics") == {"stage1": {"accuracy": 1.0}}
 
 
@@ -79,7 +79,7 @@ def test_notebook_01_refuses_a_model_of_other_data_and_loses_nothing(settings, u
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, load_model=str(tmp_path / "other.keras"), seed=1))
     run.write("metrics", stage1={"accuracy": 1.0})
     with pytest.raises(MSCNNError, match="The model "):
-        mscnn.start_data(run)
+        mscnn.begin_run_data(run)
     assert run.read("metrics") == {"stage1": {"accuracy": 1.0}}
 
 
@@ -87,7 +87,7 @@ def test_notebook_01_refuses_a_model_file_that_cannot_be_written(settings, tmp_p
     (tmp_path / "file").touch()
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, save_model=str(tmp_path / "file" / "model")))
     with pytest.raises(MSCNNError, match=r"Cannot write the model to .*model\.keras: .*Choose another save_model"):
-        mscnn.start_data(run)
+        mscnn.begin_run_data(run)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_run_does_not_write_over_notebooks(settings, tmp_path, monkeypatch, ru
     given = str(ROOT) if run_dir == "ROOT" else run_dir
     given = str(tmp_path / given) if (tmp_path / given).is_dir() and given not in ("", ".", "notebooks") else given
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, run_dir=given))
-    for refuses in (_make_folders, mscnn.checked_data, mscnn.continue_data):
+    for refuses in (_make_folders, mscnn.validate_run, mscnn.continue_run_data):
         with pytest.raises(MSCNNError, match=r"run_dir is .*notebooks.* Choose another run_dir"):
             refuses(run)
     assert not run.figures.exists()
@@ -130,7 +130,7 @@ def test_a_model_does_not_take_the_place_of_what_is_needed(settings, save_model,
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, save_model=save_model))
     (run.folder / "folder.keras").mkdir(parents=True)
     with pytest.raises(MSCNNError, match=message):
-        mscnn.start_data(run)
+        mscnn.begin_run_data(run)
     assert run.read("metrics") == {}
 
 
@@ -141,7 +141,7 @@ def test_a_run_among_its_own_images_is_refused(tmp_path):
             Image.new("RGB", (8, 8), (colour, i, 0)).save(tmp_path / "pets" / name / f"{i}.png")
     for folder in ("pets", "pets/run"):
         with pytest.raises(MSCNNError, match="lies among the images of pets: choose one elsewhere"):
-            mscnn.checked_data(Run("01", Settings(dataset=str(tmp_path / "pets"), run_dir=str(tmp_path / folder))))
+            mscnn.validate_run(Run("01", Settings(dataset=str(tmp_path / "pets"), run_dir=str(tmp_path / folder))))
 
 
 def write_model_record(path, **config):
@@ -152,11 +152,11 @@ def write_model_record(path, **config):
 
 @pytest.mark.parametrize("kept", ["metrics", "model"])
 def test_a_model_of_other_images_of_the_same_name_is_not_replaced(settings, tmp_path, kept, tiny_data):
-    mscnn.start_data(Run("01", settings))
+    mscnn.begin_run_data(Run("01", settings))
     (tmp_path / "two").mkdir()
     other = write_tiny_npz(tmp_path / "two/tiny.npz", train=601)
     again = Run("01", dataclasses.replace(settings, dataset=str(other)))
-    mscnn.checked_data(again)  # no model is there yet
+    mscnn.validate_run(again)  # no model is there yet
     if kept == "metrics":
         again.model_path.write_bytes(b"finished")
     else:  # the run folder forgets, the model does not
@@ -165,17 +165,17 @@ def test_a_model_of_other_images_of_the_same_name_is_not_replaced(settings, tmp_
         write_model_record(again.model_path, **record, source_fingerprint=tiny_data.source_fingerprint)
     before = {path: path.read_bytes() for path in again.folder.rglob("*") if path.is_file()}
     with pytest.raises(MSCNNError, match=r"holds a model of other images named tiny.* give another run_dir.* delete"):
-        mscnn.start_data(again)
+        mscnn.begin_run_data(again)
     assert before == {path: path.read_bytes() for path in again.folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("change", [{}, {"light_mode": True}, {"seed": 1}])
 def test_a_model_of_the_same_images_is_replaced(settings, change, trained_model_path, tiny_data):
-    mscnn.start_data(Run("01", settings))
+    mscnn.begin_run_data(Run("01", settings))
     run = Run("01", dataclasses.replace(settings, **change))
     run.model_path.write_bytes(trained_model_path.read_bytes())
     assert mscnn.model_data(run)["source_fingerprint"] == tiny_data.source_fingerprint
-    mscnn.start_data(run)
+    mscnn.begin_run_data(run)
 
 
 @pytest.mark.parametrize(("names", "refused"), [(None, False), (("ant", "bee"), True)])
@@ -185,9 +185,9 @@ def test_an_older_model_goes_by_its_names(settings, tiny_data, names, refused):
     write_model_record(run.model_path, dataset="tiny", category_names=names or tiny_data.category_names)
     if refused:
         with pytest.raises(MSCNNError, match="holds a model of other images named tiny"):
-            mscnn.checked_data(run)
+            mscnn.validate_run(run)
     else:
-        mscnn.checked_data(run)
+        mscnn.validate_run(run)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"another"])
@@ -199,51 +199,51 @@ def test_a_file_that_is_no_model_is_not_replaced(settings, content):
         with zipfile.ZipFile(run.model_path, "w") as file:
             file.writestr("config.json", '{"class_name": "Sequential", "config": {"name": "mine"}}')
     with pytest.raises(MSCNNError, match="cannot be read as a model of this project, and this run would replace it"):
-        mscnn.checked_data(run)
+        mscnn.validate_run(run)
 
 
 def test_a_later_notebook_does_not_replace_a_model_of_other_images_either(settings, tmp_path, tiny_data):
-    mscnn.start_data(Run("01", settings))
+    mscnn.begin_run_data(Run("01", settings))
     run = Run("03", dataclasses.replace(settings, save_model=str(tmp_path / "precious")))
     write_model_record(run.model_path, dataset="mine", category_names=["a", "b"])
     with pytest.raises(MSCNNError, match=r"precious\.keras holds a model of mine"):
-        mscnn.continue_data(run)
+        mscnn.continue_run_data(run)
 
 
 def test_a_data_set_is_the_same_by_another_path(settings, tiny_path, tiny_data, monkeypatch, tmp_path):
     monkeypatch.chdir(tiny_path.parent)
-    mscnn.start_data(Run("01", dataclasses.replace(settings, dataset="./tiny.npz")))
+    mscnn.begin_run_data(Run("01", dataclasses.replace(settings, dataset="./tiny.npz")))
     assert Run("02", settings).read("metrics")["parameters"]["dataset"] == str(tiny_path)
     (tmp_path / "link.npz").symlink_to(tiny_path)
     for name in ("tiny.npz", "./tiny.npz", str(tiny_path)):
         again = Run("02", dataclasses.replace(settings, dataset=name))
-        assert mscnn.continue_data(again).fingerprint == tiny_data.fingerprint
+        assert mscnn.continue_run_data(again).fingerprint == tiny_data.fingerprint
 
 
 def test_the_other_notebooks_go_on_with_the_same_data(settings, tiny_data):
-    mscnn.start_data(Run("01_data_and_light_mode", settings))
-    assert mscnn.continue_data(Run("02_stage1_training", settings)).fingerprint == tiny_data.fingerprint
+    mscnn.begin_run_data(Run("01_data_and_light_mode", settings))
+    assert mscnn.continue_run_data(Run("02_stage1_training", settings)).fingerprint == tiny_data.fingerprint
 
 
 def test_with_a_given_model_a_later_notebook_can_be_the_first(settings, trained_model_path, tiny_data):
     run = Run("05_evaluation_and_cam", dataclasses.replace(settings, load_model=str(trained_model_path)))
-    assert mscnn.continue_data(run).fingerprint == tiny_data.fingerprint
+    assert mscnn.continue_run_data(run).fingerprint == tiny_data.fingerprint
     assert run.read("metrics")["dataset"] == tiny_data.describe()
-    model = mscnn.open_model(run, tiny_data, run.latest_model(), "03_stage2_training")
+    model = mscnn.load_run_model(run, tiny_data, run.latest_model(), "03_stage2_training")
     assert model.fingerprints() == mscnn.load_model(trained_model_path).fingerprints()
 
 
 def test_the_other_notebooks_need_notebook_01(settings):
     with pytest.raises(MSCNNError, match="holds no 'dataset' yet: run notebook 01_data_and_light_mode first"):
-        mscnn.continue_data(Run("02_stage1_training", settings))
+        mscnn.continue_run_data(Run("02_stage1_training", settings))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"light_mode": True}, {"dataset": "digits"}])
 def test_the_other_notebooks_refuse_other_data(settings, change):
-    mscnn.start_data(Run("01_data_and_light_mode", settings))
+    mscnn.begin_run_data(Run("01_data_and_light_mode", settings))
     (name,) = change
     with pytest.raises(MSCNNError, match=f"was begun with {name}=.*run 01_data_and_light_mode with the same"):
-        mscnn.continue_data(Run("02_stage1_training", dataclasses.replace(settings, **change)))
+        mscnn.continue_run_data(Run("02_stage1_training", dataclasses.replace(settings, **change)))
 
 
 def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
@@ -256,8 +256,8 @@ def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
         return dataclasses.replace(digits, fallback=name == "auto")
 
     patch_rooms(monkeypatch, "load_dataset", load)
-    mscnn.start_data(Run("01_data_and_light_mode", auto))
-    data = mscnn.continue_data(Run("02_stage1_training", auto))
+    mscnn.begin_run_data(Run("01_data_and_light_mode", auto))
+    data = mscnn.continue_run_data(Run("02_stage1_training", auto))
     assert (data.name, data.fallback) == ("digits", True)
     assert asked == ["auto", "digits"], "CIFAR-10 is not looked for again: by now it could be there"
     assert mscnn.FALLBACK_NOTICE in capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
 
 def test_a_model_is_opened_with_the_threshold_of_the_run(settings, tiny_data, trained_model_path):
     run = Run("05_evaluation_and_cam", dataclasses.replace(settings, threshold=0.123))
-    assert mscnn.open_model(run, tiny_data, trained_model_path, "04").threshold == 0.123
+    assert mscnn.load_run_model(run, tiny_data, trained_model_path, "04").threshold == 0.123
 
 
 @pytest.mark.parametrize("target", ["target_risk", "target_coverage"])
@@ -273,7 +273,7 @@ def test_a_model_keeps_the_threshold_that_was_found_for_a_target(settings, tiny_
     trained_model.threshold = 0.8125
     trained_model.save(tmp_path / "model.keras")
     run = Run("05_evaluation_and_cam", dataclasses.replace(settings, **{target: 0.5}))
-    assert mscnn.open_model(run, tiny_data, tmp_path / "model.keras", "03_stage2_training").threshold == 0.8125
+    assert mscnn.load_run_model(run, tiny_data, tmp_path / "model.keras", "03_stage2_training").threshold == 0.8125
 
 
 def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
@@ -288,7 +288,7 @@ def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
 
     told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_coverage=0.9999))
     decisions = trained_model.decide(tiny_data.calibration.images)
-    np.testing.assert_array_equal(decisions.category == len(tiny_data.category_names), decisions.novelty > 0)
+    np.testing.assert_array_equal(decisions.category == len(tiny_data.category_names), decisions.ood_score > 0)
     assert "accepts 100% of the calibration split" in told or "accepts 99%" in told, "at most one of ninety is strange"
 
     told = mscnn.set_threshold(trained_model, tiny_data, dataclasses.replace(settings, target_risk=0.5))
@@ -299,7 +299,7 @@ def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
 
 def test_too_few_images_for_a_target_risk_are_noticed_before_training(settings, capsys):
     with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs .* images .*certification split has 90"):
-        mscnn.checked_data(Run("01_data_and_light_mode", dataclasses.replace(settings, target_risk=0.01)))
+        mscnn.validate_run(Run("01_data_and_light_mode", dataclasses.replace(settings, target_risk=0.01)))
     assert mscnn.main(command(settings, target_risk=0.01)) == 1
     assert "needs" in capsys.readouterr().err
 
@@ -307,31 +307,31 @@ def test_too_few_images_for_a_target_risk_are_noticed_before_training(settings, 
 def test_a_model_that_is_not_there_names_its_notebook(settings, tiny_data):
     run = Run("05_evaluation_and_cam", settings)
     with pytest.raises(MSCNNError, match=r"no model at .*\.keras yet: run notebook 03_stage2_training first"):
-        mscnn.open_model(run, tiny_data, run.model_path, "03_stage2_training")
+        mscnn.load_run_model(run, tiny_data, run.model_path, "03_stage2_training")
 
 
 def test_a_model_for_other_data_is_refused(settings, digits, trained_model_path):
     with pytest.raises(MSCNNError, match=r"The model is for another data set: tiny; the data has digits"):
-        mscnn.open_model(Run("05_evaluation_and_cam", settings), digits, trained_model_path, "04")
+        mscnn.load_run_model(Run("05_evaluation_and_cam", settings), digits, trained_model_path, "04")
 
 
 def test_a_truncated_model_is_named_and_left(settings, tiny_data, trained_model_path, tmp_path):
     content = trained_model_path.read_bytes()[:-1000]
     (tmp_path / "half.keras").write_bytes(content)
     with pytest.raises(MSCNNError, match=r"half\.keras is damaged or not a model of this project"):
-        mscnn.open_model(Run("05_evaluation_and_cam", settings), tiny_data, tmp_path / "half.keras", "04")
+        mscnn.load_run_model(Run("05_evaluation_and_cam", settings), tiny_data, tmp_path / "half.keras", "04")
     assert (tmp_path / "half.keras").read_bytes() == content
 
 
 def test_a_slider_only_for_a_person(monkeypatch):
     monkeypatch.delenv("MSCNN_HEADLESS", raising=False)
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    assert mscnn.in_notebook_of_a_person()
+    assert mscnn.is_interactive()
     monkeypatch.setenv("MSCNN_HEADLESS", "1")
-    assert not mscnn.in_notebook_of_a_person()
+    assert not mscnn.is_interactive()
     monkeypatch.delenv("MSCNN_HEADLESS")
     monkeypatch.delitem(sys.modules, "ipykernel")
-    assert not mscnn.in_notebook_of_a_person()
+    assert not mscnn.is_interactive()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,10 +376,10 @@ def test_help_names_every_option_its_default_and_examples_that_work(capsys, monk
         Settings(**vars(mscnn.command_line().parse_args(shlex.split(example))))
 
 
-@pytest.mark.parametrize("wrong", [["--epochs", "many"], ["--treshold", "0.5"], ["--light_mode", "True"]])
-def test_what_is_no_option_ends_with_usage(wrong, capsys):
+@pytest.mark.parametrize("incorrect", [["--epochs", "many"], ["--treshold", "0.5"], ["--light_mode", "True"]])
+def test_what_is_no_option_ends_with_usage(incorrect, capsys):
     with pytest.raises(SystemExit) as stop:
-        mscnn.main(wrong)
+        mscnn.main(incorrect)
     assert stop.value.code == 2
     assert "usage: python mscnn_helpers.py" in capsys.readouterr().err
 
@@ -395,7 +395,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("a notebook was started")
 
     patch_rooms(monkeypatch, "run_notebook", refuse)
-    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is put back
+    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is rolled back
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ PARAMETERS = "\n".join(
 def project(tmp_path, monkeypatch):
     """A project of its own; `project(name, cells...)` writes a notebook into it."""
     patch_rooms(monkeypatch, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is put back
+    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is rolled back
     (tmp_path / "notebooks").mkdir()
 
     def write(name: str, *cells: str):
@@ -534,7 +534,7 @@ def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, cap
     folder = project("bad", "print('so far')", "result = {}['nothing']", "print('never')")
     patch_rooms(monkeypatch, "NOTEBOOKS", ("bad", "after"))
     monkeypatch.setattr(mscnn.run_all, "__defaults__", (("bad", "after"),))
-    patch_rooms(monkeypatch, "checked_data", lambda run: None)
+    patch_rooms(monkeypatch, "validate_run", lambda run: None)
     assert mscnn.main([]) == 1
     partial = folder / "notebooks" / "bad.ipynb"
     printed = capsys.readouterr()
@@ -753,11 +753,11 @@ def test_a_run_writes_down_when_it_began_and_how_it_ended(settings):
     run = Run("01_data_and_light_mode", settings)
     old = [run.figures / "samples.png", run.folder / "notebooks" / "05_evaluation_and_cam.html"]
     own, model = run.folder / "notes.png", run.model_path
-    mscnn.start_data(run)
+    mscnn.begin_run_data(run)
     for path in (*old, own):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"of an earlier run")
-    mscnn.start_data(run)
+    mscnn.begin_run_data(run)
     assert not any(path.exists() for path in old) and own.exists() and not model.exists()
     begun = run.read("metrics")
     assert begun["status"] == "running" and "+" in begun["started"][10:] and "commit" in begun
@@ -780,7 +780,7 @@ def test_a_damaged_record_does_not_hide_why_a_run_ended(settings):
 
 
 def test_the_command_line_can_be_called_from_any_thread(monkeypatch):
-    patch_rooms(monkeypatch, "checked_data", lambda run: None)
+    patch_rooms(monkeypatch, "validate_run", lambda run: None)
     patch_rooms(monkeypatch, "run_all", lambda settings: None)
     patch_rooms(monkeypatch, "print_result", lambda run: None)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:

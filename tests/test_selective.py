@@ -1,4 +1,4 @@
-"""The benchmark of confidences: its rivals by hand-worked cases, the bootstrap, and one quick form end to end."""
+"""The benchmark of confidences: its baselines by hand-worked cases, the bootstrap, and one quick form end to end."""
 
 import json
 import sys
@@ -14,16 +14,16 @@ import mscnn_helpers as mscnn
 
 
 def random_split(count: int, seed: int) -> selective.Split:
-    """Logits that know the label a little, and second opinions that know whether Stage 1 is right."""
+    """Logits that know the label a little, and verifiers that know whether Stage 1 is correct."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, count)
     truth = np.eye(4)[labels]
-    stage1, companion = (rng.normal(size=(2, count, 4)) + 1.5 * truth for _ in range(2))
-    right = stage1[0].argmax(axis=1) == labels
-    stage2 = rng.normal(size=(2, count)) + 3 * (2.0 * right - 1)
-    distance = np.abs(rng.normal(size=(len(selective.NEIGHBOURS), count))) + ~right
+    stage1, stage2_base = (rng.normal(size=(2, count, 4)) + 1.5 * truth for _ in range(2))
+    correct = stage1[0].argmax(axis=1) == labels
+    stage2 = rng.normal(size=(2, count)) + 3 * (2.0 * correct - 1)
+    distance = np.abs(rng.normal(size=(len(selective.NEIGHBOURS), count))) + ~correct
     return selective.Split(
-        labels, stage1, companion, stage2, stage2, rng.uniform(size=count), distance, softmax(companion[0], 1)
+        labels, stage1, stage2_base, stage2, stage2, rng.uniform(size=count), distance, softmax(stage2_base[0], 1)
     )
 
 
@@ -91,7 +91,7 @@ def test_every_method_answers_and_costs_something():
         assert answer.category.shape == answer.confidence.shape == (400,)
         assert np.isfinite(answer.confidence).all(), name
         assert selective.work(name, 90.0, 17.0) >= 1
-    assert {"softmax", "ours", "companion", "mirror", "dropout", "ensemble of 2", "ensemble of 5"} <= set(answers)
+    assert {"softmax", "ours", "stage2_base", "mirror", "dropout", "ensemble of 2", "ensemble of 5"} <= set(answers)
     assert selective.work("ensemble of 5, our answers", 90.0, 17.0) == 5
     assert selective.work("ours", 90.0, 18.0) == pytest.approx(2.4)
 
@@ -100,7 +100,7 @@ def test_every_method_answers_and_costs_something():
 
     stage1 = found_for(0)["test_stage1"]
     one_look = {"softmax", "temperature", "margin", "entropy", "p-norm", "neighbours", "ours, one view"}
-    one_look |= {"ours, answers by one look"}
+    one_look |= {"ours, answers on a single view"}
     assert judging(stage1[0].argmax(axis=1)) == one_look
     assert set(answers) - judging(stage1.mean(axis=0).argmax(axis=1)) == one_look | {
         "dropout", "ensemble of 2", "ensemble of 5", "ensemble of 2, margin", "ensemble of 5, margin",
@@ -139,9 +139,9 @@ def test_promises_of_a_calibrated_and_of_a_boasting_confidence():
     """Half of the images have a confidence of 0.999, the others below 0.9: the certificate accepts the former."""
     rng = np.random.default_rng(0)
     confidence = np.where(np.arange(20_000) % 2, 0.999, rng.uniform(0.5, 0.9, 20_000))
-    category, right = np.arange(20_000) % 4, rng.uniform(size=20_000) < confidence
-    found = {"test_labels": np.where(right, category, 9)}
-    found |= {"test_familiar": np.full(20_000, True), "certification_ours": confidence, "certification_right": right}
+    category, correct = np.arange(20_000) % 4, rng.uniform(size=20_000) < confidence
+    found = {"test_labels": np.where(correct, category, 9)}
+    found |= {"test_familiar": np.full(20_000, True), "certification_ours": confidence, "certification_right": correct}
     got = selective.promises(found, selective.Answers(category, confidence))
     assert got["calibration"] == pytest.approx(got["calibration, simulated mean"], abs=0.005)
     assert got["worst calibration"] == pytest.approx(got["worst calibration, simulated mean"], abs=0.01)
@@ -153,8 +153,8 @@ def test_promises_of_a_calibrated_and_of_a_boasting_confidence():
 
 def test_a_small_category_is_not_judged():
     category = np.array([0] * 1_000 + [1] * (selective.ENOUGH - 1))
-    right = category == 0
-    overall, worst = selective.calibration_errors(np.full(len(category), 0.9), category, right)
+    correct = category == 0
+    overall, worst = selective.calibration_errors(np.full(len(category), 0.9), category, correct)
     assert worst == pytest.approx(0.1) and overall == pytest.approx(0.9 - 1_000 / len(category))
 
 
@@ -173,18 +173,18 @@ def test_a_resample_is_as_if_its_images_were_there_so_many_times():
     counts = rng.multinomial(90, np.full(90, 1 / 90), 3)
     got = selective.resampled(answer, labels, counts)
     for i, count in enumerate(counts):
-        confidence, right = np.repeat(answer.confidence, count), np.repeat(labels == 0, count)
-        assert got.aurc[i] == pytest.approx(mscnn.aurc(confidence, right))
-        assert got.augrc[i] == pytest.approx(mscnn.augrc(confidence, right))
+        confidence, correct = np.repeat(answer.confidence, count), np.repeat(labels == 0, count)
+        assert got.aurc[i] == pytest.approx(mscnn.aurc(confidence, correct))
+        assert got.augrc[i] == pytest.approx(mscnn.augrc(confidence, correct))
 
 
 def test_seeds_that_share_their_images_are_not_independent():
     """Three copies of one seed tell no more than the one."""
     rng = np.random.default_rng(7)
     labels = (rng.uniform(size=500) < 0.2).astype(int)
-    scores = {name: rng.normal(size=500) + 2 * (labels == 0) for name in ("ours", "rival")}
+    scores = {name: rng.normal(size=500) + 2 * (labels == 0) for name in ("ours", "baseline")}
     one = {name: selective.Answers(np.zeros(500, int), score) for name, score in scores.items()}
-    single, copies = (selective.differences([one] * n, [labels] * n, 400)["aurc"]["rival"] for n in (1, 3))
+    single, copies = (selective.differences([one] * n, [labels] * n, 400)["aurc"]["baseline"] for n in (1, 3))
     assert single[0] < single[1] < single[2]
     np.testing.assert_allclose(copies, single, rtol=1e-6)
 
@@ -193,15 +193,15 @@ def test_an_image_that_two_seeds_share_is_drawn_for_both():
     """Seeds with the same images in another order tell no more than one of them; with other images they do."""
     rng = np.random.default_rng(7)
     labels, order = (rng.uniform(size=500) < 0.2).astype(int), rng.permutation(500)
-    scores = {name: rng.normal(size=500) + 2 * (labels == 0) for name in ("ours", "rival")}
+    scores = {name: rng.normal(size=500) + 2 * (labels == 0) for name in ("ours", "baseline")}
     one = {name: selective.Answers(np.zeros(500, int), score) for name, score in scores.items()}
     other = {name: selective.Answers(np.zeros(500, int), score[order]) for name, score in scores.items()}
     six = [one, *[other] * 5], [labels, *[labels[order]] * 5]
 
     def interval(*images: np.ndarray) -> list[float]:
-        return selective.differences(*six, 400, images)["aurc"]["rival"]
+        return selective.differences(*six, 400, images)["aurc"]["baseline"]
 
-    single = selective.differences([one], [labels], 400)["aurc"]["rival"]
+    single = selective.differences([one], [labels], 400)["aurc"]["baseline"]
     np.testing.assert_allclose(interval(np.arange(500), *[order] * 5), single, rtol=1e-6)
     low, _, high = interval(*np.arange(3000).reshape(6, 500))
     assert high - low < 0.8 * (single[2] - single[0])
@@ -264,9 +264,10 @@ def test_the_bootstrap_tells_better_worse_and_equal():
     all_answers, all_labels = [], []
     for _ in range(3):
         labels = rng.integers(0, 2, 1_000) * (rng.uniform(size=1_000) < 0.3)
-        right = labels == 0
+        correct = labels == 0
         scores = {
-            name: rng.normal(size=1_000) + sharp * right for name, sharp in (("ours", 2), ("worse", 0.5), ("better", 4))
+            name: rng.normal(size=1_000) + sharp * correct
+            for name, sharp in (("ours", 2), ("worse", 0.5), ("better", 4))
         }
         scores["equal"] = scores["ours"]
         all_answers.append({name: selective.Answers(np.zeros(1_000, int), score) for name, score in scores.items()})

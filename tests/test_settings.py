@@ -15,7 +15,7 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings, categories_from
-from mscnn_parts.files import _write_whole
+from mscnn_parts.files import write_atomically
 
 CIFAR10 = mscnn.CIFAR10_NAMES
 EVERYTHING = tuple(range(10))
@@ -323,7 +323,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
         raise error
 
     with pytest.raises(MSCNNError if isinstance(error, OSError) else type(error)) as caught:
-        _write_whole(path, half)
+        write_atomically(path, half)
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["file"]
     if isinstance(error, OSError):
@@ -332,13 +332,13 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
 
 def test_a_file_is_replaced_in_one_go(tmp_path):
     path = tmp_path / "new" / "file"
-    _write_whole(path, lambda partial: partial.write_text("one"))
+    write_atomically(path, lambda partial: partial.write_text("one"))
 
     def look_at_the_old_one(partial):
         partial.write_text("two")
         assert path.read_text() == "one"
 
-    _write_whole(path, look_at_the_old_one)
+    write_atomically(path, look_at_the_old_one)
     assert path.read_text() == "two"
     assert names_in(path.parent) == ["file"]
 
@@ -346,7 +346,7 @@ def test_a_file_is_replaced_in_one_go(tmp_path):
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(MSCNNError, match=r"Cannot write .*taken/model\.keras: .*Choose another place"):
-        _write_whole(tmp_path / "taken" / "model.keras", lambda path: path.write_text("x"))
+        write_atomically(tmp_path / "taken" / "model.keras", lambda path: path.write_text("x"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, inside):
     (tmp_path / "file").write_text("not a folder")
     where = tmp_path / "file" / inside
     with pytest.raises(MSCNNError, match=r"Cannot write into the run folder .*file.*: .*Choose another run_dir"):
-        mscnn.checked_data(Run("01", Settings(dataset="digits", run_dir=str(where))))
+        mscnn.validate_run(Run("01", Settings(dataset="digits", run_dir=str(where))))
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -500,11 +500,11 @@ def test_without_a_home_only_what_names_it_is_refused(no_home, run, parameter, t
     monkeypatch.setenv("MSCNN_DATA_DIR", "")
     assert mscnn.data_folder().is_absolute(), "the folder for temporary files stands in, as Keras has it"
     given = {"dataset": str(tiny_path), "run_dir": str(run.folder)}
-    mscnn.checked_data(Run("01", Settings(**given)))
+    mscnn.validate_run(Run("01", Settings(**given)))
     if parameter.isupper():
         monkeypatch.setenv(parameter, "~/x")
     with pytest.raises(MSCNNError, match="No home directory is known for '~/x': give the whole path"):
-        mscnn.data_folder() if parameter.isupper() else mscnn.checked_data(
+        mscnn.data_folder() if parameter.isupper() else mscnn.validate_run(
             Run("01", Settings(**{**given, parameter: "~/x"}))
         )
 

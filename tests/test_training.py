@@ -1,4 +1,4 @@
-"""Section 6: recipes, Stage 1, companion, Stage 2, selective retraining."""
+"""Section 6: recipes, Stage 1, Stage 2 base network, Stage 2, selective retraining."""
 
 import dataclasses
 import gc
@@ -51,9 +51,9 @@ def few_images(tiny_data) -> mscnn.Dataset:
     ],
 )
 def test_recipe_for(images, asked, epochs, batch_size):
-    recipe = mscnn.recipe_for(images, *asked)
+    recipe = mscnn.default_recipe(images, *asked)
     assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
-    assert recipe.companion_epochs == round(epochs * (2 if images < 20_000 else 0.8))
+    assert recipe.stage2_base_epochs == round(epochs * (2 if images < 20_000 else 0.8))
 
 
 def test_learning_rate_rises_then_falls_to_nearly_nothing():
@@ -81,17 +81,17 @@ def test_the_schedule_spans_the_training(untrained_model, few_images, monkeypatc
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24), (16, 16)])
 def test_orthogonalising_evens_out_the_singular_values_and_keeps_the_directions(shape):
     rng = np.random.default_rng(0)
-    left, _, right = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    left, _, correct = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
     values = np.geomspace(1, 0.1, min(shape))
-    result = mscnn.orthogonalised(tf.constant((left * values) @ right, tf.float32)).numpy()
-    inside = left.T @ result @ right.T  # diagonal, if the directions are kept
+    result = mscnn.orthogonalize(tf.constant((left * values) @ correct, tf.float32)).numpy()
+    inside = left.T @ result @ correct.T  # diagonal, if the directions are kept
     assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.3
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
 
 
 def test_a_kernel_as_a_matrix_has_a_column_an_output_channel():
     kernel = np.arange(3 * 3 * 2 * 5).reshape(3, 3, 2, 5)
-    matrix = mscnn.as_matrix(tf.constant(kernel)).numpy()
+    matrix = mscnn.kernel_matrix(tf.constant(kernel)).numpy()
     assert matrix.shape == (18, 5)
     np.testing.assert_array_equal(matrix[:, 3], kernel[..., 3].ravel())
 
@@ -104,14 +104,14 @@ def test_muon_turns_kernels_at_one_length_and_steps_the_rest_plainly():
     muon = mscnn.Muon(0.1, 0.2, recipe)
     sgd = keras.optimizers.SGD(0.1, momentum=0.5, nesterov=True, weight_decay=0.01)
     for _ in range(3):
-        before = mscnn.as_matrix(ours[0]).numpy()
+        before = mscnn.kernel_matrix(ours[0]).numpy()
         gradients = [tf.constant(rng.normal(size=one.shape), tf.float32) for one in ours]
         muon.apply(gradients, ours)
         sgd.apply(gradients, theirs)
-        step = mscnn.as_matrix(ours[0]).numpy() - before * np.sqrt(6) / np.linalg.norm(before)
+        step = mscnn.kernel_matrix(ours[0]).numpy() - before * np.sqrt(6) / np.linalg.norm(before)
         sizes = np.linalg.svd(step, compute_uv=False)
         assert sizes.min() > 0.02 * 0.6 and sizes.max() < 0.02 * 1.3  # all directions as far: rate x gain
-        assert (step * mscnn.as_matrix(gradients[0]).numpy()).sum() < 0  # downhill
+        assert (step * mscnn.kernel_matrix(gradients[0]).numpy()).sum() < 0  # downhill
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-6)
 
@@ -126,9 +126,9 @@ def test_muon_takes_the_nearest_orthogonal_matrix_to_the_momentum_ahead():
         before, gradient = kernel.numpy().reshape(36, 6), rng.normal(size=(36, 6))
         muon.apply([tf.constant(gradient.reshape(3, 3, 4, 6), tf.float32)], [kernel])
         momentum = 0.8 * momentum + gradient
-        left, _, right = np.linalg.svd(gradient + 0.8 * momentum, full_matrices=False)
+        left, _, correct = np.linalg.svd(gradient + 0.8 * momentum, full_matrices=False)
         step = before * np.sqrt(6) / np.linalg.norm(before) - kernel.numpy().reshape(36, 6)
-        likeness = (step * (left @ right)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ right)
+        likeness = (step * (left @ correct)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ correct)
         assert likeness > 0.97, "singular values are only about 1, so the direction is"
 
 
@@ -136,14 +136,14 @@ def test_the_rates_of_a_recipe_follow_the_batch_size():
     """In proportion for plain steps; not for those of kernels, whose length does not come from the gradients."""
     for size, plain in ((512, 1.0), (128, 0.25)):
         recipe = Recipe(epochs=1, batch_size=size, learning_rate=0.4, kernel_learning_rate=0.06, warm_up=0.25)
-        muon = mscnn.muon_for(recipe, 100)
+        muon = mscnn.stage1_optimizer(recipe, 100)
         peak = float(muon._learning_rate(25))
         assert peak == pytest.approx(0.4 * plain)
         assert peak * muon.kernel_gain == pytest.approx(0.06)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Stage 1 and companion
+# Stage 1 and Stage 2 base network
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +153,7 @@ def test_the_rates_of_a_recipe_follow_the_batch_size():
 def test_the_best_epoch_is_kept(accuracies, best, capsys):
     """The later one of equals, since a later epoch has had the lower learning rate."""
     network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
-    callback = mscnn.KeepBestWeights()
+    callback = mscnn.RestoreBestWeights()
     callback.set_model(network)
     callback.on_train_begin()
     for epoch, accuracy in enumerate(accuracies):
@@ -164,11 +164,11 @@ def test_the_best_epoch_is_kept(accuracies, best, capsys):
     assert f"after epoch {best};" in capsys.readouterr().out
 
 
-def test_stage1_and_companion_learn(model, tiny_data):
+def test_stage1_and_base_network_learn(model, tiny_data):
     """Chance is 20 %."""
     images, labels = tiny_data.test
     assert (model.stage1_logits(images).argmax(axis=1) == labels).mean() > 0.75
-    assert (model.companion(images).numpy().argmax(axis=1) == labels).mean() > 0.65
+    assert (model.stage2_base(images).numpy().argmax(axis=1) == labels).mean() > 0.65
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,8 @@ def test_training_stage1_leaves_stage2_alone_voids_the_calibration_and_learns_wh
     """The rows were fitted to another Stage 1: to go on deciding with them would be silently wrong."""
     before, trained = model.fingerprints(), trained_twice[0].model
     moved = {name for name, now in trained.fingerprints().items() if before[name] != now}
-    assert moved == {"stage1", "known", "calibration/common"} | {f"calibration/{name}" for name in model.category_names}
+    calibrated = {f"calibration/{name}" for name in ("shared", *model.category_names)}
+    assert moved == {"stage1", "ood_statistics"} | calibrated
     assert not trained.is_calibrated
 
 
@@ -243,11 +244,11 @@ def test_many_steps_in_one_call_give_the_same_network(few_images, monkeypatch):
     """As on a GPU, where one call takes all steps of an epoch."""
     trained = []
     for of_an_epoch in (lambda epoch: 1, lambda epoch: epoch):
-        patch_rooms(monkeypatch, "steps_per_call", of_an_epoch)
+        patch_rooms(monkeypatch, "steps_per_execution", of_an_epoch)
         model = MultiStageCNN.for_dataset(few_images, "float32", stage1_widths=(8, 8), stage2_widths=(8, 8))
-        recipe = Recipe(epochs=2, batch_size=16, stage2_share=0.5)
+        recipe = Recipe(epochs=2, batch_size=16, stage2_fraction=0.5)
         history = mscnn.train_stage1(model, few_images, recipe)
-        mscnn.train_companion(model, few_images, recipe)
+        mscnn.train_stage2_base(model, few_images, recipe)
         mscnn.train_stage2(model, few_images, recipe)
         trained.append((model.get_weights(), history["loss"]))
     for one, other in zip(trained[0][0], trained[1][0], strict=True):
@@ -272,7 +273,7 @@ def test_a_training_that_is_interrupted_leaves_whole_images(untrained_model, few
     stop = keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
     with pytest.raises(KeyboardInterrupt):
         mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=4, batch_size=32), callbacks=[stop])
-    assert (int(augmentation.epoch), float(augmentation.share)) == (mscnn.RANDOM_FLIP, 1.0)
+    assert (int(augmentation.epoch), float(augmentation.crop_fraction)) == (mscnn.RANDOM_FLIP, 1.0)
 
 
 def test_a_training_leaves_no_images_behind(untrained_model, few_images, monkeypatch):
@@ -329,17 +330,17 @@ def test_a_frozen_stage1_refuses_training(trained_model, few_images):
     assert trained_model.fingerprints()["stage1"] != before["stage1"]
 
 
-def test_the_companion_is_copied_to_the_trainable_categories(trained_model, few_images):
+def test_the_base_network_is_copied_to_the_trainable_categories(trained_model, few_images):
     before = trained_model.fingerprints()
     trained_model.train_only("cat,dog")
-    with pytest.raises(MSCNNError, match="companion is frozen"):
-        mscnn.train_companion(trained_model, few_images, ONE_EPOCH)
-    trained_model.companion.trainable = True
-    mscnn.train_companion(trained_model, few_images, ONE_EPOCH)
+    with pytest.raises(MSCNNError, match="stage2_base is frozen"):
+        mscnn.train_stage2_base(trained_model, few_images, ONE_EPOCH)
+    trained_model.stage2_base.trainable = True
+    mscnn.train_stage2_base(trained_model, few_images, ONE_EPOCH)
     after = trained_model.fingerprints()
-    moved = {"companion", *(f"{part}/{name}" for part in ("stage2", "calibration") for name in ("cat", "dog"))}
+    moved = {"stage2_base", *(f"{part}/{name}" for part in ("stage2", "calibration") for name in ("cat", "dog"))}
     assert {n for n in before if before[n] != after[n]} == moved
-    assert after["stage2/cat"] == after["stage2/dog"] == after["companion"]
+    assert after["stage2/cat"] == after["stage2/dog"] == after["stage2_base"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -350,7 +351,7 @@ def test_the_companion_is_copied_to_the_trainable_categories(trained_model, few_
 def test_half_of_the_drawn_images_show_the_category():
     labels = np.arange(50) % 5
     for count in (40, 41):
-        drawn = mscnn.draw_stage2_images(labels, np.full(50, 0.2), 3, count, np.random.default_rng(0))
+        drawn = mscnn.sample_hard_negatives(labels, np.full(50, 0.2), 3, count, np.random.default_rng(0))
         assert drawn.shape == (count,)
         np.testing.assert_array_equal(labels[drawn] == 3, np.arange(count) % 2 == 0)
 
@@ -361,7 +362,7 @@ def test_hard_images_are_drawn_in_proportion_to_the_square_of_their_probability(
     labels, probability = np.arange(30) % 3, 0.05 * rng.random(30) ** 4
     probability[labels == 1] = np.linspace(0, 1, 10)
     probability[0] = 0  # never mistaken: drawn all the same, though rarely
-    drawn = mscnn.draw_stage2_images(labels, probability, 1, 200_000, rng)
+    drawn = mscnn.sample_hard_negatives(labels, probability, 1, 200_000, rng)
     counts = np.bincount(drawn, minlength=30)
     own, weight = labels == 1, (probability**2 + 0.00001)[labels != 1]
     assert chisquare(counts[own]).pvalue > 0.01
@@ -372,7 +373,7 @@ def test_hard_images_are_drawn_in_proportion_to_the_square_of_their_probability(
 def test_the_same_generator_draws_the_same():
     labels, probability = np.arange(30) % 3, np.linspace(0, 1, 30)
     one, same, other = (
-        mscnn.draw_stage2_images(labels, probability, 1, 100, np.random.default_rng(seed)) for seed in (0, 0, 1)
+        mscnn.sample_hard_negatives(labels, probability, 1, 100, np.random.default_rng(seed)) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
@@ -380,17 +381,17 @@ def test_the_same_generator_draws_the_same():
 
 def test_batches_carry_the_right_labels(trained_model, tiny_data, monkeypatch):
     trainer = mscnn.Stage2Trainer(trained_model, tiny_data, Recipe(epochs=4, batch_size=32))
-    assert trainer.steps == round(Recipe.stage2_share * 4 * 420 / 32 / 5) == 1
+    assert trainer.steps == round(Recipe.stage2_fraction * 4 * 420 / 32 / 5) == 1
     seen = []
     fit = trainer.trainer.fit
     monkeypatch.setattr(
         trainer.trainer, "fit", lambda batches, **given: (seen.extend(batches), fit(batches, **given))[1]
     )
-    trainer.train(2, trained_model.companion, seed=0)
+    trainer.train(2, trained_model.stage2_base, seed=0)
     assert len(seen) == 5
-    for index, right in seen:
-        np.testing.assert_array_equal(right, np.arange(32) % 2 == 0)
-        np.testing.assert_array_equal(tiny_data.train.labels[index] == 2, right)
+    for index, correct in seen:
+        np.testing.assert_array_equal(correct, np.arange(32) % 2 == 0)
+        np.testing.assert_array_equal(tiny_data.train.labels[index] == 2, correct)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -398,7 +399,7 @@ def test_batches_carry_the_right_labels(trained_model, tiny_data, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def retrain(path, data, categories: str, start: str = "companion") -> MultiStageCNN:
+def retrain(path, data, categories: str, start: str = "stage2_base") -> MultiStageCNN:
     model = mscnn.load_model(path)
     model.train_only(categories)
     mscnn.train_stage2(model, data, Recipe(epochs=5, batch_size=32), seed=4, start=start)
@@ -423,10 +424,10 @@ def test_all_categories_are_trained_by_one_graph(trained_model, few_images, monk
 
     monkeypatch.setattr(keras.losses, "BinaryCrossentropy", Spy)
     trainer = mscnn.Stage2Trainer(trained_model, few_images, Recipe(epochs=5, batch_size=32))
-    trainer.train(0, trained_model.companion, seed=0)
+    trainer.train(0, trained_model.stage2_base, seed=0)
     first = len(traces)
     for category in (1, 2, 3):
-        trainer.train(category, trained_model.companion, seed=0)
+        trainer.train(category, trained_model.stage2_base, seed=0)
     assert 2 <= first <= 4 and len(traces) == first
 
 
@@ -446,7 +447,7 @@ def test_only_trainable_categories_are_trained_each_from_its_start(trained_model
     histories = mscnn.train_stage2(trained_model, few_images, ONE_EPOCH)
     assert list(histories) == ["cat", "truck"]
     mscnn.train_stage2(trained_model, few_images, ONE_EPOCH, start="current")
-    assert [name for _, name, _ in calls] == ["companion", "companion", "category_1", "category_3"]
+    assert [name for _, name, _ in calls] == ["stage2_base", "stage2_base", "category_1", "category_3"]
     assert len({seed for _, _, seed in calls[:2]}) == 2  # each category draws its own images
 
 
@@ -465,26 +466,26 @@ def test_training_stage2_leaves_its_start_alone_and_voids_its_own_row(trained_mo
 def test_a_category_that_stage1_never_predicts_is_trained_without_validation(trained_model, few_images):
     trainer = mscnn.Stage2Trainer(trained_model, few_images, Recipe(epochs=5, batch_size=32))
     trainer.predicted = np.zeros_like(trainer.predicted)
-    assert set(trainer.train(3, trained_model.companion, seed=0)) == {"loss", "accuracy", "seconds"}
+    assert set(trainer.train(3, trained_model.stage2_base, seed=0)) == {"loss", "accuracy", "seconds"}
 
 
 def test_stage2_learns_what_is_right(model, untrained_model, tiny_data):
-    """Each trained judge tells its category from the others; an untrained one does not."""
+    """Each trained verifier tells its category from the others; an untrained one does not."""
     images = np.concatenate([tiny_data.test.images, tiny_data.certification.images])
     labels = np.concatenate([tiny_data.test.labels, tiny_data.certification.labels])
 
-    def auroc(judges: MultiStageCNN) -> np.ndarray:
-        return np.array([roc_auc_score(labels == c, judges.stage2_log_odds(images, c)) for c in range(5)])
+    def auroc(verifiers: MultiStageCNN) -> np.ndarray:
+        return np.array([roc_auc_score(labels == c, verifiers.stage2_log_odds(images, c)) for c in range(5)])
 
     assert auroc(model).min() > 0.8
     assert auroc(model).mean() > auroc(untrained_model).mean() + 0.15
-    # And so it finds Stage 1's errors, which an untrained judge does not.
-    category, _, trained, *_ = model.opinions(images)
+    # And so it finds Stage 1's errors, which an untrained verifier does not.
+    category, _, trained, *_ = model.scores(images)
     untrained = np.zeros(len(images))
     for c in range(5):
         untrained[category == c] = untrained_model.stage2_log_odds(images[category == c], c)
-    right = category == labels
-    assert mscnn.aurc(trained, right) < 0.7 * mscnn.aurc(untrained, right)
+    correct = category == labels
+    assert mscnn.aurc(trained, correct) < 0.7 * mscnn.aurc(untrained, correct)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -498,8 +499,8 @@ def test_calibration_losses_are_those_of_the_decisions(model, tiny_data):
     assert got.shape == (5,)
     for c in range(5):
         here = decisions.stage1_category == c
-        right = tiny_data.calibration.labels[here] == c
-        given = np.where(right, decisions.confidence[here], 1 - decisions.confidence[here])
+        correct = tiny_data.calibration.labels[here] == c
+        given = np.where(correct, decisions.confidence[here], 1 - decisions.confidence[here])
         assert got[c] == pytest.approx(-np.log(given).mean())
 
 
@@ -518,7 +519,7 @@ def noisy_training(monkeypatch):
     def ruin(model, data, recipe, seed, start):
         rng = np.random.default_rng(seed)
         for c in model.trainable_categories():
-            network = model.stage2_of(c)
+            network = model.stage2_cnn(c)
             network.set_weights([rng.normal(size=w.shape) ** 2 for w in network.get_weights()])
         return {}
 
@@ -526,14 +527,14 @@ def noisy_training(monkeypatch):
 
 
 def test_a_worse_category_is_put_back(trained_model, tiny_data, noisy_training, monkeypatch):
-    """The judge is ruined, and its row made to doubt everything, so that the log loss does rise."""
+    """The verifier is ruined, and its row made to doubt everything, so that the log loss does rise."""
     before, losses = trained_model.fingerprints(), mscnn.calibration_losses(trained_model, tiny_data)
     moved, during = {"stage2/cat", "calibration/cat", "stage2/dog", "calibration/dog"}, []
 
     def doubt(self, split, categories):
-        rows = self.rows.numpy()
+        rows = self.calibration_coefficients.numpy()
         rows[list(categories)] = [-5, 0, 0]
-        self.rows.assign(rows)
+        self.calibration_coefficients.assign(rows)
         during.append(self.fingerprints())
 
     monkeypatch.setattr(MultiStageCNN, "calibrate", doubt)
@@ -550,7 +551,7 @@ def test_a_worse_category_is_put_back(trained_model, tiny_data, noisy_training, 
 
 
 def test_each_category_is_judged_by_itself(trained_model, tiny_data, noisy_training, monkeypatch):
-    """Better is kept; equal, worse and unknown are put back."""
+    """Better is kept; equal, worse and unknown are rolled back."""
     before = trained_model.fingerprints()
     nan = np.nan
     losses = iter([np.array([0.5, 0.5, 0.5, nan, 0.5]), np.array([0.4, 0.5, 0.6, nan, 0.1])])
@@ -575,4 +576,4 @@ def test_an_unknown_category_stops_retraining_before_it_begins(trained_model, ti
 def test_stage2_is_kept_where_some_categories_of_a_finished_model_are_retrained(only, chosen, calibrated, kept):
     model = SimpleNamespace(category_names=mscnn.CIFAR10_NAMES, is_calibrated=calibrated)
     settings = mscnn.Settings(stage2_only=only, stage2_categories=chosen)
-    assert mscnn.stage2_is_kept(model, settings) is kept
+    assert mscnn.keeps_stage2(model, settings) is kept

@@ -1,30 +1,30 @@
-"""Measures which second opinion is worth having, ten specialised judges among them: judges.json and RESULTS.md.
+"""Measures which verifier is worth having, ten specialised verifiers among them: verifiers.json and RESULTS.md.
 
-    python benchmarks/judges.py           three seeds: over an hour on two cores; can be interrupted
-    python benchmarks/judges.py --quick   one seed, a tenth of the data: minutes; shows that it works
+    python benchmarks/verifiers.py           three seeds: over an hour on two cores; can be interrupted
+    python benchmarks/verifiers.py --quick   one seed, a tenth of the data: minutes; shows that it works
 
-For each seed a whole model is trained on 30,000 of CIFAR-10's train images. All opinions are about the answers of its
-Stage 1, are combined with its margin as the model does it, and are calibrated on the same calibration split. The other
-15,000 train images judge them: nothing here sees the test split. What is trained is kept in runs/judges. Differences
-in the training of Stage 2 alone, each against ours:
+For each seed a whole model is trained on 30,000 of CIFAR-10's train images. All scores are about the answers of its
+Stage 1, are combined with its margin as the model does it, and are calibrated on the same calibration split. They are
+measured on the other 15,000 train images: nothing here sees the test split. What is trained is kept in runs/verifiers.
+Differences in the training of Stage 2 alone, each against ours:
 
-    ours                                ten Stage 2 CNNs, copies of the companion, each on its category's hard negatives
-    companion                           none of the ten: the network that they begin as
-    companion, longer                   the same network in so many more epochs, as many images as the ten have seen
-    one shared verifier                 one CNN on all ten draws, mixed: each image with the category that is asked for
-    twice as many steps                 of each of the ten
-    wider: 48/96/96                     companion and the ten, with over twice the multiply-adds
-    negatives by both networks          drawn by the companion's softmax as much as by Stage 1's
-    negatives by cross-fitting          drawn by the softmax of companions that have not been trained on the image
-    blends as negatives                 further images to be called wrong: mostly c, a little of a hard negative of c
-    Stage 1's features as input         a further dense layer of each of the ten sees those of the frozen Stage 1
-    four shifted views more             the ten as they are asked about five views and their mirror images
+    ours                          ten Stage 2 CNNs, copies of their base network, each on its category's hard negatives
+    stage2_base                   none of the ten: the network that they begin as
+    Stage 2 base network, longer  the same network in so many more epochs, as many images as the ten have seen
+    one shared verifier           one CNN on all ten draws, mixed: each image with the category that is asked for
+    twice as many steps           of each of the ten
+    wider: 48/96/96               base network and the ten, with over twice the multiply-adds
+    negatives by both networks    drawn by the base network's softmax as much as by Stage 1's
+    negatives by cross-fitting    drawn by the softmax of base networks that have not been trained on the image
+    blends as negatives           further images to be called incorrect: mostly c, a little of a hard negative of c
+    Stage 1's features as input   a further dense layer of each of the ten sees those of the frozen Stage 1
+    four shifted views more       the ten as they are asked about five views and their mirror images
 
 And in the decision alone, with the ten as they are:
 
-    no second opinion                   Stage 1's margin by itself, a row a category
-    one row for all                     of the calibration, in place of one a category
-    a third, fourth, ... sign           in the logistic regression: what else the networks say (see `all_signs`)
+    no verifier                   Stage 1's margin by itself, with coefficients per category
+    one row for all               of the calibration, in place of one per category
+    a third, fourth, ... sign     in the logistic regression: what else the networks say (see `all_signs`)
 """
 
 import argparse
@@ -49,9 +49,9 @@ class Form(NamedTuple):
 
     seeds: tuple[int, ...]
     train: int  # images
-    unseen: int  # images that judge
+    unseen: int  # images that verifier
     epochs: int  # 0: the recipe's own choice
-    name: str  # of its folder in runs/judges
+    name: str  # of its folder in runs/verifiers
 
 
 FULL = Form((0, 1, 2), 30_000, 15_000, 0, "full")
@@ -68,7 +68,7 @@ class Trial:
     seed: int
 
 
-Opinion = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images, the category asked of each (N,) -> log-odds (N,)
+StageScore = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images, the category asked of each (N,) -> log-odds (N,)
 
 
 # ---- the base: a whole model for each seed
@@ -86,7 +86,7 @@ def split_for(form: Form, seed: int):
 
 
 def base_path(form: Form, seed: int) -> Path:
-    return ROOT / "runs" / "judges" / form.name / f"seed_{seed}.keras"
+    return ROOT / "runs" / "verifiers" / form.name / f"seed_{seed}.keras"
 
 
 def trial_of(form: Form, seed: int) -> Trial:
@@ -94,76 +94,76 @@ def trial_of(form: Form, seed: int) -> Trial:
     import mscnn_helpers as mscnn
 
     path = base_path(form, seed)
-    data, recipe = split_for(form, seed), mscnn.recipe_for(form.train, form.epochs)
+    data, recipe = split_for(form, seed), mscnn.default_recipe(form.train, form.epochs)
     if not path.is_file():
         model = mscnn.MultiStageCNN.for_dataset(data, POLICY, seed)
         mscnn.train_stage1(model, data, recipe, seed)
-        mscnn.train_companion(model, data, recipe, seed)
+        mscnn.train_stage2_base(model, data, recipe, seed)
         mscnn.train_stage2(model, data, recipe, seed)
         model.calibrate(data.calibration)
         model.save(path)
     return Trial(mscnn.load_model(path), data, recipe, seed)
 
 
-# ---- second opinions
+# ---- verifiers
 
 
-def by_network(network) -> Opinion:
+def by_network(network) -> StageScore:
     """Of one network for all categories, by both views."""
     import tensorflow as tf
 
     graph = tf.function(lambda images: network(images, training=False), reduce_retracing=True)
 
-    def opinion(images, category):
+    def score(images, category):
         import mscnn_helpers as mscnn
 
         return np.mean([mscnn.log_odds(view, category) for view in selective.both_views(graph, images)], axis=0)
 
-    return opinion
+    return score
 
 
-def by_category(of_one: Callable[[np.ndarray, int], np.ndarray]) -> Opinion:
+def by_category(of_one: Callable[[np.ndarray, int], np.ndarray]) -> StageScore:
     """Asks the network of each image's category: `of_one` takes images and their category."""
 
-    def opinion(images, category):
+    def score(images, category):
         odds = np.zeros(len(images))
         for c in np.unique(category):
             odds[category == c] = of_one(images[category == c], int(c))
         return odds
 
-    return opinion
+    return score
 
 
-def ours(trial: Trial) -> Opinion:
+def ours(trial: Trial) -> StageScore:
     return by_category(trial.model.stage2_log_odds)
 
 
-def companion(trial: Trial) -> Opinion:
-    return by_network(trial.model.companion)
+def stage2_base(trial: Trial) -> StageScore:
+    return by_network(trial.model.stage2_base)
 
 
-def train_ten(trial: Trial, probability: np.ndarray | None = None) -> Opinion:
-    """Trains the ten anew from the companion, with negatives drawn by the given probabilities (N, C)."""
+def train_ten(trial: Trial, probability: np.ndarray | None = None) -> StageScore:
+    """Trains the ten anew from the Stage 2 base network, with negatives drawn by the given probabilities (N, C)."""
     import mscnn_helpers as mscnn
 
     trainer = mscnn.Stage2Trainer(trial.model, trial.data, trial.recipe)
     trainer.probability = trainer.probability if probability is None else probability
     for c in range(len(trial.data.category_names)):
-        trainer.train(c, trial.model.companion, trial.seed + 100 + c)
+        trainer.train(c, trial.model.stage2_base, trial.seed + 100 + c)
     return ours(trial)
 
 
-def twice_as_many_steps(trial: Trial) -> Opinion:
-    trial.recipe = dataclasses.replace(trial.recipe, stage2_share=2 * trial.recipe.stage2_share)
+def twice_as_many_steps(trial: Trial) -> StageScore:
+    trial.recipe = dataclasses.replace(trial.recipe, stage2_fraction=2 * trial.recipe.stage2_fraction)
     return train_ten(trial)
 
 
-def wider(trial: Trial) -> Opinion:
+def wider(trial: Trial) -> StageScore:
     import mscnn_helpers as mscnn
 
     model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_widths=(48, 96, 96))
     model.stage1.set_weights(trial.model.stage1.get_weights())
-    mscnn.train_companion(model, trial.data, trial.recipe, trial.seed)
+    mscnn.train_stage2_base(model, trial.data, trial.recipe, trial.seed)
     trial.model = model
     return train_ten(trial)
 
@@ -175,35 +175,35 @@ def softmax(network, images: np.ndarray) -> np.ndarray:
     return softmax(np.concatenate([np.asarray(network(part)) for part in np.array_split(images, 100)]), axis=1)
 
 
-def negatives_by_both(trial: Trial) -> Opinion:
+def negatives_by_both(trial: Trial) -> StageScore:
     images = trial.data.train.images
-    squares = [softmax(network, images) ** 2 for network in (trial.model.stage1, trial.model.companion)]
+    squares = [softmax(network, images) ** 2 for network in (trial.model.stage1, trial.model.stage2_base)]
     return train_ten(trial, np.sqrt(np.mean(squares, axis=0)))
 
 
-def negatives_by_cross_fitting(trial: Trial) -> Opinion:
-    """Two networks of the companion's kind, each trained on one half of the train images, judge the other half."""
+def negatives_by_cross_fitting(trial: Trial) -> StageScore:
+    """Two networks like the base network, each trained on half of the train images, score the other half."""
     import mscnn_helpers as mscnn
 
     train, probability = trial.data.train, np.zeros((len(trial.data.train), len(trial.data.category_names)))
     halves = np.array_split(np.random.default_rng(trial.seed).permutation(len(train)), 2)
     for number, (fitted, other) in enumerate((halves, halves[::-1])):
-        network = whitened_companion(trial.model)
-        recipe = dataclasses.replace(trial.recipe, epochs=trial.recipe.companion_epochs or trial.recipe.epochs)
+        network = whitened_stage2_base(trial.model)
+        recipe = dataclasses.replace(trial.recipe, epochs=trial.recipe.stage2_base_epochs or trial.recipe.epochs)
         half = dataclasses.replace(trial.data, train=train.take(fitted))
         mscnn.train_classifier(network, half, recipe, trial.seed + 10 + number)
         probability[other] = softmax(network, train.images[other])
     return train_ten(trial, probability)
 
 
-def blends_as_negatives(trial: Trial) -> Opinion:
+def blends_as_negatives(trial: Trial) -> StageScore:
     """The blends join the train images under no category; Stage 1's softmax makes them hard negatives by itself."""
     import mscnn_helpers as mscnn
 
     data, rng, blends = trial.data, np.random.default_rng(trial.seed), []
     probability = softmax(trial.model.stage1, data.train.images)
     for c in range(len(data.category_names)):
-        drawn = mscnn.draw_stage2_images(data.train.labels, probability[:, c], c, 2 * BLENDS, rng)
+        drawn = mscnn.sample_hard_negatives(data.train.labels, probability[:, c], c, 2 * BLENDS, rng)
         own, other = (data.train.images[drawn[half::2]].astype(np.float32) for half in (0, 1))
         blends.append(np.round(0.65 * own + 0.35 * other).astype(np.uint8))
     images, labels = np.concatenate([data.train.images, *blends]), np.full(BLENDS * len(blends), -1)
@@ -211,7 +211,7 @@ def blends_as_negatives(trial: Trial) -> Opinion:
     return train_ten(trial)
 
 
-def features_as_input(trial: Trial) -> Opinion:
+def features_as_input(trial: Trial) -> StageScore:
     """Each of the ten gets a further dense layer, zero at first, on Stage 1's features of both views of the image."""
     import keras
     import tensorflow as tf
@@ -245,24 +245,24 @@ def features_as_input(trial: Trial) -> Opinion:
     trained = {}
     for c in range(len(data.category_names)):
         more.set_weights([np.zeros_like(one) for one in more.get_weights()])
-        trainer.train(c, model.companion, trial.seed + 100 + c)
+        trainer.train(c, model.stage2_base, trial.seed + 100 + c)
         trained[c] = more.get_weights()
 
     def of_one(images, c):
         kernel, bias = trained[c]
         seen = features(images) @ kernel + bias  # (N, C)
         category = np.full(len(images), c)
-        views = selective.both_views(model.stage2_of(c), images)
+        views = selective.both_views(model.stage2_cnn(c), images)
         return np.mean([mscnn.log_odds(view + seen, category) for view in views], axis=0)
 
     return by_category(of_one)
 
 
-def shifted_views(trial: Trial) -> Opinion:
-    def shifted(images, down, right):
+def shifted_views(trial: Trial) -> StageScore:
+    def shifted(images, down, correct):
         padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
         height, width = images.shape[1:3]
-        return np.ascontiguousarray(padded[:, 2 + down : 2 + down + height, 2 + right : 2 + right + width])
+        return np.ascontiguousarray(padded[:, 2 + down : 2 + down + height, 2 + correct : 2 + correct + width])
 
     def of_one(images, c):
         return np.mean([trial.model.stage2_log_odds(shifted(images, *by), c) for by in ((0, 0), *SHIFTS)], axis=0)
@@ -278,7 +278,7 @@ class Draw(NamedTuple):
 
     indices: np.ndarray  # int64 (N,), of the train images
     asked: np.ndarray  # float32 (N, C): 1 where it is asked whether the image shows that category
-    right: np.ndarray  # float32 (N,): whether it does
+    correct: np.ndarray  # float32 (N,): whether it does
 
 
 def mixed_draw(labels: np.ndarray, probability: np.ndarray, count: int, rng: np.random.Generator) -> Draw:
@@ -290,7 +290,7 @@ def mixed_draw(labels: np.ndarray, probability: np.ndarray, count: int, rng: np.
     import mscnn_helpers as mscnn
 
     categories = probability.shape[1]
-    drawn = [mscnn.draw_stage2_images(labels, probability[:, c], c, count, rng) for c in range(categories)]
+    drawn = [mscnn.sample_hard_negatives(labels, probability[:, c], c, count, rng) for c in range(categories)]
     indices, category = np.concatenate(drawn), np.repeat(np.arange(categories), count)
     order = rng.permutation(len(indices))
     indices, category = indices[order], category[order]
@@ -304,7 +304,7 @@ def asked_log_odds(logits, asked):
     return tf.reduce_sum(logits * asked, axis=1) - tf.reduce_logsumexp(logits - 1e9 * asked, axis=1)
 
 
-def shared_verifier(trial: Trial) -> Opinion:
+def shared_verifier(trial: Trial) -> StageScore:
     """One CNN trained as the ten are, on all their images, in as many steps; the learning rate falls once."""
     import keras
     import tensorflow as tf
@@ -313,50 +313,50 @@ def shared_verifier(trial: Trial) -> Opinion:
 
     model, data = trial.model, trial.data
     ten = mscnn.Stage2Trainer(model, data, trial.recipe)
-    count = ten.ROUNDS * ten.steps * ten.batch_size
+    count = ten.HISTORY_POINTS * ten.steps * ten.batch_size
     draw = mixed_draw(data.train.labels, ten.probability, count, np.random.default_rng(trial.seed))
-    network = model.new_stage2(name="shared")
-    network.set_weights(model.companion.get_weights())
+    network = model.build_stage2(name="shared")
+    network.set_weights(model.stage2_base.get_weights())
     keras.utils.set_random_seed(trial.seed)
     network.get_layer("augmentation").reseed(trial.seed)
     trainer = mscnn.Trainer(network, data.train.images)
     steps = len(draw.indices) // ten.batch_size
 
-    def loss(truth, logits):  # truth (B, C + 1): what is asked, and whether it is right
+    def loss(truth, logits):  # truth (B, C + 1): what is asked, and whether it is correct
         odds = asked_log_odds(logits, truth[:, :-1])
         return tf.nn.sigmoid_cross_entropy_with_logits(truth[:, -1], odds)
 
-    trainer.compile(mscnn.stage2_muon_for(trial.recipe, ten.batch_size, steps), loss, jit_compile=False)
-    truth = np.concatenate([draw.asked, draw.right[:, None]], axis=1)
+    trainer.compile(mscnn.stage2_optimizer(trial.recipe, ten.batch_size, steps), loss, jit_compile=False)
+    truth = np.concatenate([draw.asked, draw.correct[:, None]], axis=1)
     batches = tf.data.Dataset.from_tensor_slices((draw.indices, truth)).batch(ten.batch_size, drop_remainder=True)
     trainer.fit(batches.prefetch(2), epochs=1, shuffle=False, verbose=2)
     return by_network(network)
 
 
-def whitened_companion(model):
-    """A new network of the companion's kind, with its whitening."""
-    network = model.new_stage2(name="companion")
-    network.get_layer("whitening").kernel.assign(model.companion.get_layer("whitening").kernel)
+def whitened_stage2_base(model):
+    """A new network of the Stage 2 base network's kind, with its whitening."""
+    network = model.build_stage2(name="stage2_base")
+    network.get_layer("whitening").kernel.assign(model.stage2_base.get_layer("whitening").kernel)
     return network
 
 
-def longer_companion(trial: Trial) -> Opinion:
-    """The companion trained anew, in more epochs: those of itself and of the ten Stage 2 CNNs, counted in images."""
+def longer_stage2_base(trial: Trial) -> StageScore:
+    """The Stage 2 base network trained anew, on as many images as itself and the ten Stage 2 CNNs together."""
     import mscnn_helpers as mscnn
 
     recipe = trial.recipe
-    of_ten = round(len(trial.data.category_names) * recipe.stage2_share * recipe.epochs)
-    epochs, network = (recipe.companion_epochs or recipe.epochs) + of_ten, whitened_companion(trial.model)
+    of_ten = round(len(trial.data.category_names) * recipe.stage2_fraction * recipe.epochs)
+    epochs, network = (recipe.stage2_base_epochs or recipe.epochs) + of_ten, whitened_stage2_base(trial.model)
     mscnn.train_classifier(network, trial.data, dataclasses.replace(recipe, epochs=epochs), trial.seed + 1)
     return by_network(network)
 
 
-OPINIONS: dict[str, Callable[[Trial], Opinion]] = {
+SCORES: dict[str, Callable[[Trial], StageScore]] = {
     "ours": ours,
-    "companion": companion,
+    "stage2_base": stage2_base,
     "four shifted views more": shifted_views,
     "one shared verifier": shared_verifier,
-    "companion, longer": longer_companion,
+    "Stage 2 base network, longer": longer_stage2_base,
     "negatives by cross-fitting": negatives_by_cross_fitting,
     "twice as many steps": twice_as_many_steps,
     "Stage 1's features as input": features_as_input,
@@ -369,17 +369,17 @@ OPINIONS: dict[str, Callable[[Trial], Opinion]] = {
 # ---- what each of them says, computed once
 
 
-def _first_opinion(form: Form, seed: int) -> dict[str, np.ndarray]:
+def _first_score(form: Form, seed: int) -> dict[str, np.ndarray]:
     """Stage 1's answers on both splits, and signs for the decision, see `all_signs`."""
     import mscnn_helpers as mscnn
 
     trial, found = trial_of(form, seed), {}
     model = trial.model
     for name, split in (("calibration", trial.data.calibration), ("unseen", trial.data.test)):
-        views = model.stage1_views(split.images)
+        views = model.stage1_outputs(split.images)
         logits = views.logits.mean(axis=0).astype(np.float64)
         category = logits.argmax(axis=1)
-        other = selective.both_views(model.companion, split.images).mean(axis=0)
+        other = selective.both_views(model.stage2_base, split.images).mean(axis=0)
         ranked = np.sort(logits, axis=1)[:, ::-1]
         found |= {
             f"{name}_category": category, f"{name}_labels": split.labels,
@@ -394,13 +394,13 @@ def _first_opinion(form: Form, seed: int) -> dict[str, np.ndarray]:
     return found
 
 
-def _second_opinion(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
+def _second_score(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
     """Log-odds of Stage 1's answers on both splits."""
     trial = trial_of(form, seed)
     splits = {"calibration": trial.data.calibration, "unseen": trial.data.test}
-    category = {key: trial.model.stage1_views(split.images).logits.mean(axis=0) for key, split in splits.items()}
-    opinion = OPINIONS[name](trial)
-    return {key: opinion(split.images, category[key].argmax(axis=1)) for key, split in splits.items()}
+    category = {key: trial.model.stage1_outputs(split.images).logits.mean(axis=0) for key, split in splits.items()}
+    score = SCORES[name](trial)
+    return {key: score(split.images, category[key].argmax(axis=1)) for key, split in splits.items()}
 
 
 def kept(form: Form, seed: int, name: str, compute: Callable, *arguments) -> dict[str, np.ndarray]:
@@ -425,10 +425,10 @@ def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
 
     category, labels = first["calibration_category"], first["calibration_labels"]
     seen = first["calibration_margin"], second["calibration"], category == labels
-    rows = np.tile(mscnn.fit_common_row(*seen), (labels.max() + 1, 1))
+    rows = np.tile(mscnn.fit_shared_calibration(*seen), (labels.max() + 1, 1))
     if a_row_each:
-        rows = mscnn.fit_category_rows(category, *seen, rows[0], range(len(rows)))
-    odds = mscnn.combined_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
+        rows = mscnn.fit_category_calibration(category, *seen, rows[0], range(len(rows)))
+    odds = mscnn.confidence_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
     return expit(odds)
 
 
@@ -436,15 +436,15 @@ def one_row(first: dict, second: dict) -> np.ndarray:
     return fitted(first, second, a_row_each=False)
 
 
-def no_second_opinion(first: dict, second: dict) -> np.ndarray:
+def no_second_score(first: dict, second: dict) -> np.ndarray:
     return fitted(first, {name: np.zeros_like(odds) for name, odds in second.items()})
 
 
 def all_signs(first: dict, second: dict) -> np.ndarray:
     """Confidences by a regression of everything at hand, (N,).
 
-    Both stages' opinions; Stage 1's margin of each view, its lead over the third to fifth category and its log-odds;
-    the companion's log-odds and margin; the energies of both; the length of Stage 1's features; the category.
+    Both stages' scores; Stage 1's margin of each view, its lead over the third to fifth category and its log-odds;
+    the base network's log-odds and margin; the energies of both; the length of Stage 1's features; the category.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -454,13 +454,15 @@ def all_signs(first: dict, second: dict) -> np.ndarray:
         one_hot = np.eye(first["calibration_category"].max() + 1)[first[f"{split}_category"]]
         return np.column_stack([first[f"{split}_margin"], second[split], first[f"{split}_signs"], one_hot])
 
-    right = first["calibration_category"] == first["calibration_labels"]
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(table("calibration"), right)
+    correct = first["calibration_category"] == first["calibration_labels"]
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(
+        table("calibration"), correct
+    )
     return fitted.predict_proba(table("unseen"))[:, 1]
 
 
 DECISIONS = {
-    "no second opinion": no_second_opinion, "one row for all": one_row, "a third, fourth, ... sign": all_signs,
+    "no verifier": no_second_score, "one row for all": one_row, "a third, fourth, ... sign": all_signs,
 }  # fmt: skip
 
 
@@ -479,8 +481,8 @@ def digests(images: np.ndarray) -> np.ndarray:
 
 
 def judged(form: Form, seed: int) -> Judged:
-    first = kept(form, seed, "Stage 1", _first_opinion)
-    second = {name: kept(form, seed, name, _second_opinion, name) for name in OPINIONS}
+    first = kept(form, seed, "Stage 1", _first_score)
+    second = {name: kept(form, seed, name, _second_score, name) for name in SCORES}
     commits = {str(one.pop("commit")) for one in (first, *second.values())}
     second = {name: {split: one[split] for split in ("calibration", "unseen")} for name, one in second.items()}
     confidence = {name: fitted(first, odds) for name, odds in second.items()}
@@ -492,9 +494,9 @@ def judged(form: Form, seed: int) -> Judged:
 
 # ---- RESULTS.md
 
-HEADER = ["second opinion", "AURC", "against ours", "AUGRC, against ours", "AUROC of failure", "FPR at 95 % TPR",
+HEADER = ["verifier", "AURC", "against ours", "AUGRC, against ours", "AUROC of failure", "FPR at 95 % TPR",
           "interval"]  # fmt: skip
-CENTRAL = ("one shared verifier", "companion, longer", "companion")  # against ten
+CENTRAL = ("one shared verifier", "Stage 2 base network, longer", "stage2_base")  # against ten
 
 
 def table(figures: dict) -> str:
@@ -526,26 +528,26 @@ def table(figures: dict) -> str:
 
     rows = [row(name) for name in sorted(found, key=lambda name: mean(name, "aurc"))]
     lines = [
-        "## Judges", "",
-        "Written by `python benchmarks/judges.py` (see its first lines for the ideas). All are about the same answers",
-        f"of the same Stage 1, trained on {figures['images'][0]:,} of CIFAR-10's train images, and are judged by "
+        "## Verifiers", "",
+        "Written by `python benchmarks/verifiers.py` (see its first lines for the ideas). All score the same answers",
+        f"of the same Stage 1, trained on {figures['images'][0]:,} of CIFAR-10's train images, and are measured by "
         f"{figures['images'][1]:,} others;", f"seeds {', '.join(map(str, figures['seeds']))}, mean. Against ours: "
         "relative difference, median and 95 % interval of a paired bootstrap over", "images and seeds; below 0 the "
         "idea is better. The last column is empty where the interval of the AURC holds 0. Of so many comparisons one",
-        "may miss 0 by chance. The central question first: are ten judges better than one?", "",
+        "may miss 0 by chance. The central question first: are ten verifiers better than one?", "",
         *markdown(HEADER, [row(name) for name in ("ours", *CENTRAL) if name in found]),
         "All ideas:", "",
         *markdown(HEADER, rows),
-        "What is better here and not kept: cross-fitting needs two more trainings, of half a companion each, and a",
-        "retraining of one category would need their judgement of all train images again, or both networks in the",
-        "model file. Wider networks double the work of the second opinion, and the model file.", "",
+        "What is better here and not kept: cross-fitting needs two more trainings, of half a base network each, and a",
+        "retraining of one category would need their scores of all train images again, or both networks in the",
+        "model file. Wider networks double the work of the verifier, and the model file.", "",
         origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Trains what is missing, judges, and writes judges.json."""
+    """Trains what is missing, measures, and writes verifiers.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few images; replaces no full figures")
     parser.add_argument("--seeds", type=numbers, default=(), help="only these: before all have been trained")
@@ -553,7 +555,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     form = QUICK if options.quick else FULL._replace(seeds=options.seeds or FULL.seeds)
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
-    figures = origin(f"python benchmarks/judges.py{chosen}")
+    figures = origin(f"python benchmarks/verifiers.py{chosen}")
     figures |= {"seeds": list(form.seeds), "images": [form.train, form.unseen]}
     found, labels, images, commits = zip(*(judged(form, seed) for seed in form.seeds), strict=True)
     _, which = np.unique(np.stack(images), return_inverse=True)
@@ -564,8 +566,8 @@ def main() -> None:
     }
     figures["differences"] = selective.differences(list(found), list(labels), 1000, list(which.reshape(len(found), -1)))
     print(table(figures))
-    if selective.replaces(figures["command"], read_json("judges", figures)["command"]):
-        write("judges", figures, table(figures))
+    if selective.replaces(figures["command"], read_json("verifiers", figures)["command"]):
+        write("verifiers", figures, table(figures))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Measures what each ingredient of the training recipe is worth, and writes ingredients.json and RESULTS.md.
+"""Measures what each ablation of the training recipe is worth, and writes ablations.json and RESULTS.md.
 
-    python benchmarks/ingredients.py                 three seeds each: three quarters of an hour on two cores
-    python benchmarks/ingredients.py --regularizers  only what is said to rank right above wrong: a quarter of an hour
-    python benchmarks/ingredients.py --quick         one seed, little training: minutes; shows that it works
+    python benchmarks/ablations.py                 three seeds each: three quarters of an hour on two cores
+    python benchmarks/ablations.py --regularizers  only what is said to rank right above wrong: a quarter of an hour
+    python benchmarks/ablations.py --quick         one seed, little training: minutes; shows that it works
 
-The network is the companion's, which has all the layers of Stage 1 at a seventh of its work. It is trained by the
+The network is that of Stage 2, which has all the layers of Stage 1 at a seventh of its work. It is trained by the
 recipe for full data, scaled down: on 10,000 of CIFAR-10's train images, in 12 epochs and batches of 128. 20,000 others
-of the train split judge it: nothing here sees the test split. Each variant leaves one ingredient out, or adds one that
-the recipe does without, and is compared with the recipe seed by seed. The regularizers have a table of their own, with
-the recipe as it was when they were measured.
+of the train split verifier it: nothing here sees the test split. Each variant leaves one ablation out, or adds one
+that the recipe does without, and is compared with the recipe seed by seed. The regularizers have a table of their own,
+with the recipe as it was when they were measured.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def without_muon(training: Training) -> None:
         schedule = mscnn.learning_rate_schedule(recipe, steps)
         return keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
 
-    room.muon_for = sgd
+    room.stage1_optimizer = sgd
 
 
 def without_schedule(training: Training) -> None:
@@ -338,7 +338,7 @@ REGULARIZERS: dict[str, Callable[[Training], None]] = {
 
 
 def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]:
-    """Trains a companion by the recipe but for the variant, and judges it on train images it has not seen.
+    """Trains a Stage 2 base network by the recipe but for the variant, and measures it on unseen train images.
 
     Returns:
         accuracy, and aurc of its softmax.
@@ -346,20 +346,20 @@ def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]
     import mscnn_helpers as mscnn
 
     data = mscnn.load_dataset("cifar10", seed=seed)
-    images, epochs, judges = (1000, 2, 1000) if quick else (10_000, 12, 20_000)
+    images, epochs, verifiers = (1000, 2, 1000) if quick else (10_000, 12, 20_000)
     order = np.random.default_rng(seed).permutation(len(data.train))
-    unseen = data.train.take(order[images : images + judges])
+    unseen = data.train.take(order[images : images + verifiers])
     data = dataclasses.replace(data, train=data.train.take(order[:images]))
     model = mscnn.MultiStageCNN.for_dataset(data, policy, seed)
     recipe = mscnn.Recipe(epochs, BATCH)
-    training = Training(model.companion, recipe, -(-images // BATCH) * epochs, [])
+    training = Training(model.stage2_base, recipe, -(-images // BATCH) * epochs, [])
     (VARIANTS | REGULARIZERS)[variant](training)
     mscnn.train_classifier(training.network, data, training.recipe, seed, callbacks=training.callbacks)
     logits = np.concatenate([training.network.predict_on_batch(part) for part in np.array_split(unseen.images, 20)])
     predicted = logits.argmax(axis=1)
-    right = predicted == unseen.labels
-    aurc = mscnn.aurc(mscnn.log_odds(logits, predicted), right)
-    return {"accuracy": float(right.mean()), "aurc": aurc}
+    correct = predicted == unseen.labels
+    aurc = mscnn.aurc(mscnn.log_odds(logits, predicted), correct)
+    return {"accuracy": float(correct.mean()), "aurc": aurc}
 
 
 # ---- RESULTS.md
@@ -383,11 +383,11 @@ def table(found: dict) -> str:
     """Its section of RESULTS.md."""
     lines = [
         "## Ingredients", "",
-        "Written by `python benchmarks/ingredients.py`. The companion's network, trained by the recipe for full data,",
+        "Written by `python benchmarks/ablations.py`. The Stage 2 base network, trained by the recipe for full data,",
         "scaled down to 10,000 of CIFAR-10's train images, and judged by 20,000 others (see the script's first lines):",
         "what Stage 1 would gain or lose on all images can differ. A lower AURC is better. Median over",
         "the seeds, in brackets minimum and maximum; differences are taken seed by seed. No variant is tuned anew, so",
-        "a difference says what the recipe loses without an ingredient, not what the best recipe without it would.", "",
+        "a difference says what the recipe loses without an ablation, not what the best recipe without it would.", "",
         *rows_of(found["variants"]),
         "What is better here and not in the recipe: whole images and SiLU take longer; at equal work the former keep",
         "but a little of their gain. Without label smoothing, or with less, the ranking is better here; on all data,",
@@ -396,7 +396,7 @@ def table(found: dict) -> str:
     ]  # fmt: skip
     if regularizers := found.get("regularizers"):
         lines += [
-            "", "What is said to help in ranking right answers above wrong ones, in the same trial:", "",
+            "", "What is said to help in ranking correct answers above incorrect ones, in the same trial:", "",
             *rows_of(regularizers["variants"]), origin_line(regularizers),
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -416,24 +416,24 @@ def measure(variants: dict[str, Callable], command: str, quick: bool) -> dict:
 
 
 def main() -> None:
-    """Measures, and writes ingredients.json."""
+    """Measures, and writes ablations.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, little training; replaces no full figures")
     parser.add_argument("--regularizers", action="store_true", help="only these, beside the recipe")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    quick, known = " --quick" * options.quick, read_json("ingredients", {})
+    quick, known = " --quick" * options.quick, read_json("ablations", {})
     if options.regularizers and not known:
-        parser.error("there is no ingredients.json to add them to: leave out --regularizers")
+        parser.error("there is no ablations.json to add them to: leave out --regularizers")
     found = known
     if not options.regularizers:
-        found = measure(VARIANTS, f"python benchmarks/ingredients.py{quick}", options.quick)
+        found = measure(VARIANTS, f"python benchmarks/ablations.py{quick}", options.quick)
     if options.regularizers or "regularizers" not in known:
-        own = measure(REGULARIZERS, f"python benchmarks/ingredients.py --regularizers{quick}", options.quick)
+        own = measure(REGULARIZERS, f"python benchmarks/ablations.py --regularizers{quick}", options.quick)
         found = {**found, "regularizers": own}
     print(table(found))
     if not options.quick or not known:
-        write("ingredients", found, table(found))
+        write("ablations", found, table(found))
 
 
 if __name__ == "__main__":

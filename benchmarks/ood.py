@@ -1,8 +1,8 @@
-"""Measures what the model does with images that belong to none of its categories, and writes unknown.json.
+"""Measures what the model does with images that belong to none of its categories, and writes ood.json.
 
-    python benchmarks/unknown.py                the models of quality.py's full runs, seeds 0, 1, 2; two minutes each
-    python benchmarks/unknown.py --pretrained   the model that comes with the project: two minutes
-    python benchmarks/unknown.py --quick        the same on some hundred images of each kind; writes nothing
+    python benchmarks/ood.py                the models of quality.py's full runs, seeds 0, 1, 2; two minutes each
+    python benchmarks/ood.py --pretrained   the model that comes with the project: two minutes
+    python benchmarks/ood.py --quick        the same on some hundred images of each kind; writes nothing
 
 The models have been trained on CIFAR-10 and have seen none of the images here. The kinds:
 
@@ -12,27 +12,27 @@ The models have been trained on CIFAR-10 and have seen none of the images here. 
     blends            means of two of CIFAR-10's test images
     halves            the left half of one, the right half of another
     a quarter turned  CIFAR-10's test images
-    the others        made up, see `made_up_images` of the module; what is scrambled are CIFAR-10's test images
+    the others        made up, see `synthetic_ood_images` of the module; what is scrambled are CIFAR-10's test images
 
-The form of the novelty was chosen with one model by blends, halves and turned images of CIFAR-10, after an earlier form
-had missed the target on CIFAR-100 (89.6 %); that the texture counts from its mean on, and not from one deviation above,
-with an eye on MNIST. So these four kinds are development sets. CIFAR-100's images (near-OOD, since they are near to the
-categories) and noise (far-OOD) had no part in a choice but that a better form was looked for.
+The form of the OOD score was chosen with one model by blends, halves and turned images of CIFAR-10, after an earlier
+form had missed the target on CIFAR-100 (89.6 %); that the block 1 term counts from its mean on, and not from one
+deviation above, with an eye on MNIST. So these four kinds are development sets. CIFAR-100's images (near-OOD, since
+they are near to the categories) and noise (far-OOD) had no part in a choice but that a better form was looked for.
 
 Each is told from CIFAR-10's test split, and the AUROC says how well: the probability that an image of CIFAR-10 gets
 the higher score of two. The scores, all but the first of Stage 1's means over image and mirror image:
 
-    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017), by one look
+    softmax           Stage 1's largest softmax probability, as log-odds (Hendrycks & Gimpel 2017), on a single view
     softmax, 2 views  the same of both views
     energy            of Stage 1's logits (Liu et al. 2020)
     neighbours        distance to the 50th nearest train image in Stage 1's features (Sun et al. 2022)
     confidence        both stages', what the threshold is held against
-    texture           of Stage 1's first block, how far from what is usual: the third sign of the novelty
-    detail            strengths of the whitening filters, how far from what is usual: the fourth sign
-    plain sum         of the first three signs, also of a texture that is more usual than the mean
-    fitted sum        of the first three signs, weighted by logistic regression: the model's calibration images against
+    block1_means      of Stage 1, how far from what is usual: the third term of the OOD score
+    whitening         strengths of its filters, how far from what is usual: the fourth term
+    plain sum         of the first three terms, also of block 1 means that are more usual than the mean
+    fitted sum        of the first three terms, weighted by logistic regression: the model's calibration images against
                       blends, halves and turned images made of them, three kinds it then meets again below
-    novelty           ours, for 'like nothing I know'
+    ood_score         ours
 """
 
 import argparse
@@ -59,7 +59,7 @@ OVERLAPPING = {  # CIFAR-100's labels, in the order of the alphabet: big cats, w
 }  # fmt: skip
 MADE_UP = 2000  # images of each kind
 FIFTIETH = 2  # place of k = 50 in selective.NEIGHBOURS
-FORMS = ("runs", "pretrained")  # the parts of unknown.json
+FORMS = ("runs", "pretrained")  # the parts of ood.json
 
 
 def cifar100() -> tuple[np.ndarray, np.ndarray]:
@@ -94,19 +94,21 @@ def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
     one, two = known[:MADE_UP], known[MADE_UP : 2 * MADE_UP]
     return {
         "CIFAR-100": images[~np.isin(labels, list(OVERLAPPING.values()))], "CIFAR-100, all": images, "MNIST": digits,
-        **distorted_images(one, two), **mscnn.made_up_images(one),
+        **distorted_images(one, two), **mscnn.synthetic_ood_images(one),
     }  # fmt: skip
 
 
-def signs_of(model, images: np.ndarray, decisions) -> np.ndarray:
-    """The four signs of the novelty, float64 (N, 4), each in its calibration images' standard deviations."""
+def terms_of(model, images: np.ndarray, decisions) -> np.ndarray:
+    """The four terms of the OOD score, float64 (N, 4), each in its calibration images' standard deviations."""
     from scipy.special import logit
 
     import mscnn_helpers as mscnn
 
-    views, (mean, deviation) = model.stage1_views(images), model.known.scale
+    views, (mean, deviation) = model.stage1_outputs(images), model.ood_statistics.scale
     odds = logit(np.clip(decisions.confidence, 1e-15, 1 - 1e-15))
-    signs = mscnn.signs_of_novelty(decisions.stage1_logits, odds, views.texture, views.detail, model.known)
+    signs = mscnn.ood_terms(
+        decisions.stage1_logits, odds, views.block1_means, views.whitening_strength, model.ood_statistics
+    )
     return (signs - mean) / deviation
 
 
@@ -116,7 +118,7 @@ def fitted_weights(model, images: np.ndarray) -> np.ndarray:
 
     half = len(images) // 2
     kinds = distorted_images(images[:half], images[half : 2 * half])
-    signs = [signs_of(model, one, model.decide(one))[:, :3] for one in (images, *kinds.values())]
+    signs = [terms_of(model, one, model.decide(one))[:, :3] for one in (images, *kinds.values())]
     made_up = np.repeat([0, 1], [len(images), sum(map(len, signs[1:]))])
     return LogisticRegression().fit(np.concatenate(signs), made_up).coef_[0]
 
@@ -126,18 +128,18 @@ def scores(model, train_features: np.ndarray, weights: np.ndarray, images: np.nd
     from selective import neighbour_distance, pooled_features, softmax_odds
 
     decisions, features = model.decide(images), pooled_features(model.stage1, images).mean(axis=0)
-    signs = signs_of(model, images, decisions)
+    signs = terms_of(model, images, decisions)
     return {
-        "softmax": softmax_odds(decisions.one_view_logits),
+        "softmax": softmax_odds(decisions.single_view_logits),
         "softmax, 2 views": decisions.stage1_log_odds,
         "energy": -signs[:, 0],
         "neighbours": -neighbour_distance(train_features, features)[FIFTIETH],
         "confidence": decisions.confidence,
-        "texture": -signs[:, 2],
-        "detail": -signs[:, 3],
+        "block1_means": -signs[:, 2],
+        "whitening": -signs[:, 3],
         "plain sum": -signs[:, :3].sum(axis=1),
         "fitted sum": -signs[:, :3] @ weights,
-        "novelty": -decisions.novelty,
+        "ood_score": -decisions.ood_score,
     }
 
 
@@ -145,11 +147,11 @@ def shares_of_other(found: dict[str, np.ndarray], cuts: dict[str, float], thresh
     """The share that becomes OTHER, by several rules.
 
     Args:
-        found: scores. cuts: the least of a rival's score that is accepted. threshold: that of the confidence.
+        found: scores. cuts: the least of a baseline's score that is accepted. threshold: that of the confidence.
     """
-    unsure, strange = found["confidence"] < threshold, found["novelty"] < 0
+    unsure, rejected = found["confidence"] < threshold, found["ood_score"] < 0
     rules = {name: found[name] < cut for name, cut in cuts.items()}
-    rules |= {"confidence": unsure, "ours": unsure | strange, "like nothing known": strange}
+    rules |= {"confidence": unsure, "ours": unsure | rejected, "out of distribution": rejected}
     return {name: float(rule.mean()) for name, rule in rules.items()}
 
 
@@ -167,7 +169,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     train_features = pooled_features(model.stage1, train).mean(axis=0)
     weights = fitted_weights(model, data.calibration.images)
     known = scores(model, train_features, weights, data.test.images[:most])
-    # The rivals' thresholds accept as many calibration images as the model does.
+    # The baselines' thresholds accept as many calibration images as the model does.
     tuning = scores(model, train_features, weights, data.calibration.images)
     share = 1 - shares_of_other(tuning, {}, model.threshold)["ours"]
     cuts = {name: mscnn.threshold_for_coverage(tuning[name], share) for name in ("softmax", "neighbours")}
@@ -179,7 +181,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
             name: float(roc_auc_score(truth, np.concatenate([known[name], found[name]]))) for name in known
         }
         result["other"][kind] = shares_of_other(found, cuts, model.threshold)
-        print(f"seed {seed}, {kind}: novelty {result['auroc'][kind]['novelty']:.1%}", flush=True)
+        print(f"seed {seed}, {kind}: OOD score {result['auroc'][kind]['ood_score']:.1%}", flush=True)
     return result
 
 
@@ -204,20 +206,20 @@ def tables(figures: dict) -> list[str]:
 def table(found: dict[str, dict]) -> str:
     """Its section of RESULTS.md; `found`: the figures of FORMS, those that have been measured."""
     lines = [
-        "## Unknown", "",
-        "Written by `python benchmarks/unknown.py` (see its first lines for the kinds of images, which of them were",
+        "## Out of distribution", "",
+        "Written by `python benchmarks/ood.py` (see its first lines for the kinds of images, which of them were",
         "looked at in the making, and for the scores). The first table of each pair: AUROC against CIFAR-10's test",
         "split, 50 % is guessing. The second: the share that becomes OTHER, by Stage 1's softmax and by neighbours, at",
         "thresholds that accept as many calibration images as ours; by both stages' confidence alone, at the model's",
-        "threshold; by the model, which has a second reason for OTHER; and for how many this reason, 'like nothing I",
-        "know', holds. In the first row of a second table an OTHER is the price.", "",
+        "threshold; by the model, which also rejects by its OOD score; and the share that this score alone rejects. In",
+        "the first row of a second table an OTHER is the price.", "",
         *(line for name in FORMS if name in found for line in tables(found[name])),
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures each model in a process of its own, and writes unknown.json."""
+    """Measures each model in a process of its own, and writes ood.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the pretrained model, few images; writes nothing")
     parser.add_argument("--pretrained", action="store_true", help="the pretrained model, all images")
@@ -231,13 +233,13 @@ def main() -> None:
     for path in paths.values():
         if path != "pretrained" and not (ROOT / path).is_file():
             parser.error(f"{path} is not there: run python benchmarks/quality.py first, or --pretrained")
-    figures = {**origin(f"python benchmarks/unknown.py{chosen}"), "seeds": list(paths)}
+    figures = {**origin(f"python benchmarks/ood.py{chosen}"), "seeds": list(paths)}
     most = 300 if options.quick else None
     figures["models"] = [in_fresh_process(measure, path, seed, most) for seed, path in paths.items()]
     print("\n".join(tables(figures)))
     if not options.quick:
-        found = {**read_json("unknown", {}), FORMS[options.pretrained]: figures}
-        write("unknown", found, table(found))
+        found = {**read_json("ood", {}), FORMS[options.pretrained]: figures}
+        write("ood", found, table(found))
         targets.main()
 
 
