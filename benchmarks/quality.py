@@ -1,6 +1,6 @@
 """Measures the quality, the time and the memory of whole runs, and writes quality.json and RESULTS.md.
 
-    python benchmarks/quality.py                    full data, the recipe's own choice, seeds 0, 1 and 2
+    python benchmarks/quality.py                    full data, the default recipe, seeds 0, 1 and 2
     python benchmarks/quality.py --long             full data, 40 epochs, seed 0: over an hour on two cores
     python benchmarks/quality.py --documented       full data, 50 epochs in batches of 32 (the defaults), seed 0
     python benchmarks/quality.py --quick            light mode, 5 epochs, seed 0: some three minutes on two cores
@@ -12,7 +12,6 @@ summed over the run's processes (pages they share count once), read every two se
 import argparse
 import contextlib
 import json
-import shutil
 import sys
 import threading
 import time
@@ -20,10 +19,10 @@ from pathlib import Path
 
 import psutil
 import targets
-from common import HERE, ROOT, commit, markdown, numbers, read_json, spread, write
+from common import ROOT, commit, markdown, numbers, read_json, spread, write
 
 KINDS = {  # name: (what the table says of it, arguments)
-    "full": ("full data, the recipe's own choice", "--epochs 0 --batch_size 0"),
+    "full": ("full data, the default recipe", "--epochs 0 --batch_size 0"),
     "long": ("full data, 40 epochs", "--epochs 40 --batch_size 0"),
     "documented": ("full data, 50 epochs, batches of 32", "--epochs 50 --batch_size 32"),
     "light": ("light mode, 5 epochs, batches of 32", "--epochs 5 --light_mode"),
@@ -177,8 +176,6 @@ def main() -> None:
         runs.sort(key=identity)
         write("quality", runs, table(runs))
         targets.main()
-        if (kind, seed, options.dataset) == ("full", 0, "cifar10"):  # the README shows it
-            shutil.copyfile(ROOT / "runs/quality/full_0/figures/risk_coverage.png", HERE / "risk_coverage.png")
     print(table(runs))
 
 

@@ -83,7 +83,7 @@ class Form(NamedTuple):
     dropout: tuple[int, ...]  # seeds for which a Stage 1 with dropout is trained
     arguments: str  # of the command line
     light: bool
-    epochs: int  # 0: the recipe's own choice
+    epochs: int  # 0: the default recipe
     name: str  # of its folder in runs/selective
     runs: str  # folder of a seed's whole run
     root: Path = ROOT  # of both folders

@@ -50,7 +50,7 @@ class Form(NamedTuple):
     seeds: tuple[int, ...]
     train: int  # images
     unseen: int  # images that verifier
-    epochs: int  # 0: the recipe's own choice
+    epochs: int  # 0: the default recipe
     name: str  # of its folder in runs/verifiers
 
 

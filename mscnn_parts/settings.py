@@ -163,8 +163,8 @@ class Settings:
         MSCNNError: a value of the wrong type or outside its range.
     """
 
-    epochs: int = _parameter(50, "passes over the train split; 0: the recipe's own choice")
-    batch_size: int = _parameter(32, "images a training step; 0: the recipe's own choice")
+    epochs: int = _parameter(50, "passes over the train split; 0: the default recipe")
+    batch_size: int = _parameter(32, "images per training step; 0: the default recipe")
     stage2_only: bool = _parameter(False, "keep Stage 1 as it is; needs --load_model or a model in the run folder")
     stage2_categories: str = _parameter(
         "", "Stage 2 categories to retrain: ship,truck or 8,9; empty: weakest two; stage2_only: all"
