@@ -55,7 +55,7 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,6 @@ if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":  # before Kera
 with _silent_afterwards(), _without_native_logs():
     import keras
     import tensorflow as tf
-from scipy.special import expit
 
 from mscnn_parts.callbacks import SMALL_CROP, AlternatingFlip, EpochTimer, ProgressiveCrops, RestoreBestWeights
 from mscnn_parts.checks import _checked_labels
@@ -120,6 +119,7 @@ from mscnn_parts.decision import (
     StageScores,
     apply_threshold,
     confidence_log_odds,
+    decide_on,
     fit_calibration,
     fit_category_calibration,
     fit_shared_calibration,
@@ -144,7 +144,15 @@ from mscnn_parts.figures import (
     plot_thresholds,
 )
 from mscnn_parts.files import FROM_HERE, path_from, places_of, project_root, write_atomically
-from mscnn_parts.inference import WEAKEST_STRENGTH, _in_batches, _read
+from mscnn_parts.inference import (
+    in_batches,
+    split_outputs,
+    stage1_graph,
+    stage1_outputs_graph,
+    stage2_caller,
+    stage2_graph,
+    validated_images,
+)
 from mscnn_parts.kernels import gradient_of_kernel, images_per_row, pack_rows, short_rows_convolution
 from mscnn_parts.layers import (
     RANDOM_FLIP,
@@ -178,7 +186,7 @@ from mscnn_parts.metrics import (
     selective_metrics,
     stage_report_labels,
 )
-from mscnn_parts.model_files import FORMAT, _check_keras, load_model
+from mscnn_parts.model_files import FORMAT, _check_keras, check_matches, load_model
 from mscnn_parts.networks import (
     STAGE1_WIDTHS,
     STAGE2_WIDTHS,
@@ -253,10 +261,13 @@ from mscnn_parts.thresholds import (
     USER_SET,
     Certificate,
     check_certification_size,
+    checked_thresholds,
+    guarantee_text,
     risk_upper_bound,
     threshold_for_costs,
     threshold_for_coverage,
     threshold_for_risk,
+    threshold_text,
     thresholds_by_category,
 )
 from mscnn_parts.training import (
@@ -283,7 +294,7 @@ __all__ = [
     "FEW_REJECTION_RATE", "FROM_HERE", "ID_REJECTION_RATE", "IMAGE_SIZE", "IMAGE_SUFFIXES", "KERAS_DATA_URL", "LEAST",
     "LIGHT_MODE_MINIMUM", "LOW_CONFIDENCE", "MNIST_SHA256", "NOTEBOOKS", "OTHER", "OUT_OF_DISTRIBUTION",
     "OWN_REJECTION_RATE", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION", "SMALL_CROP", "SPLIT_FOLDERS",
-    "STAGE1_WIDTHS", "STAGE2_WIDTHS", "SYSTEM_ENTRIES", "USER_SET", "WEAKEST_STRENGTH", "AlternatingFlip",
+    "STAGE1_WIDTHS", "STAGE2_WIDTHS", "SYSTEM_ENTRIES", "USER_SET", "AlternatingFlip",
     "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions", "EpochTimer",
     "FusedBatchNormalization", "LogOdds", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics", "ProgressiveCrops",
     "RandomFlipCrop", "Recipe", "RestoreBestWeights", "RetrainingResult", "Run", "Settings", "Split", "Stage1Outputs",
@@ -312,7 +323,7 @@ __all__ = [
 
 @_serializable
 class MultiStageCNN(keras.Model):
-    """Stage 1, the ten Stage 2 CNNs, their Stage 2 base network and the calibration: all that a decision needs.
+    """Stage 1, one Stage 2 CNN per category, their base network and the calibration: all that a decision needs.
 
     Args:
         category_names: (C,).
@@ -321,7 +332,7 @@ class MultiStageCNN(keras.Model):
         flip: whether a mirrored image keeps its category. If so, training mirrors images, and a decision looks at
             the image and its mirror image.
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
-        threshold: confidence below which an image is OTHER. threshold_reason: how it was chosen, in words.
+        threshold: confidence below which an image is OTHER. threshold_source: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting.
@@ -375,20 +386,18 @@ class MultiStageCNN(keras.Model):
         self.build_stage2 = functools.partial(build, name="stage2", widths=stage2_widths)
         self.stage2_base = self.build_stage2(name="stage2_base")
         self.stage2 = {name: self.build_stage2(name=name) for name in map(_category_key, range(count))}
-        # Not a number until `calibrate` has run, so that an uncalibrated model is noticed.
-        not_yet = {"initializer": keras.initializers.Constant(np.nan), "trainable": False, "dtype": "float64"}
-        self.shared_coefficients = self.add_weight(shape=(3,), name="shared_coefficients", autocast=False, **not_yet)
-        self.calibration_coefficients = self.add_weight(
-            shape=(count, 3), name="calibration_coefficients", autocast=False, **not_yet
-        )
+        self.shared_coefficients = self._unset_weight("shared_coefficients", (3,))
+        self.calibration_coefficients = self._unset_weight("calibration_coefficients", (count, 3))
         channels, filters = stage1_widths[0], 4 * image_shape[-1]  # of block 1, of the whitening
         shapes = [(channels,), (channels, channels), (filters,), (filters, filters), (2, 4), (3,)]
-        shapes = zip(OODStatistics._fields, shapes, strict=True)
-        self._ood_statistics = [
-            self.add_weight(shape=shape, name=name, autocast=False, **not_yet) for name, shape in shapes
-        ]
+        self._ood_statistics = [self._unset_weight(*one) for one in zip(OODStatistics._fields, shapes, strict=True)]
         self._network_ids = self._ids_of_networks()
         self.built = True
+
+    def _unset_weight(self, name: str, shape: tuple[int, ...]):
+        """A weight that is not a number until it is fitted, so that an uncalibrated model is noticed."""
+        unset = keras.initializers.Constant(np.nan)
+        return self.add_weight(shape, unset, name=name, dtype="float64", trainable=False, autocast=False)
 
     def __setattr__(self, name, value):
         if "_network_ids" in self.__dict__:  # all is built
@@ -443,7 +452,7 @@ class MultiStageCNN(keras.Model):
         return bool(np.isfinite(self.calibration_coefficients.numpy()).all())
 
     def parts(self) -> dict[str, list[np.ndarray]]:
-        """Every array of the model by part: 'stage1', 'Stage 2 base network', 'stage2/ship', 'calibration/ship', ..."""
+        """Every array of the model by part: 'stage1', 'stage2_base', 'stage2/ship', 'calibration/ship', ..."""
         parts = {"stage1": self.stage1.get_weights(), "stage2_base": self.stage2_base.get_weights()}
         parts |= {f"stage2/{n}": self.stage2_cnn(c).get_weights() for c, n in enumerate(self.category_names)}
         parts["calibration/shared"] = [self.shared_coefficients.numpy()]
@@ -496,7 +505,7 @@ class MultiStageCNN(keras.Model):
     def call(self, images, training=False):
         """uint8 (B, H, W, channels) -> {"stage1": logits (B, C), "stage2": log-odds of each category (B, C)}.
 
-        One view of each image; `decide` lets both stages verifier the mirror image, too.
+        One view of each image; `decide` lets both stages score the mirror image, too.
         """
         stage2 = [
             log_odds_tensor(self.stage2_cnn(c)(images, training=training), c) for c in range(len(self.category_names))
@@ -505,53 +514,24 @@ class MultiStageCNN(keras.Model):
 
     @property
     def _views(self) -> int:
-        """How many views of an image are judged: itself, and its mirror image if that keeps the category."""
+        """How many views of an image are scored: itself, and its mirror image if that keeps the category."""
         return 2 if self.flip else 1
-
-    def _on_views(self, network, images):
-        """What a network says of the views of each image, side by side: (B, views times its outputs)."""
-        views = tf.concat([images, tf.reverse(images, [2])][: self._views], axis=0)  # (views B, H, W, channels)
-        return tf.concat(tf.split(network(views, training=False), self._views), axis=1)
-
-    def _stage1_logits(self, images):
-        return self.stage1(images, training=False)
-
-    def _stage2_logits(self, handles, images):
-        """Stage 2's logits (B, views C): all Stage 2 CNNs are one graph, traced once.
-
-        Args:
-            handles: of the variables of the CNN in question. Their values would have to be read one by one before the
-                call: half a millisecond.
-            images: uint8 (B, H, W, channels).
-        """
-        mapping = [(w, _read(h, w)) for w, h in zip(self.stage2_base.weights, handles, strict=True)]
-        with keras.StatelessScope(state_mapping=mapping):
-            return self._on_views(self.stage2_base, images)
-
-    def _traced(self, function: Callable, *before):
-        """A function of any number of images, preceded by arguments like `before`, as a graph.
-
-        Called as its one trace, without the checks that would choose among several; and without AutoGraph, since there
-        is no Python control flow to translate.
-        """
-        signature = [*before, tf.TensorSpec((None, *self.image_shape), tf.uint8)]
-        return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
     @functools.cached_property
     def _stage1_graph(self):
-        return self._traced(self._stage1_logits)
+        return stage1_graph(self.stage1)
 
     @functools.cached_property
     def _stage1_outputs_graph(self):
-        return self._traced(functools.partial(self._on_views, feature_extractor(self.stage1)))
+        return stage1_outputs_graph(self.stage1, self._views)
 
     @functools.cached_property
     def _stage2_graph(self):
-        return self._traced(self._stage2_logits, [tf.TensorSpec((), tf.resource)] * len(self.stage2_base.weights))
+        return stage2_graph(self.stage2_base, self._views)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without its mirror image."""
-        return _in_batches(self._stage1_graph, self._validate_images(images), batch_size, len(self.category_names))
+        return in_batches(self._stage1_graph, validated_images(images, self.image_shape), batch_size)
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
         """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,).
@@ -562,24 +542,15 @@ class MultiStageCNN(keras.Model):
             images: uint8 (B, H, W, channels).
             batch_size: images at a time; the CNN sees both views of them at once.
         """
-        handles = [w.value.handle for w in self.stage2_cnn(category).weights]
-        graph = functools.partial(self._stage2_graph, handles)
-        logits = _in_batches(graph, images, batch_size, self._views * len(self.category_names))  # (B, views C)
+        logits = in_batches(stage2_caller(self._stage2_graph, self.stage2_cnn(category)), images, batch_size)
         where = np.full(len(images), category)
         return np.mean([log_odds(one, where) for one in np.split(logits, self._views, axis=1)], axis=0)
 
     def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
         """What Stage 1 makes of uint8 images (B, H, W, channels) and, if that keeps their category, mirrored ones."""
-        sizes = np.cumsum(
-            [len(self.category_names), *(self._ood_statistics[i].shape[0] for i in (0, 2, 2))]
-        )  # C, T, D, D
-        both = _in_batches(
-            self._stage1_outputs_graph, self._validate_images(images), batch_size, self._views * sizes[-1]
-        )
-        views = np.stack(np.split(both, self._views, axis=1))  # (views, B, C + T + 2 D)
-        logits, block1_means, *halves = np.split(views, sizes[:-1], axis=2)
-        strength = sum(halves).mean(axis=0)  # a filter answers by itself or by its negative
-        return Stage1Outputs(logits, block1_means.mean(axis=0), np.log(strength + WEAKEST_STRENGTH))
+        both = in_batches(self._stage1_outputs_graph, validated_images(images, self.image_shape), batch_size)
+        channels, filters = (self._ood_statistics[i].shape[0] for i in (0, 2))
+        return split_outputs(both, self._views, len(self.category_names), channels, filters)
 
     def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
         """Both stages' scores of uint8 images (B, H, W, channels), not yet combined.
@@ -614,43 +585,17 @@ class MultiStageCNN(keras.Model):
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
         count = len(self.category_names)
-        threshold = self.threshold if threshold is None else self._checked_threshold(threshold)
-        scores, statistics = self.scores(images, batch_size), self.ood_statistics
-        combined = self._confidence_log_odds(scores)
-        confidence, ood = expit(combined), ood_score(self._ood_terms(scores, combined, statistics), statistics)
-        final = np.where(ood > 0, count, apply_threshold(scores.category, confidence, threshold, count))
-        odds = log_odds(scores.mean_logits, scores.category)
-        return Decisions(
-            category=final,
-            stage1_category=scores.category,
-            stage1_confidence=expit(odds),
-            stage2_confidence=expit(scores.stage2),
-            confidence=confidence,
-            stage1_log_odds=odds,
-            stage1_margin=scores.stage1,
-            stage2_log_odds=scores.stage2,
-            stage1_logits=scores.mean_logits,
-            single_view_logits=scores.logits[0],
-            ood_score=ood,
-        )
+        threshold = self.threshold if threshold is None else checked_thresholds(threshold, count)
+        scores = self.scores(images, batch_size)
+        log_odds, terms = self._combined(scores)
+        return decide_on(scores, log_odds, ood_score(terms, self.ood_statistics), threshold)
 
-    def _confidence_log_odds(self, scores: StageScores) -> np.ndarray:
-        """Log-odds of the confidence, float64 (B,)."""
-        return confidence_log_odds(self.calibration_coefficients.numpy(), scores.category, scores.stage1, scores.stage2)
-
-    @staticmethod
-    def _ood_terms(scores: StageScores, combined: np.ndarray, statistics: OODStatistics) -> np.ndarray:
+    def _combined(self, scores: StageScores) -> tuple[np.ndarray, np.ndarray]:
+        """Log-odds of the confidence, float64 (B,), and the terms of the OOD score, (B, 4)."""
+        coefficients = self.calibration_coefficients.numpy()
+        log_odds = confidence_log_odds(coefficients, scores.category, scores.stage1, scores.stage2)
         features = scores.block1_means, scores.whitening_strength
-        return ood_terms(scores.mean_logits, combined, *features, statistics)  # (B, 4)
-
-    def _validate_images(self, images: np.ndarray) -> np.ndarray:
-        if not isinstance(images, np.ndarray) or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
-            raise MSCNNError(
-                f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
-                f"uint8 (B, {', '.join(map(str, self.image_shape))}). load_dataset() gives that, and read_image() one "
-                "of them: image[None] makes a batch of it."
-            )
-        return images
+        return log_odds, ood_terms(scores.mean_logits, log_odds, *features, self.ood_statistics)
 
     # ---- calibration
 
@@ -681,10 +626,7 @@ class MultiStageCNN(keras.Model):
 
     def _fit_ood_scale(self, scores: StageScores) -> None:
         """Fits scale and thresholds of the OOD score on both stages' scores of the calibration split."""
-        statistics = self.ood_statistics
-        self._set_ood_statistics(
-            fit_ood_scale(statistics, self._ood_terms(scores, self._confidence_log_odds(scores), statistics))
-        )
+        self._set_ood_statistics(fit_ood_scale(self.ood_statistics, self._combined(scores)[1]))
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
         """Fits calibration coefficients on the calibration split.
@@ -758,14 +700,8 @@ class MultiStageCNN(keras.Model):
 
     @threshold.setter
     def threshold(self, value: float | Sequence[float]) -> None:
-        self._threshold, self.threshold_source = self._checked_threshold(value), USER_SET
-
-    def _checked_threshold(self, value: float | Sequence[float]) -> float | np.ndarray:
-        """A float or a new float64 array (C,), whatever numbers were given."""
-        count = len(self.category_names)
-        if np.shape(check_threshold(value)) not in ((), (count,)):
-            raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one a category, ({count},).")
-        return float(value) if np.ndim(value) == 0 else np.array(value, np.float64)
+        self._threshold = checked_thresholds(value, len(self.category_names))
+        self.threshold_source = USER_SET
 
     @property
     def valid_certificate(self) -> Certificate | None:
@@ -775,22 +711,11 @@ class MultiStageCNN(keras.Model):
 
     def threshold_text(self) -> str:
         """What the threshold is, how it was chosen, and what is guaranteed of it; printable."""
-        several = np.ndim(self.threshold) > 0
-        name = (
-            f"Thresholds {_span(self.threshold, '.4f')} by category" if several else f"Threshold {self.threshold:.4f}"
-        )
-        return f"{name}, {self.threshold_source}. {self.guarantee()}"
+        return f"{threshold_text(self.threshold)}, {self.threshold_source}. {self.guarantee()}"
 
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
-        if self.certificate is None:
-            return "No error rate is guaranteed: the model was not certified after its last training and calibration."
-        if self.valid_certificate is None:
-            return (
-                f"No error rate is guaranteed at threshold {_span(self.threshold, 'g')}: the certificate is for "
-                f"{self.certificate.threshold:g} (model.threshold = model.certificate.threshold takes that one)."
-            )
-        return self.certificate.text()
+        return guarantee_text(self.certificate, self.threshold)
 
     # ---- save, load
 
@@ -814,28 +739,7 @@ class MultiStageCNN(keras.Model):
 
     def check_matches(self, data: Dataset) -> None:
         """Raises MSCNNError if the model was made for another data set, or for other splits of it."""
-        pairs = {
-            "data set": (self.dataset, data.name),
-            "image shape": (self.image_shape, data.input_shape),
-            "list of categories": (", ".join(self.category_names), ", ".join(data.category_names)),
-        }
-        for what, (mine, given) in pairs.items():
-            if mine != given:
-                raise MSCNNError(
-                    f"The model is for another {what}: {mine}; the data has {given}. "
-                    "Choose the data set that the model was trained on, or train a new model."
-                )
-        if self.data_fingerprint not in ("", data.fingerprint):
-            raise MSCNNError(
-                f"The model was trained on other splits of {data.name} (seed, light_mode or files differ): its train "
-                "images would be used to judge it. Use the seed and light_mode of its training (the pretrained model: "
-                "seed 0, no light_mode), or train a new model."
-            )
-
-
-def _span(threshold: float | np.ndarray, form: str) -> str:
-    """A threshold, or the least and the largest of several."""
-    return " to ".join(f"{one:{form}}" for one in sorted({np.min(threshold), np.max(threshold)}))
+        check_matches(self, data)
 
 
 def _category_key(category: int) -> str:

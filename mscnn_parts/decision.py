@@ -182,3 +182,29 @@ class Decisions(NamedTuple):
         """Why each image was decided as it was: ACCEPTED, LOW_CONFIDENCE or OUT_OF_DISTRIBUTION; str (B,)."""
         accepted = self.category < self.stage1_logits.shape[1]
         return np.where(accepted, ACCEPTED, np.where(self.in_distribution, LOW_CONFIDENCE, OUT_OF_DISTRIBUTION))
+
+
+def decide_on(scores: StageScores, log_odds_of_confidence: np.ndarray, ood: np.ndarray, threshold) -> Decisions:
+    """The decisions by both stages' scores.
+
+    Args:
+        log_odds_of_confidence: see `confidence_log_odds`, (B,). ood: OOD score, (B,); above 0 the decision is OTHER.
+        threshold: one for all, or one per category, (C,).
+    """
+    from scipy.special import expit
+
+    count, confidence = scores.mean_logits.shape[1], expit(log_odds_of_confidence)
+    odds = log_odds(scores.mean_logits, scores.category)
+    return Decisions(
+        category=np.where(ood > 0, count, apply_threshold(scores.category, confidence, threshold, count)),
+        stage1_category=scores.category,
+        stage1_confidence=expit(odds),
+        stage2_confidence=expit(scores.stage2),
+        confidence=confidence,
+        stage1_log_odds=odds,
+        stage1_margin=scores.stage1,
+        stage2_log_odds=scores.stage2,
+        stage1_logits=scores.mean_logits,
+        single_view_logits=scores.logits[0],
+        ood_score=ood,
+    )

@@ -17,6 +17,7 @@ from mscnn_parts.settings import PRETRAINED, MSCNNError
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.data import Dataset
 
 
 FORMAT = 2  # of model files; 0.1 wrote none
@@ -93,3 +94,24 @@ def load_model(path: str | Path) -> MultiStageCNN:
     if not isinstance(model, expected):
         raise MSCNNError(f"{path} holds a {type(model).__name__}, not a MultiStageCNN.")
     return model
+
+
+def check_matches(model: MultiStageCNN, data: Dataset) -> None:
+    """Raises MSCNNError if the model was made for another data set, or for other splits of it."""
+    pairs = {
+        "data set": (model.dataset, data.name),
+        "image shape": (model.image_shape, data.input_shape),
+        "list of categories": (", ".join(model.category_names), ", ".join(data.category_names)),
+    }
+    for what, (mine, given) in pairs.items():
+        if mine != given:
+            raise MSCNNError(
+                f"The model is for another {what}: {mine}; the data has {given}. "
+                "Choose the data set that the model was trained on, or train a new model."
+            )
+    if model.data_fingerprint not in ("", data.fingerprint):
+        raise MSCNNError(
+            f"The model was trained on other splits of {data.name} (seed, light_mode or files differ): its train "
+            "images would be used to judge it. Use the seed and light_mode of its training (the pretrained model: "
+            "seed 0, no light_mode), or train a new model."
+        )

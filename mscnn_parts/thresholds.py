@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mscnn_parts.checks import _check_categories_within, _check_numbers, _check_share, _checked_pair, _one_an_image
-from mscnn_parts.settings import MSCNNError
+from mscnn_parts.settings import MSCNNError, check_threshold
 
 USER_SET = "as given"  # how a threshold was chosen, if nothing else is told of it
 
@@ -146,3 +147,36 @@ def threshold_for_costs(incorrect: float, other: float) -> float:
     if not (numbers and incorrect > 0 and other > 0):
         raise MSCNNError(f"The costs are {incorrect!r} (incorrect answer) and {other!r} (OTHER): use numbers above 0.")
     return max(0.0, 1 - other / incorrect)
+
+
+def checked_thresholds(value: float | Sequence[float], count: int) -> float | np.ndarray:
+    """A float or a new float64 array (count,), whatever numbers were given.
+
+    Raises:
+        MSCNNError: one is no confidence, or there are neither one nor `count` of them.
+    """
+    if np.shape(check_threshold(value)) not in ((), (count,)):
+        raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one a category, ({count},).")
+    return float(value) if np.ndim(value) == 0 else np.array(value, np.float64)
+
+
+def threshold_text(threshold: float | np.ndarray) -> str:
+    """A threshold, or several of them, in words."""
+    return f"Thresholds {_span(threshold, '.4f')} by category" if np.ndim(threshold) else f"Threshold {threshold:.4f}"
+
+
+def guarantee_text(certificate: Certificate | None, threshold: float | np.ndarray) -> str:
+    """What is guaranteed of decisions at a threshold, in one line."""
+    if certificate is None:
+        return "No error rate is guaranteed: the model was not certified after its last training and calibration."
+    if np.any(certificate.threshold != threshold):
+        return (
+            f"No error rate is guaranteed at threshold {_span(threshold, 'g')}: the certificate is for "
+            f"{certificate.threshold:g} (model.threshold = model.certificate.threshold takes that one)."
+        )
+    return certificate.text()
+
+
+def _span(threshold: float | np.ndarray, form: str) -> str:
+    """A threshold, or the least and the largest of several."""
+    return " to ".join(f"{one:{form}}" for one in sorted({np.min(threshold), np.max(threshold)}))
