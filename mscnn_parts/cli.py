@@ -21,7 +21,7 @@ from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import _here, _make_folder, project_root, write_atomically
 from mscnn_parts.run_folder import NOTEBOOKS, Run, _make_folders, _now, settled
-from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, MSCNNError, Settings
+from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Settings
 from mscnn_parts.sources import _find_cifar10
 from mscnn_parts.thresholds import Certificate
 
@@ -252,6 +252,7 @@ def command_line() -> argparse.ArgumentParser:
         "--run_dir runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"MSCNN {VERSION}")
     for one in dataclasses.fields(Settings):
         says_nothing = one.default is False or one.default == ""  # but 0 does
         text = one.metadata["help"] + ("" if says_nothing else f" (default: {one.default})")
@@ -263,10 +264,15 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_underscores(argument: str) -> str:
+    """`--light-mode` means `--light_mode`."""
+    return re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
-    parsed = command_line().parse_args(arguments)
+    parsed = command_line().parse_args([*map(_with_underscores, sys.argv[1:] if arguments is None else arguments)])
     import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
     from mscnn_parts.runs import validate_run
 

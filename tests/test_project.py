@@ -267,7 +267,7 @@ def test_conda_and_package_use_the_same_ranges():
 
 
 def test_every_import_is_required():
-    """What the modules import themselves must not come in by luck, as something else's dependency."""
+    """What modules and notebooks import themselves must not come in by luck, as something else's dependency."""
     other_names = {
         "sklearn": "scikit-learn",
         "PIL": "pillow",
@@ -275,8 +275,11 @@ def test_every_import_is_required():
         "jupyter_client": "jupyter-client",
     }
     only_on_colab = {"google"}
-    imported = set()
-    for node in (node for module in SOURCES for node in ast.walk(ast.parse(module.read_text("utf-8")))):
+    sources, imported = [path.read_text("utf-8") for path in SOURCES], set()
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        sources += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -353,9 +353,27 @@ def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
     assert dataclasses.replace(parsed, **{one.name: one.default}) == Settings()
 
 
+def test_an_option_may_have_hyphens(monkeypatch):
+    asked = []
+    patch_rooms(monkeypatch, "run_all", asked.append)
+    patch_rooms(monkeypatch, "print_result", lambda run: None)
+    patch_rooms(monkeypatch, "validate_run", lambda run: None)
+    assert mscnn.main(["--light-mode", "--run-dir=runs/a-b", "--dataset", "digits", "--stage2-categories", "a-b"]) == 0
+    assert asked[0].light_mode and asked[0].run_dir == "runs/a-b" and asked[0].stage2_categories == "a-b"
+
+
+def test_help_and_version_answer_without_tensorflow():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)[1]
+    for option, told in (("--help", "--stage2_categories"), ("--version", f"MSCNN {version}\n")):
+        command = [sys.executable, "-X", "importtime", "mscnn_helpers.py", option]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and told in done.stdout
+        assert not re.search(r"\| +(tensorflow|keras|scipy|matplotlib)$", done.stderr, re.M)
+
+
 def test_there_is_no_other_option():
     options = {option for action in mscnn.command_line()._actions for option in action.option_strings}
-    assert options == {"-h", "--help", *(f"--{one.name}" for one in dataclasses.fields(Settings))}
+    assert options == {"-h", "--help", "--version", *(f"--{one.name}" for one in dataclasses.fields(Settings))}
 
 
 def test_help_names_every_option_its_default_and_examples_that_work(capsys, monkeypatch):
