@@ -66,7 +66,8 @@ def make_legible(figure) -> None:
     lacking = set().union(*texts.values()) - _characters_in(findfont(FontProperties()))
     fallback = _font_with("".join(sorted(lacking))) if lacking else None
     for text, characters in texts.items():
-        text.set_parse_math("\\mathdefault" in text.get_text())  # which are Matplotlib's own, of a logarithmic axis
+        if "$" in text.get_text() and "\\mathdefault" not in text.get_text():  # these are of logarithmic axes
+            text.set_parse_math(False)
         if fallback and characters & lacking and fallback not in text.get_fontfamily():
             text.set_fontfamily([*text.get_fontfamily(), fallback])
 

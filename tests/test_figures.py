@@ -321,6 +321,18 @@ def test_names_are_drawn_as_they_are(name, tmp_path):
         assert not any(math and name in text for text, math in read), what
 
 
+def test_powers_on_a_logarithmic_axis_stay_formulas():
+    figure, axis = plt.subplots()
+    plt.close(figure)
+    axis.plot([1, 1000])
+    axis.set(yscale="symlog", title="$ and $")
+    mscnn.make_legible(figure)
+    figure.canvas.draw()
+    assert not axis.title.get_parse_math()
+    assert all(text.get_parse_math() for text in axis.get_yticklabels())
+    assert any("10^" in text.get_text() for text in axis.get_yticklabels())
+
+
 def test_names_in_another_script_take_a_font_that_has_it(monkeypatch):
     from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
