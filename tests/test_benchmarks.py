@@ -139,8 +139,9 @@ def trial(trained_model, tiny_data) -> verifiers.Trial:
 LEARNING = ["one shared verifier", "Stage 2 base network, longer", "Stage 1's features as input", "blends as negatives"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_second_opinion_is_learned(trial, tiny_data, name):
+def test_a_verifier_is_learned(trial, tiny_data, name):
     """It tells correct answers from incorrect ones, and leaves Stage 1 and the Stage 2 base network as they are."""
     before = trial.model.fingerprints()
     images, labels = tiny_data.test.images, tiny_data.test.labels
@@ -418,6 +419,7 @@ def trained_by_the_recipe(tiny_data) -> np.ndarray:
     return trained_by("the recipe", tiny_data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EVERY_VARIANT if name != "the recipe"])
 def test_each_variant_changes_the_training_and_it_still_runs(tiny_data, trained_by_the_recipe, name):
     weights = trained_by(name, tiny_data)

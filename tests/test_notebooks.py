@@ -507,6 +507,7 @@ def test_a_fresh_process_decides_the_same(chain, tmp_path):
     assert metrics == {stage: read(chain, "metrics")[stage] for stage in metrics}
 
 
+@pytest.mark.slow
 def test_the_program_from_another_folder_learns_and_says_so(program):
     folder, printed, _ = program
     check_metrics(folder)
@@ -517,6 +518,7 @@ def test_the_program_from_another_folder_learns_and_says_so(program):
     assert metrics["seconds"]["total"] >= sum(metrics["seconds"][name] for name in mscnn.NOTEBOOKS)
 
 
+@pytest.mark.slow
 def test_the_program_shows_its_progress(program):
     _, printed, _ = program
     for path in CHAIN:
@@ -528,6 +530,7 @@ def test_the_program_shows_its_progress(program):
     assert f"Stage 2 {TINY_NAMES[0]}: " in printed
 
 
+@pytest.mark.slow
 def test_the_program_leaves_notebooks_and_pages(program):
     folder, *_ = program
     for name in mscnn.NOTEBOOKS:
@@ -537,6 +540,7 @@ def test_the_program_leaves_notebooks_and_pages(program):
     assert not list(folder.rglob("*partial*"))
 
 
+@pytest.mark.slow
 def test_two_runs_from_two_folders_see_the_same_data(chain, program):
     folder, *_ = program
     assert read(chain, "metrics")["dataset"]["fingerprint"] == read(folder, "metrics")["dataset"]["fingerprint"]
@@ -559,6 +563,7 @@ def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
     assert before["stage1"] == after["stage1"], "nothing since notebook 02 has moved it"
 
 
+@pytest.mark.slow
 def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):
     folder, _, options = program
     path = folder / "multistage_cnn_model.keras"
