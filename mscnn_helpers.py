@@ -52,7 +52,6 @@ if __name__ == "__main__":  # before Keras is imported, so that --help answers a
 
 import contextlib
 import functools
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -144,15 +143,7 @@ from mscnn_parts.figures import (
     plot_thresholds,
 )
 from mscnn_parts.files import FROM_HERE, path_from, places_of, project_root, write_atomically
-from mscnn_parts.inference import (
-    in_batches,
-    split_outputs,
-    stage1_graph,
-    stage1_outputs_graph,
-    stage2_caller,
-    stage2_graph,
-    validated_images,
-)
+from mscnn_parts.inference import Networks, validated_images
 from mscnn_parts.kernels import gradient_of_kernel, images_per_row, pack_rows, short_rows_convolution
 from mscnn_parts.layers import (
     RANDOM_FLIP,
@@ -186,13 +177,25 @@ from mscnn_parts.metrics import (
     selective_metrics,
     stage_report_labels,
 )
-from mscnn_parts.model_files import FORMAT, _check_keras, check_matches, load_model
+from mscnn_parts.model_files import (
+    FORMAT,
+    _check_keras,
+    check_assignable,
+    check_matches,
+    checked_target,
+    load_model,
+    network_ids,
+    parts_of,
+    sha256_of,
+    trainable_text,
+)
 from mscnn_parts.networks import (
     STAGE1_WIDTHS,
     STAGE2_WIDTHS,
     build_cnn,
     fastest_policy,
     feature_extractor,
+    set_whitening,
     whitening_kernel,
 )
 from mscnn_parts.ood import (
@@ -201,7 +204,10 @@ from mscnn_parts.ood import (
     ID_REJECTION_RATE,
     OWN_REJECTION_RATE,
     OODStatistics,
+    combine,
     fit_feature_statistics,
+    fit_model_scale,
+    fit_ood,
     fit_ood_scale,
     foreign_photographs,
     ood_score,
@@ -289,33 +295,34 @@ from mscnn_parts.training import (
 )
 
 __all__ = [
-    "ACCEPTED", "BUILT_IN", "CAM_COLORMAP", "CATEGORY_PRECISION", "CIFAR10_ARCHIVE_MD5", "CIFAR10_MD5", "CIFAR10_NAMES",
-    "CIFAR10_URL", "DOWNLOAD_TIMEOUT", "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES", "FEW_IMAGES",
-    "FEW_REJECTION_RATE", "FROM_HERE", "ID_REJECTION_RATE", "IMAGE_SIZE", "IMAGE_SUFFIXES", "KERAS_DATA_URL", "LEAST",
-    "LIGHT_MODE_MINIMUM", "LOW_CONFIDENCE", "MNIST_SHA256", "NOTEBOOKS", "OTHER", "OUT_OF_DISTRIBUTION",
-    "OWN_REJECTION_RATE", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION", "SMALL_CROP", "SPLIT_FOLDERS",
-    "STAGE1_WIDTHS", "STAGE2_WIDTHS", "SYSTEM_ENTRIES", "USER_SET", "AlternatingFlip",
-    "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions", "EpochTimer",
-    "FusedBatchNormalization", "LogOdds", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics", "ProgressiveCrops",
-    "RandomFlipCrop", "Recipe", "RestoreBestWeights", "RetrainingResult", "Run", "Settings", "Split", "Stage1Outputs",
-    "Stage2Trainer", "StageScores", "Trainer", "WarmupLinearDecay", "WhiteningConv", "apply_threshold", "augrc", "aurc",
-    "batches", "begin_run_data", "build_cnn", "calibration_error", "calibration_losses", "categories_from",
-    "category_metrics", "check_certification_size", "check_places", "check_replaces_no_other", "check_seed",
-    "check_threshold", "class_activation_map", "command_line", "commit", "compare_decisions", "compile_classifier",
-    "confidence_log_odds", "continue_run_data", "coverage_at_risk", "data_folder", "decision_confusion",
-    "decision_report", "default_recipe", "device_name", "e_aurc", "evaluate", "failure_metrics", "fastest_policy",
-    "feature_extractor", "fit_calibration", "fit_category_calibration", "fit_feature_statistics", "fit_ood_scale",
-    "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel",
-    "images_per_row", "injected_names", "is_interactive", "keeps_stage2", "kernel_matrix", "learning_rate_schedule",
-    "load_dataset", "load_model", "load_run_model", "log_loss_by_category", "log_odds", "log_odds_tensor", "main",
-    "make_legible", "margin", "model_data", "ood_score", "ood_terms", "orthogonalize", "pack_rows", "paired_difference",
+    "ACCEPTED", "BUILT_IN", "CAM_COLORMAP", "CATEGORY_PRECISION", "CIFAR10_ARCHIVE_MD5", "CIFAR10_MD5",
+    "CIFAR10_NAMES", "CIFAR10_URL", "DOWNLOAD_TIMEOUT", "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES",
+    "FEW_IMAGES", "FEW_REJECTION_RATE", "FROM_HERE", "ID_REJECTION_RATE", "IMAGE_SIZE", "IMAGE_SUFFIXES",
+    "KERAS_DATA_URL", "LEAST", "LIGHT_MODE_MINIMUM", "LOW_CONFIDENCE", "MNIST_SHA256", "NOTEBOOKS", "OTHER",
+    "OUT_OF_DISTRIBUTION", "OWN_REJECTION_RATE", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION",
+    "SMALL_CROP", "SPLIT_FOLDERS", "STAGE1_WIDTHS", "STAGE2_WIDTHS", "SYSTEM_ENTRIES", "USER_SET",
+    "AlternatingFlip", "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions", "EpochTimer",
+    "FusedBatchNormalization", "LogOdds", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics",
+    "ProgressiveCrops", "RandomFlipCrop", "Recipe", "RestoreBestWeights", "RetrainingResult", "Run", "Settings",
+    "Split", "Stage1Outputs", "Stage2Trainer", "StageScores", "Trainer", "WarmupLinearDecay", "WhiteningConv",
+    "apply_threshold", "augrc", "aurc", "batches", "begin_run_data", "build_cnn", "calibration_error",
+    "calibration_losses", "categories_from", "category_metrics", "check_certification_size", "check_matches",
+    "check_places", "check_replaces_no_other", "check_seed", "check_threshold", "class_activation_map",
+    "command_line", "commit", "compare_decisions", "compile_classifier", "confidence_log_odds", "continue_run_data",
+    "coverage_at_risk", "data_folder", "decision_confusion", "decision_report", "default_recipe", "device_name",
+    "e_aurc", "evaluate", "failure_metrics", "fastest_policy", "feature_extractor", "fit_calibration",
+    "fit_category_calibration", "fit_feature_statistics", "fit_ood", "fit_ood_scale", "fit_shared_calibration",
+    "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel", "images_per_row",
+    "injected_names", "is_interactive", "keeps_stage2", "kernel_matrix", "learning_rate_schedule", "load_dataset",
+    "load_model", "load_run_model", "log_loss_by_category", "log_odds", "log_odds_tensor", "main", "make_legible",
+    "margin", "model_data", "ood_score", "ood_terms", "orthogonalize", "pack_rows", "paired_difference", "parts_of",
     "path_from", "places_of", "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery",
     "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
     "plot_thresholds", "print_result", "project_root", "read_image", "reliability", "retrain_stage2",
     "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all", "run_notebook", "sample_hard_negatives",
-    "selective_metrics", "set_threshold", "settled", "short_rows_convolution", "stage1_optimizer", "stage2_optimizer",
-    "stage_report_labels", "steps_per_execution", "synthetic_ood_images", "threshold_for_costs",
-    "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category", "trace_decisions",
+    "selective_metrics", "set_threshold", "settled", "short_rows_convolution", "stage1_optimizer",
+    "stage2_optimizer", "stage_report_labels", "steps_per_execution", "synthetic_ood_images", "threshold_for_costs",
+    "threshold_for_coverage", "threshold_for_risk", "threshold_text", "thresholds_by_category", "trace_decisions",
     "train_and_calibration", "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed",
     "validate_run", "versions", "weakest_categories", "whitening_kernel", "write_atomically",
 ]  # fmt: skip
@@ -374,10 +381,9 @@ class MultiStageCNN(keras.Model):
         }  # fmt: skip
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
-        self.threshold, self.data_fingerprint = threshold, data_fingerprint
-        self.threshold_source = threshold_source
+        self.threshold, self.threshold_source = threshold, threshold_source  # in this order: see the setter
         self.certificate = Certificate(*certificate) if certificate else None
-        count = len(self.category_names)
+        self.data_fingerprint, count = data_fingerprint, len(self.category_names)
         build = functools.partial(
             build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy,
             logit_scale=logit_scale, activation=activation,
@@ -391,7 +397,7 @@ class MultiStageCNN(keras.Model):
         channels, filters = stage1_widths[0], 4 * image_shape[-1]  # of block 1, of the whitening
         shapes = [(channels,), (channels, channels), (filters,), (filters, filters), (2, 4), (3,)]
         self._ood_statistics = [self._unset_weight(*one) for one in zip(OODStatistics._fields, shapes, strict=True)]
-        self._network_ids = self._ids_of_networks()
+        self.network_ids = network_ids(self)
         self.built = True
 
     def _unset_weight(self, name: str, shape: tuple[int, ...]):
@@ -400,26 +406,9 @@ class MultiStageCNN(keras.Model):
         return self.add_weight(shape, unset, name=name, dtype="float64", trainable=False, autocast=False)
 
     def __setattr__(self, name, value):
-        if "_network_ids" in self.__dict__:  # all is built
-            if name in ("stage1", "stage2_base", "stage2"):
-                raise MSCNNError(self._not_replaced(name))
-            if name in ("category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"):
-                raise MSCNNError(
-                    f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN."
-                )
+        if "network_ids" in self.__dict__:  # all is built
+            check_assignable(name)
         super().__setattr__(name, value)
-
-    def _ids_of_networks(self) -> dict[str, int]:
-        # Not the networks themselves: Keras would save them under this name
-        networks = {"stage1": self.stage1, "stage2_base": self.stage2_base, **self.stage2}
-        return {name: id(network) for name, network in networks.items()}
-
-    @staticmethod
-    def _not_replaced(name: str) -> str:
-        return (
-            f"{name} cannot be replaced: the file of a model holds weights for the networks it was built with. "
-            "Use set_weights() of that network, or build another MultiStageCNN (stage1_widths, stage2_widths)."
-        )
 
     @classmethod
     def for_dataset(cls, data: Dataset, policy: str | None = None, seed: int = 0, **settings) -> MultiStageCNN:
@@ -430,10 +419,7 @@ class MultiStageCNN(keras.Model):
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
             policy=policy or fastest_policy(), source_fingerprint=data.source_fingerprint, **settings,
         )  # fmt: skip
-        some = data.train.images[:: -(-len(data.train) // 5000)]  # from all over: images may be sorted by category
-        kernel = whitening_kernel(some, mean, std)
-        for network in (model.stage1, model.stage2_base, *model.stage2.values()):
-            network.get_layer("whitening").kernel.assign(kernel)
+        set_whitening([model.stage1, model.stage2_base, *model.stage2.values()], data.train.images, mean, std)
         return model
 
     def get_config(self):
@@ -451,21 +437,9 @@ class MultiStageCNN(keras.Model):
     def is_calibrated(self) -> bool:
         return bool(np.isfinite(self.calibration_coefficients.numpy()).all())
 
-    def parts(self) -> dict[str, list[np.ndarray]]:
-        """Every array of the model by part: 'stage1', 'stage2_base', 'stage2/ship', 'calibration/ship', ..."""
-        parts = {"stage1": self.stage1.get_weights(), "stage2_base": self.stage2_base.get_weights()}
-        parts |= {f"stage2/{n}": self.stage2_cnn(c).get_weights() for c, n in enumerate(self.category_names)}
-        parts["calibration/shared"] = [self.shared_coefficients.numpy()]
-        parts["ood_statistics"] = [one.numpy() for one in self._ood_statistics]
-        coefficients = self.calibration_coefficients.numpy()
-        return parts | {f"calibration/{n}": [coefficients[c]] for c, n in enumerate(self.category_names)}
-
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each part, so that anyone can check what a training has left untouched."""
-        return {
-            name: hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
-            for name, arrays in self.parts().items()
-        }
+        return {name: sha256_of(arrays) for name, arrays in parts_of(self).items()}
 
     # ---- freezing
 
@@ -490,15 +464,7 @@ class MultiStageCNN(keras.Model):
 
     def trainable_summary(self) -> str:
         """What is trainable, printable: `✓ ship: True   ✗ cat: False`."""
-
-        def line(name: str, flag: bool) -> str:
-            return f"{'✓' if flag else '✗'} {name}: {flag}"
-
-        free = self.trainable_categories()
-        stage2 = [line(name, c in free).ljust(20) for c, name in enumerate(self.category_names)]
-        rows = ["   ".join(stage2[i : i + 5]).rstrip() for i in range(0, len(stage2), 5)]
-        first = f"{line('Stage 1', self.stage1.trainable)}   {line('Stage 2 base network', self.stage2_base.trainable)}"
-        return "\n".join([first, "Stage 2", *rows])
+        return trainable_text(self)
 
     # ---- forward
 
@@ -512,61 +478,26 @@ class MultiStageCNN(keras.Model):
         ]
         return {"stage1": self.stage1(images, training=training), "stage2": tf.stack(stage2, axis=1)}
 
-    @property
-    def _views(self) -> int:
-        """How many views of an image are scored: itself, and its mirror image if that keeps the category."""
-        return 2 if self.flip else 1
-
     @functools.cached_property
-    def _stage1_graph(self):
-        return stage1_graph(self.stage1)
-
-    @functools.cached_property
-    def _stage1_outputs_graph(self):
-        return stage1_outputs_graph(self.stage1, self._views)
-
-    @functools.cached_property
-    def _stage2_graph(self):
-        return stage2_graph(self.stage2_base, self._views)
+    def _networks(self) -> Networks:
+        stage2 = [self.stage2_cnn(c) for c in range(len(self.category_names))]
+        return Networks(self.stage1, stage2, self.stage2_base, views=2 if self.flip else 1)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without its mirror image."""
-        return in_batches(self._stage1_graph, validated_images(images, self.image_shape), batch_size)
-
-    def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
-        """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,).
-
-        The mean over each image and, if mirroring keeps its category, its mirror image.
-
-        Args:
-            images: uint8 (B, H, W, channels).
-            batch_size: images at a time; the CNN sees both views of them at once.
-        """
-        logits = in_batches(stage2_caller(self._stage2_graph, self.stage2_cnn(category)), images, batch_size)
-        where = np.full(len(images), category)
-        return np.mean([log_odds(one, where) for one in np.split(logits, self._views, axis=1)], axis=0)
+        return self._networks.stage1_logits(validated_images(images, self.image_shape), batch_size)
 
     def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
         """What Stage 1 makes of uint8 images (B, H, W, channels) and, if that keeps their category, mirrored ones."""
-        both = in_batches(self._stage1_outputs_graph, validated_images(images, self.image_shape), batch_size)
-        channels, filters = (self._ood_statistics[i].shape[0] for i in (0, 2))
-        return split_outputs(both, self._views, len(self.category_names), channels, filters)
+        return self._networks.stage1_outputs(validated_images(images, self.image_shape), batch_size)
+
+    def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
+        """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,)."""
+        return self._networks.stage2_log_odds(images, category, batch_size)
 
     def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
-        """Both stages' scores of uint8 images (B, H, W, channels), not yet combined.
-
-        Stage 1 answers by its mean logits over the image and, if mirroring keeps the category, its mirror image: two
-        views err less often than one, and an answer that changes in the mirror has a small margin. Only the Stage 2 CNN
-        of the predicted category is run: the images are sorted by category first.
-        """
-        views = self.stage1_outputs(images, batch_size)
-        logits = views.logits.mean(axis=0)  # (B, C)
-        category = logits.argmax(axis=1)  # (B,)
-        stage2 = np.zeros(len(images))
-        for c in np.unique(category):
-            here = np.flatnonzero(category == c)
-            stage2[here] = self.stage2_log_odds(images[here], c, batch_size)
-        return StageScores(category, margin(logits, category), stage2, *views)
+        """Both stages' scores of uint8 images (B, H, W, channels), not yet combined."""
+        return self._networks.scores(validated_images(images, self.image_shape), batch_size)
 
     def decide(
         self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
@@ -584,18 +515,10 @@ class MultiStageCNN(keras.Model):
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
-        count = len(self.category_names)
-        threshold = self.threshold if threshold is None else checked_thresholds(threshold, count)
-        scores = self.scores(images, batch_size)
-        log_odds, terms = self._combined(scores)
-        return decide_on(scores, log_odds, ood_score(terms, self.ood_statistics), threshold)
-
-    def _combined(self, scores: StageScores) -> tuple[np.ndarray, np.ndarray]:
-        """Log-odds of the confidence, float64 (B,), and the terms of the OOD score, (B, 4)."""
-        coefficients = self.calibration_coefficients.numpy()
-        log_odds = confidence_log_odds(coefficients, scores.category, scores.stage1, scores.stage2)
-        features = scores.block1_means, scores.whitening_strength
-        return log_odds, ood_terms(scores.mean_logits, log_odds, *features, self.ood_statistics)
+        threshold = self.threshold if threshold is None else checked_thresholds(threshold, len(self.category_names))
+        scores, statistics = self.scores(images, batch_size), self.ood_statistics
+        log_odds, terms = combine(scores, self.calibration_coefficients.numpy(), statistics)
+        return decide_on(scores, log_odds, ood_score(terms, statistics), threshold)
 
     # ---- calibration
 
@@ -604,29 +527,10 @@ class MultiStageCNN(keras.Model):
         """What images of the categories look like; NaN until `fit_ood`, scale and thresholds until `calibrate`."""
         return OODStatistics(*(one.numpy() for one in self._ood_statistics))
 
-    def _set_ood_statistics(self, statistics: OODStatistics) -> None:
+    @ood_statistics.setter
+    def ood_statistics(self, statistics: OODStatistics) -> None:
         for variable, value in zip(self._ood_statistics, statistics, strict=True):
             variable.assign(value)
-
-    def fit_ood(self, data: Dataset, images: int = 5000) -> None:
-        """Fits what images of the categories look like to Stage 1, as it is; see `ood_score`.
-
-        That changes which images are accepted, so it voids a guarantee.
-
-        Args:
-            images: about how many of the train split are looked at. The calibration split is looked at whole, if the
-                model is calibrated; else `calibrate` does so.
-        """
-        self.certificate = None
-        some = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
-        views = self.stage1_outputs(some)
-        self._set_ood_statistics(fit_feature_statistics(views.block1_means, views.whitening_strength))
-        if self.is_calibrated:
-            self._fit_ood_scale(self.scores(data.calibration.images))
-
-    def _fit_ood_scale(self, scores: StageScores) -> None:
-        """Fits scale and thresholds of the OOD score on both stages' scores of the calibration split."""
-        self._set_ood_statistics(fit_ood_scale(self.ood_statistics, self._combined(scores)[1]))
 
     def calibrate(self, split: Split, categories: Iterable[int] | None = None) -> None:
         """Fits calibration coefficients on the calibration split.
@@ -658,7 +562,7 @@ class MultiStageCNN(keras.Model):
             )
         self.calibration_coefficients.assign(coefficients)
         if everything:
-            self._fit_ood_scale(scores)
+            fit_model_scale(self, scores)
 
     def reset_calibration(self, categories: Iterable[int] | None = None) -> None:
         """Marks categories as not calibrated, since their Stage 2 CNNs have been trained; None: all of them."""
@@ -686,8 +590,7 @@ class MultiStageCNN(keras.Model):
         correct = decisions.stage1_category == labels
         found = threshold_for_risk(decisions.confidence[in_distribution], correct[in_distribution], risk, delta)
         self.certificate = found._replace(images=len(split))
-        self.threshold = self.certificate.threshold
-        self.threshold_source = f"for at most {risk:.2%} errors"
+        self.threshold, self.threshold_source = found.threshold, f"for at most {risk:.2%} errors"
         return self.certificate
 
     @property
@@ -709,10 +612,6 @@ class MultiStageCNN(keras.Model):
         certified = self.certificate is not None and np.all(self.certificate.threshold == self.threshold)
         return self.certificate if certified else None
 
-    def threshold_text(self) -> str:
-        """What the threshold is, how it was chosen, and what is guaranteed of it; printable."""
-        return f"{threshold_text(self.threshold)}, {self.threshold_source}. {self.guarantee()}"
-
     def guarantee(self) -> str:
         """What is guaranteed of the model's decisions, printable in one line."""
         return guarantee_text(self.certificate, self.threshold)
@@ -728,18 +627,8 @@ class MultiStageCNN(keras.Model):
         Raises:
             MSCNNError: it may not, it cannot be written, or a network is not the model's own any more.
         """
-        path = path_from(str(filepath), Path())
-        if path.suffix != ".keras" or os.path.isdir(path):
-            raise MSCNNError(f"{path} is no name for a model file: give one that ends in .keras.")
-        for name, _ in self._ids_of_networks().items() ^ self._network_ids.items():
-            raise MSCNNError(self._not_replaced(name))
-        if not overwrite and os.path.lexists(path):
-            raise MSCNNError(f"{path} is there already: give another name, or overwrite=True to replace it.")
+        path = checked_target(self, filepath, overwrite)
         write_atomically(path, lambda partial: super(MultiStageCNN, self).save(partial, **kwargs))
-
-    def check_matches(self, data: Dataset) -> None:
-        """Raises MSCNNError if the model was made for another data set, or for other splits of it."""
-        check_matches(self, data)
 
 
 def _category_key(category: int) -> str:

@@ -164,7 +164,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
 
     data = mscnn.load_dataset("cifar10", seed=seed)
     model = mscnn.load_model(path)
-    model.check_matches(data)
+    mscnn.check_matches(model, data)
     train = data.train.images if most is None else data.train.images[: 10 * most]
     train_features = pooled_features(model.stage1, train).mean(axis=0)
     weights = fitted_weights(model, data.calibration.images)

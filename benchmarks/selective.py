@@ -279,7 +279,7 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
 
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     model = mscnn.load_model(whole_path(form, seed))
-    model.check_matches(data)
+    mscnn.check_matches(model, data)
     pool = [
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
         else keras.models.load_model(single_path(form, one, dropout=False), compile=False)

@@ -322,7 +322,7 @@ def spread_model(flip: bool):
     dense.kernel.assign(dense.kernel.numpy() / logits.std(axis=0))
     dense.bias.assign(-(logits / logits.std(axis=0)).mean(axis=0))
     model.calibration_coefficients.assign(np.tile([0.0, 0.5, 0.5], (CATEGORIES, 1)))
-    model.fit_ood(data)
+    mscnn.fit_ood(model, data)
     return model
 
 

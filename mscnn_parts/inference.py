@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.decision import Stage1Outputs
+from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
 from mscnn_parts.networks import feature_extractor
 from mscnn_parts.settings import MSCNNError
 
@@ -48,16 +48,6 @@ def _traced(function: Callable, network: keras.Model, *before):
     return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
 
-def stage1_graph(stage1: keras.Model):
-    """Images -> Stage 1's logits on a single view, (B, C)."""
-    return _traced(functools.partial(stage1, training=False), stage1)
-
-
-def stage1_outputs_graph(stage1: keras.Model, views: int):
-    """Images -> what `feature_extractor` gives on the views, side by side: (B, views (C + T + 2 D))."""
-    return _traced(functools.partial(on_views, feature_extractor(stage1), views), stage1)
-
-
 def stage2_graph(base: keras.Model, views: int):
     """Handles of a Stage 2 CNN's variables, images -> its logits on the views, (B, views C); see `stage2_caller`.
 
@@ -87,8 +77,70 @@ def _read(handle, like):
     return value
 
 
+class Networks:
+    """Stage 1 and the Stage 2 CNNs run on arrays of uint8 images (B, H, W, channels), as graphs traced once.
+
+    Args:
+        stage2: the Stage 2 CNNs, by category. stage2_base: of their shape.
+        views: 1, each image; 2, its mirror image, too (test-time augmentation).
+    """
+
+    def __init__(self, stage1: keras.Model, stage2: Sequence[keras.Model], stage2_base: keras.Model, views: int):
+        self.stage1, self.stage2, self.stage2_base, self.views = stage1, tuple(stage2), stage2_base, views
+
+    @functools.cached_property
+    def stage1_graph(self):
+        """Images -> Stage 1's logits on a single view, (B, C)."""
+        return _traced(functools.partial(self.stage1, training=False), self.stage1)
+
+    @functools.cached_property
+    def stage1_outputs_graph(self):
+        """Images -> what `feature_extractor` gives on the views, side by side: (B, views (C + T + 2 D))."""
+        return _traced(functools.partial(on_views, feature_extractor(self.stage1), self.views), self.stage1)
+
+    @functools.cached_property
+    def stage2_graph(self):
+        return stage2_graph(self.stage2_base, self.views)
+
+    def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
+        """Stage 1's logits on a single view, float32 (B, C)."""
+        return in_batches(self.stage1_graph, images, batch_size)
+
+    def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
+        """Stage 1's logits on each view, and the means over the views of what it sees first."""
+        both = in_batches(self.stage1_outputs_graph, images, batch_size)
+        widths = [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
+        return split_outputs(both, self.views, widths[0], widths[1], widths[2] // 2)
+
+    def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
+        """Log-odds that the images show `category`, by its Stage 2 CNN, the mean over the views: float64 (B,).
+
+        Args:
+            batch_size: images at a time; the CNN sees all views of them at once.
+        """
+        logits = in_batches(stage2_caller(self.stage2_graph, self.stage2[category]), images, batch_size)
+        where = np.full(len(images), category)
+        return np.mean([log_odds(one, where) for one in np.split(logits, self.views, axis=1)], axis=0)
+
+    def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
+        """Both stages' scores, not yet combined.
+
+        Stage 1 answers by its mean logits over the views: two views err less often than one, and an answer that
+        changes in the mirror has a small margin. Only the Stage 2 CNN of the predicted category is run: the images are
+        sorted by category first.
+        """
+        outputs = self.stage1_outputs(images, batch_size)
+        logits = outputs.logits.mean(axis=0)  # (B, C)
+        category = logits.argmax(axis=1)  # (B,)
+        stage2 = np.zeros(len(images))
+        for c in np.unique(category):
+            chosen = np.flatnonzero(category == c)
+            stage2[chosen] = self.stage2_log_odds(images[chosen], c, batch_size)
+        return StageScores(category, margin(logits, category), stage2, *outputs)
+
+
 def split_outputs(both: np.ndarray, views: int, categories: int, channels: int, filters: int) -> Stage1Outputs:
-    """The parts of what `stage1_outputs_graph` gives, float32 (B, views (C + T + 2 D))."""
+    """The parts of what `feature_extractor` gives on the views, side by side, float32 (B, views (C + T + 2 D))."""
     parts = np.stack(np.split(both, views, axis=1))  # (views, B, C + T + 2 D)
     logits, block1_means, *halves = np.split(parts, np.cumsum([categories, channels, filters]), axis=2)
     strength = sum(halves).mean(axis=0)  # (B, D); a filter answers by itself or by its negative

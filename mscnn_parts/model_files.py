@@ -1,15 +1,18 @@
-"""Model files: load them, and say why not."""
+"""What a model is made of, as its file holds it: parts and their fingerprints, loading, what may be saved."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import keras
+import numpy as np
 
 from mscnn_parts.downloads import _keras_home
 from mscnn_parts.files import path_from, project_root
@@ -94,6 +97,66 @@ def load_model(path: str | Path) -> MultiStageCNN:
     if not isinstance(model, expected):
         raise MSCNNError(f"{path} holds a {type(model).__name__}, not a MultiStageCNN.")
     return model
+
+
+def parts_of(model: MultiStageCNN) -> dict[str, list[np.ndarray]]:
+    """Every array of a model by part: 'stage1', 'stage2_base', 'stage2/ship', 'calibration/ship', ..."""
+    names, coefficients = model.category_names, model.calibration_coefficients.numpy()
+    parts = {"stage1": model.stage1.get_weights(), "stage2_base": model.stage2_base.get_weights()}
+    parts |= {f"stage2/{name}": model.stage2_cnn(c).get_weights() for c, name in enumerate(names)}
+    parts["calibration/shared"] = [model.shared_coefficients.numpy()]
+    parts["ood_statistics"] = list(model.ood_statistics)
+    return parts | {f"calibration/{name}": [coefficients[c]] for c, name in enumerate(names)}
+
+
+def sha256_of(arrays: Iterable[np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+
+
+def trainable_text(model: MultiStageCNN) -> str:
+    """What is trainable, printable: `✓ ship: True   ✗ cat: False`."""
+
+    def line(name: str, flag: bool) -> str:
+        return f"{'✓' if flag else '✗'} {name}: {flag}"
+
+    free = model.trainable_categories()
+    stage2 = [line(name, c in free).ljust(20) for c, name in enumerate(model.category_names)]
+    rows = ["   ".join(stage2[i : i + 5]).rstrip() for i in range(0, len(stage2), 5)]
+    first = f"{line('Stage 1', model.stage1.trainable)}   {line('Stage 2 base network', model.stage2_base.trainable)}"
+    return "\n".join([first, "Stage 2", *rows])
+
+
+def network_ids(model: MultiStageCNN) -> dict[str, int]:
+    """The networks by their ids, not themselves: Keras would save them under one more name."""
+    networks = {"stage1": model.stage1, "stage2_base": model.stage2_base, **model.stage2}
+    return {name: id(network) for name, network in networks.items()}
+
+
+def _not_replaceable(name: str) -> MSCNNError:
+    return MSCNNError(
+        f"{name} cannot be replaced: the file of a model holds weights for the networks it was built with. "
+        "Use set_weights() of that network, or build another MultiStageCNN (stage1_widths, stage2_widths)."
+    )
+
+
+def check_assignable(name: str) -> None:
+    """Raises MSCNNError for an attribute that a model, once built, cannot change."""
+    if name in ("stage1", "stage2_base", "stage2"):
+        raise _not_replaceable(name)
+    if name in ("category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"):
+        raise MSCNNError(f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN.")
+
+
+def checked_target(model: MultiStageCNN, filepath: str | Path, overwrite: bool) -> Path:
+    """Where a model is to be saved, or MSCNNError if it may not be, or a network is not the model's own any more."""
+    path = path_from(str(filepath), Path())
+    if path.suffix != ".keras" or os.path.isdir(path):
+        raise MSCNNError(f"{path} is no name for a model file: give one that ends in .keras.")
+    for name, _ in network_ids(model).items() ^ model.network_ids.items():
+        raise _not_replaceable(name)
+    if not overwrite and os.path.lexists(path):
+        raise MSCNNError(f"{path} is there already: give another name, or overwrite=True to replace it.")
+    return path
 
 
 def check_matches(model: MultiStageCNN, data: Dataset) -> None:

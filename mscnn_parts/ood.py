@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mscnn_parts.decision import ACCEPTED, Decisions
+from mscnn_parts.data import Dataset
+from mscnn_parts.decision import ACCEPTED, Decisions, StageScores, confidence_log_odds
 from mscnn_parts.pictures import read_image
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
 
 ID_REJECTION_RATE = 0.01  # share of the calibration images that is rejected: the price of noticing what is foreign
 OWN_REJECTION_RATE = 0.0025  # of them, by the block 1 term alone, and by the whitening term alone
@@ -117,6 +121,40 @@ def fit_ood_scale(statistics: OODStatistics, terms: np.ndarray) -> OODStatistics
         rates = np.array([FEW_REJECTION_RATE, OWN_REJECTION_RATE, OWN_REJECTION_RATE])
         thresholds = np.maximum(thresholds, _next_image_bound(parts, rates))
     return statistics._replace(thresholds=thresholds)
+
+
+def combine(scores: StageScores, coefficients: np.ndarray, statistics: OODStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds of the confidence, float64 (B,), and the terms of the OOD score, (B, 4), of both stages' scores.
+
+    Args:
+        coefficients: of the calibration, (C, 3).
+    """
+    log_odds = confidence_log_odds(coefficients, scores.category, scores.stage1, scores.stage2)
+    features = scores.block1_means, scores.whitening_strength
+    return log_odds, ood_terms(scores.mean_logits, log_odds, *features, statistics)
+
+
+def fit_ood(model: MultiStageCNN, data: Dataset, images: int = 5000) -> None:
+    """Fits what images of the categories look like to Stage 1, as it is; see `ood_score`.
+
+    That changes which images are accepted, so it voids a guarantee.
+
+    Args:
+        images: about how many of the train split are looked at. The calibration split is looked at whole, if the
+            model is calibrated; else `calibrate` does so.
+    """
+    model.certificate = None
+    some = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
+    outputs = model.stage1_outputs(some)
+    model.ood_statistics = fit_feature_statistics(outputs.block1_means, outputs.whitening_strength)
+    if model.is_calibrated:
+        fit_model_scale(model, model.scores(data.calibration.images))
+
+
+def fit_model_scale(model: MultiStageCNN, scores: StageScores) -> None:
+    """Fits scale and thresholds of the model's OOD score on both stages' scores of the calibration split."""
+    terms = combine(scores, model.calibration_coefficients.numpy(), model.ood_statistics)[1]
+    model.ood_statistics = fit_ood_scale(model.ood_statistics, terms)
 
 
 def _exceeded_by(count: int, values: np.ndarray) -> float:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from mscnn_parts.data import Dataset
 from mscnn_parts.files import project_root
-from mscnn_parts.model_files import load_model
+from mscnn_parts.model_files import check_matches, load_model
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
     Run,
@@ -29,7 +29,7 @@ from mscnn_parts.run_folder import (
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
 from mscnn_parts.sources import load_dataset
-from mscnn_parts.thresholds import check_certification_size, threshold_for_coverage
+from mscnn_parts.thresholds import check_certification_size, threshold_for_coverage, threshold_text
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -81,7 +81,7 @@ def validate_run(run: Run) -> Dataset:
         check_certification_size(len(data.certification), run.settings.target_risk)
     start = run.starting_model()
     if start is not None:
-        load_model(start).check_matches(data)
+        check_matches(load_model(start), data)
     _check_not_among_images(run, data)
     check_replaces_no_other(run, data)
     _make_folders(run)
@@ -193,7 +193,7 @@ def load_run_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiS
     if not path.is_file():
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
     model = load_model(path)
-    model.check_matches(data)
+    check_matches(model, data)
     if not (run.settings.target_risk or run.settings.target_coverage):
         model.threshold = run.settings.threshold
     return model
@@ -223,7 +223,7 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
         model.threshold_source = f"accepts {accepted:.0%} of the calibration split"
     else:
         model.threshold = settings.threshold
-    return model.threshold_text()
+    return threshold_text(model)
 
 
 def is_interactive() -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mscnn_parts.checks import _check_categories_within, _check_numbers, _check_share, _checked_pair, _one_an_image
 from mscnn_parts.settings import MSCNNError, check_threshold
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
 
 USER_SET = "as given"  # how a threshold was chosen, if nothing else is told of it
 
@@ -160,9 +163,11 @@ def checked_thresholds(value: float | Sequence[float], count: int) -> float | np
     return float(value) if np.ndim(value) == 0 else np.array(value, np.float64)
 
 
-def threshold_text(threshold: float | np.ndarray) -> str:
-    """A threshold, or several of them, in words."""
-    return f"Thresholds {_span(threshold, '.4f')} by category" if np.ndim(threshold) else f"Threshold {threshold:.4f}"
+def threshold_text(model: MultiStageCNN) -> str:
+    """What a model's threshold is, how it was chosen, and what is guaranteed of it; printable."""
+    value = model.threshold
+    chosen = f"Thresholds {_span(value, '.4f')} by category" if np.ndim(value) else f"Threshold {value:.4f}"
+    return f"{chosen}, {model.threshold_source}. {model.guarantee()}"
 
 
 def guarantee_text(certificate: Certificate | None, threshold: float | np.ndarray) -> str:

@@ -16,6 +16,7 @@ from mscnn_parts.callbacks import AlternatingFlip, EpochTimer, ProgressiveCrops,
 from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
+from mscnn_parts.ood import fit_ood
 from mscnn_parts.optimizers import Recipe, stage1_optimizer, stage2_optimizer
 from mscnn_parts.settings import MSCNNError, Settings, categories_from
 
@@ -171,7 +172,7 @@ def train_stage1(
     """
     history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
     model.reset_calibration()
-    model.fit_ood(data)
+    fit_ood(model, data)
     return history
 
 

@@ -128,14 +128,14 @@ def test_decide_equals_the_plain_computation(model, tiny_data):
 def test_only_the_stage2_cnn_of_the_predicted_category_runs(model, tiny_data, monkeypatch):
     runs = []
 
-    def spy(handles, images, graph=model._stage2_graph):
+    def spy(handles, images, graph=model._networks.stage2_graph):
         own = {c: [w.value.handle for w in model.stage2_cnn(c).weights] for c in range(5)}
         same = [c for c, known in own.items() if all(a is b for a, b in zip(handles, known, strict=True))]
         runs.append((same, len(images)))
         return graph(handles, images)
 
     predicted = model.decide(tiny_data.test.images).stage1_category
-    monkeypatch.setattr(model, "_stage2_graph", spy)
+    monkeypatch.setattr(model._networks, "stage2_graph", spy)
     images = tiny_data.test.images[np.isin(predicted, [1, 3])]
     model.decide(images)
     assert [same for same, _ in runs] == [[1], [3]]
@@ -198,7 +198,7 @@ def test_a_file_of_another_version_is_not_called_damaged(trained_model_path, tmp
 def test_what_is_known_is_learnt_from_the_whole_model_and_stays_when_a_category_is_retrained(trained_model, tiny_data):
     before, recipe = trained_model.fingerprints()["ood_statistics"], mscnn.Recipe(1, 64)
     trained_model.certify(tiny_data.certification, risk=0.5, delta=0.2)
-    trained_model.fit_ood(tiny_data)
+    mscnn.fit_ood(trained_model, tiny_data)
     assert trained_model.fingerprints()["ood_statistics"] == before and trained_model.certificate is None
     mscnn.retrain_stage2(trained_model, tiny_data, "ship", recipe)
     assert trained_model.fingerprints()["ood_statistics"] == before, "else other images would be decided anew"
@@ -226,7 +226,7 @@ def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     np.testing.assert_array_equal(scores.stage1, mscnn.margin(scores.logits[0], scores.category))
     model.calibrate(digits.calibration)
     assert np.isnan(model.decide(images).ood_score).all(), "it has not learnt what is known"
-    model.fit_ood(digits)
+    mscnn.fit_ood(model, digits)
     assert (model.decide(digits.calibration.images).ood_score > 0).mean() < 0.03
     assert (model.decide(mscnn.synthetic_ood_images(digits.test.images)["uniform noise"]).ood_score > 0).all()
 
@@ -394,7 +394,7 @@ MOVED = {"stage2/ship", "stage2/truck", "calibration/ship", "calibration/truck"}
 
 def test_retraining_moves_the_chosen_parts_only(retrained):
     """Every array of every other part is identical, BatchNormalization statistics included."""
-    before, after = retrained.before.parts(), retrained.after.parts()
+    before, after = mscnn.parts_of(retrained.before), mscnn.parts_of(retrained.after)
     assert list(before) == list(after)
     same = {name for name in before if all(map(np.array_equal, before[name], after[name]))}
     assert set(before) - same == MOVED
@@ -423,7 +423,7 @@ def test_retraining_moves_only_the_chosen_arrays_of_the_file(retrained, tmp_path
 
 
 def test_parts_hold_every_array_of_the_model(model):
-    parts = model.parts()
+    parts = mscnn.parts_of(model)
     rows = [arrays[0] for name, arrays in parts.items() if name.startswith("calibration/") and "shared" not in name]
     np.testing.assert_array_equal(np.stack(rows), model.calibration_coefficients.numpy())
     assert sum(map(len, parts.values())) - len(rows) + 1 == len(model.weights)
@@ -507,7 +507,7 @@ def test_thresholds_by_category_are_saved_and_told(certified, tmp_path, given):
     np.testing.assert_array_equal(loaded.threshold, np.asarray(given, np.float64))
     assert loaded.valid_certificate is None
     if np.ndim(given):
-        assert loaded.threshold_text().startswith(
+        assert mscnn.threshold_text(loaded).startswith(
             "Thresholds 0.5000 to 0.9000 by category, as given. No error rate is "
         )
         assert "at threshold 0.5 to 0.9: the certificate is for " in loaded.guarantee()
@@ -741,20 +741,20 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_model_of_other_data_is_refused(model, tiny_data, digits):
-    model.check_matches(tiny_data)
+    mscnn.check_matches(model, tiny_data)
     with pytest.raises(MSCNNError, match="model is for another data set: tiny; the data has digits"):
-        model.check_matches(digits)
+        mscnn.check_matches(model, digits)
     renamed = dataclasses.replace(tiny_data, category_names=("plane", *tiny_data.category_names[1:]))
     for other in (renamed, dataclasses.replace(tiny_data, name="mine")):
         with pytest.raises(MSCNNError, match="Choose the data set that the model was trained on, or train a new"):
-            model.check_matches(other)
+            mscnn.check_matches(model, other)
 
 
 def test_other_splits_of_the_same_data_are_refused(model, tiny_data):
     """Else images that the model was trained on would calibrate and verifier it."""
     swapped = dataclasses.replace(tiny_data, calibration=tiny_data.certification, certification=tiny_data.calibration)
     with pytest.raises(MSCNNError, match=r"trained on other splits of tiny \(seed, light_mode or files differ\)"):
-        model.check_matches(swapped)
+        mscnn.check_matches(model, swapped)
 
 
 def test_a_frozen_calibration_row_does_not_move(trained_model, tiny_data):

@@ -93,7 +93,7 @@ def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
         pytest.skip("CIFAR-10 is not at hand")
     cifar10 = mscnn.load_dataset("cifar10")
     model, record = mscnn.load_model(FILE), json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))
-    model.check_matches(cifar10)
+    mscnn.check_matches(model, cifar10)
     images, labels = cifar10.test.images[:1000], cifar10.test.labels[:1000]
     decisions = model.decide(images)
     assert (decisions.ood_score > 0).mean() <= 0.05

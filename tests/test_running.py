@@ -700,7 +700,7 @@ def test_a_model_for_other_data_reads_the_same_through_the_command_line(
     monkeypatch.setenv("MSCNN_HEADLESS", "")
     other = write_tiny_npz(tmp_path / "other.npz", train=200, test=40)
     with pytest.raises(MSCNNError) as direct:
-        trained_model.check_matches(mscnn.load_dataset(str(other)))
+        mscnn.check_matches(trained_model, mscnn.load_dataset(str(other)))
     assert mscnn.main(command(settings, dataset=str(other), load_model=str(trained_model_path))) == 1
     error = capsys.readouterr().err
     assert str(direct.value) in error
