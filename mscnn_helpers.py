@@ -227,7 +227,7 @@ from mscnn_parts.optimizers import (
     stage2_optimizer,
 )
 from mscnn_parts.pictures import IMAGE_SUFFIXES, SPLIT_FOLDERS, SYSTEM_ENTRIES, read_image
-from mscnn_parts.run_folder import NOTEBOOKS, Run, check_places, injected_names, settled
+from mscnn_parts.run_folder import NOTEBOOKS, Run, check_places, injected_names, open_run, settled
 from mscnn_parts.runs import (
     begin_run_data,
     check_replaces_no_other,
@@ -315,16 +315,17 @@ __all__ = [
     "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel", "images_per_row",
     "injected_names", "is_interactive", "keeps_stage2", "kernel_matrix", "learning_rate_schedule", "load_dataset",
     "load_model", "load_run_model", "log_loss_by_category", "log_odds", "log_odds_tensor", "main", "make_legible",
-    "margin", "model_data", "ood_score", "ood_terms", "orthogonalize", "pack_rows", "paired_difference", "parts_of",
-    "path_from", "places_of", "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery",
-    "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
-    "plot_thresholds", "print_result", "project_root", "read_image", "reliability", "retrain_stage2",
-    "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all", "run_notebook", "sample_hard_negatives",
-    "selective_metrics", "set_threshold", "settled", "short_rows_convolution", "stage1_optimizer",
-    "stage2_optimizer", "stage_report_labels", "steps_per_execution", "synthetic_ood_images", "threshold_for_costs",
-    "threshold_for_coverage", "threshold_for_risk", "threshold_text", "thresholds_by_category", "trace_decisions",
-    "train_and_calibration", "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed",
-    "validate_run", "versions", "weakest_categories", "whitening_kernel", "write_atomically",
+    "margin", "model_data", "ood_score", "ood_terms", "open_run", "orthogonalize", "pack_rows", "paired_difference",
+    "parts_of", "path_from", "places_of", "plot_augmentation", "plot_confusion", "plot_decision_traces",
+    "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage",
+    "plot_samples", "plot_thresholds", "print_result", "project_root", "read_image", "reliability",
+    "retrain_stage2", "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all", "run_notebook",
+    "sample_hard_negatives", "selective_metrics", "set_threshold", "settled", "short_rows_convolution",
+    "stage1_optimizer", "stage2_optimizer", "stage_report_labels", "steps_per_execution", "synthetic_ood_images",
+    "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk", "threshold_text",
+    "thresholds_by_category", "trace_decisions", "train_and_calibration", "train_classifier", "train_stage1",
+    "train_stage2", "train_stage2_base", "unnoticed", "validate_run", "versions", "weakest_categories",
+    "whitening_kernel", "write_atomically",
 ]  # fmt: skip
 
 
@@ -342,7 +343,7 @@ class MultiStageCNN(keras.Model):
         threshold: confidence below which an image is OTHER. threshold_source: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
-        source_fingerprint: that of the data set before light mode and splitting.
+        source_fingerprint: that of the data set before light mode and splitting. light_mode, seed: of the splits.
         format: of the model file, which `load_model` has checked.
 
     The Stage 2 base network is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
@@ -367,6 +368,8 @@ class MultiStageCNN(keras.Model):
         activation: str = "relu",
         certificate: Sequence[float] | None = None,
         source_fingerprint: str = "",
+        light_mode: bool = False,
+        seed: int = 0,
         format: int = FORMAT,
         **kwargs,
     ):
@@ -376,8 +379,8 @@ class MultiStageCNN(keras.Model):
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
             "data_fingerprint": data_fingerprint, "source_fingerprint": source_fingerprint, "policy": policy,
-            "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths),
-            "logit_scale": logit_scale, "activation": activation,
+            "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths), "logit_scale": logit_scale,
+            "activation": activation, "light_mode": light_mode, "seed": seed,
         }  # fmt: skip
         self.category_names = tuple(category_names)
         self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
@@ -417,7 +420,8 @@ class MultiStageCNN(keras.Model):
         mean, std = data.channel_statistics()
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
-            policy=policy or fastest_policy(), source_fingerprint=data.source_fingerprint, **settings,
+            policy=policy or fastest_policy(), source_fingerprint=data.source_fingerprint,
+            light_mode=data.light_mode, seed=data.seed, **settings,
         )  # fmt: skip
         set_whitening([model.stage1, model.stage2_base, *model.stage2.values()], data.train.images, mean, std)
         return model
@@ -473,15 +477,12 @@ class MultiStageCNN(keras.Model):
 
         One view of each image; `decide` lets both stages score the mirror image, too.
         """
-        stage2 = [
-            log_odds_tensor(self.stage2_cnn(c)(images, training=training), c) for c in range(len(self.category_names))
-        ]
+        stage2 = [log_odds_tensor(cnn(images, training=training), c) for c, cnn in enumerate(self.stage2.values())]
         return {"stage1": self.stage1(images, training=training), "stage2": tf.stack(stage2, axis=1)}
 
     @functools.cached_property
     def _networks(self) -> Networks:
-        stage2 = [self.stage2_cnn(c) for c in range(len(self.category_names))]
-        return Networks(self.stage1, stage2, self.stage2_base, views=2 if self.flip else 1)
+        return Networks(self.stage1, [*self.stage2.values()], self.stage2_base, views=2 if self.flip else 1)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without its mirror image."""

@@ -103,6 +103,7 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
     source = project_root() / "notebooks" / f"{name}.ipynb"
     target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
     _make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
+    declared = papermill.inspect_notebook(str(source))  # the rest comes from the run folder
     logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
@@ -110,7 +111,7 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
     try:
         papermill.execute_notebook(
             *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)),  # papermill formats them
-            dataclasses.asdict(settings),
+            {parameter: value for parameter, value in dataclasses.asdict(settings).items() if parameter in declared},
             kernel_name="python3",
             progress_bar=False,
             log_output=True,

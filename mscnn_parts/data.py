@@ -47,6 +47,7 @@ class Dataset:
     flip: bool = True  # whether a mirrored image keeps its category (a digit does not)
     fallback: bool = False
     light_mode: bool = False
+    seed: int = 0  # of the splits
     source_fingerprint: str = ""  # of the data as it was found, whatever the seed and light_mode
 
     @property
@@ -147,7 +148,14 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     calibration, certification = _stratified_split(rest, held, seed)
     splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(
-        raw.name, raw.source, tuple(raw.names), *splits, flip=raw.flip, light_mode=light_mode, source_fingerprint=found
+        raw.name,
+        raw.source,
+        tuple(raw.names),
+        *splits,
+        flip=raw.flip,
+        light_mode=light_mode,
+        seed=seed,
+        source_fingerprint=found,
     )
 
 

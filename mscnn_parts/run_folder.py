@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mscnn_parts.files import (
     write_atomically,
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, _did_you_mean
-from mscnn_parts.sources import _find_data
+from mscnn_parts.sources import BUILT_IN, _find_data
 
 
 class Run:
@@ -148,6 +149,54 @@ class Run:
         ends = {"status": "finished", "ended": _now()} if self.notebook == NOTEBOOKS[-1] else {}
         self.write("metrics", seconds=seconds, **ends)
         print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
+
+
+THRESHOLD_PARAMETERS = ("threshold", "target_risk", "target_coverage")
+
+
+def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
+    """A notebook's hold on the run folder, by the parameters among its variables: `open_run("...", globals())`.
+
+    Notebook 01 sets all parameters. Each later one takes from the run folder what it does not set itself, or sets to an
+    empty text; where notebook 01 has not run, data set, light mode and seed are those of the model that `load_model`
+    names. A threshold or target takes the place of all three that were set before.
+
+    Raises:
+        MSCNNError: a parameter is wrong, or there is neither an earlier notebook nor `load_model`.
+    """
+    given = {one.name: namespace[one.name] for one in dataclasses.fields(Settings) if one.name in namespace}
+    if notebook == NOTEBOOKS[0]:
+        return Run(notebook, Settings(**given))
+    given = {name: value for name, value in given.items() if value != ""}
+    run = Run(notebook, Settings(**given))
+    earlier = run.read("metrics").get("parameters") or _parameters_of_model(run)
+    if given.keys() & set(THRESHOLD_PARAMETERS):
+        earlier = {name: value for name, value in earlier.items() if name not in THRESHOLD_PARAMETERS}
+    known = [one.name for one in dataclasses.fields(Settings)]
+    return Run(notebook, Settings(**{**{name: earlier[name] for name in known if name in earlier}, **given}))
+
+
+def _parameters_of_model(run: Run) -> dict[str, Any]:
+    """What the model that `load_model` names was trained on: data set, light mode and seed."""
+    if not run.settings.load_model:
+        raise MSCNNError(
+            f'{run.folder} holds no run yet: run notebook {NOTEBOOKS[0]} first, or set load_model = "pretrained" above.'
+        )
+    path = run.starting_model()
+    try:
+        config = model_config(path)
+    except Exception:  # a broken file fails in many ways; `load_model` says which
+        return {}
+    if config["dataset"] not in BUILT_IN and run.settings.dataset == "auto":
+        name = config["dataset"]
+        raise MSCNNError(f"{path} was trained on {name}: add dataset = the path of these images to the parameters.")
+    return {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """What a model file says of its model, which is not built for that. Raises what a broken file raises."""
+    with zipfile.ZipFile(path) as file:
+        return json.loads(file.read("config.json"))["config"]
 
 
 def injected_names(cells: Sequence[str]) -> list[str]:

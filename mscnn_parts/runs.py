@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +17,14 @@ from mscnn_parts.files import project_root
 from mscnn_parts.model_files import check_matches, load_model
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
+    THRESHOLD_PARAMETERS,
     Run,
     _make_folders,
     _now,
     _remove_results,
     _same_data,
     check_places,
+    model_config,
     settled,
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
@@ -118,9 +118,7 @@ def model_data(run: Run) -> dict:
         MSCNNError: the file is no model of this project, damaged, or not to be read.
     """
     try:
-        with zipfile.ZipFile(run.model_path) as file:
-            found = json.loads(file.read("config.json"))
-        config = found["config"]
+        config = model_config(run.model_path)
         record = {"name": config["dataset"], "category_names": config["category_names"]}
     except Exception as error:  # a broken file fails in many ways: zip, zlib, JSON
         raise MSCNNError(
@@ -165,6 +163,7 @@ def continue_run_data(run: Run) -> Dataset:
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
+    run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
     for name in ("dataset", "light_mode", "seed"):
         given = getattr(settings, name)
         if asked[name] != given and not (name == "dataset" and _same_data(asked[name], given)):

@@ -22,6 +22,10 @@ FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR
 class MSCNNError(ValueError):
     """Something the user can mend: the message says what was wrong, what is allowed and what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Asked by IPython: in a notebook the message stands alone, not under the frames of this project."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str]) -> tuple[int, ...]:
     """Turns a user's choice of categories into indices, in the order of `names`.
