@@ -6,6 +6,8 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10
 ARGS ?= --epochs 5 --light_mode
 # What the benchmarks get: make bench-speed BENCH="--only training,decide".
 BENCH ?=
+# FRESH=1 makes the copies that `make lab` opens anew, and keeps the old ones beside them.
+FRESH ?=
 # SYSTEM_PYTHON=1 uses the Python on the path as it is and installs nothing: for conda, containers and Colab.
 SYSTEM_PYTHON ?=
 
@@ -46,8 +48,9 @@ $(STAMP):
 run: env ## Run the five notebooks in light mode into runs/latest; ARGS="…" for other options
 	@$(RUN) mscnn_helpers.py $(ARGS)
 
-lab: env ## Open JupyterLab on notebooks/
-	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+lab: env ## Open JupyterLab on copies of the notebooks in runs/lab, which keep your changes; FRESH=1 for new copies
+	@$(RUN) -m mscnn_parts.lab $(if $(FRESH),--fresh)
+	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/runs/lab/notebooks
 
 test: env ## Run the tests, but for the slow ones
 	@$(RUN) -m pytest -m "not slow"

@@ -19,8 +19,8 @@ This module defines the Keras model, `MultiStageCNN`, and hands on what the note
     inference · model_files
     (this module)
     optimizers · callbacks · training · explanation
-    figures
-    run_folder · runs · cli
+    figures · explorer
+    run_folder · runs · cli · lab
 
 In comments beside tensors: B images in a batch, N in a split, H × W pixels, C categories.
 
@@ -118,6 +118,7 @@ from mscnn_parts.decision import (
     StageScores,
     apply_threshold,
     confidence_log_odds,
+    cross_fitted,
     decide_on,
     fit_calibration,
     fit_category_calibration,
@@ -127,6 +128,7 @@ from mscnn_parts.decision import (
 )
 from mscnn_parts.downloads import DOWNLOAD_TIMEOUT, data_folder
 from mscnn_parts.explanation import DecisionTrace, class_activation_map, grad_cam, trace_decisions
+from mscnn_parts.explorer import threshold_explorer
 from mscnn_parts.figures import (
     CAM_COLORMAP,
     make_legible,
@@ -234,7 +236,6 @@ from mscnn_parts.runs import (
     commit,
     continue_run_data,
     device_name,
-    is_interactive,
     load_run_model,
     model_data,
     set_threshold,
@@ -309,11 +310,11 @@ __all__ = [
     "calibration_losses", "categories_from", "category_metrics", "check_certification_size", "check_matches",
     "check_places", "check_replaces_no_other", "check_seed", "check_threshold", "class_activation_map",
     "command_line", "commit", "compare_decisions", "compile_classifier", "confidence_log_odds", "continue_run_data",
-    "coverage_at_risk", "data_folder", "decision_confusion", "decision_report", "default_recipe", "device_name",
-    "e_aurc", "evaluate", "failure_metrics", "fastest_policy", "feature_extractor", "fit_calibration",
-    "fit_category_calibration", "fit_feature_statistics", "fit_ood", "fit_ood_scale", "fit_shared_calibration",
-    "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel", "images_per_row",
-    "injected_names", "is_interactive", "keeps_stage2", "kernel_matrix", "learning_rate_schedule", "load_dataset",
+    "coverage_at_risk", "cross_fitted", "data_folder", "decision_confusion", "decision_report", "default_recipe",
+    "device_name", "e_aurc", "evaluate", "failure_metrics", "fastest_policy", "feature_extractor",
+    "fit_calibration", "fit_category_calibration", "fit_feature_statistics", "fit_ood", "fit_ood_scale",
+    "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel",
+    "images_per_row", "injected_names", "keeps_stage2", "kernel_matrix", "learning_rate_schedule", "load_dataset",
     "load_model", "load_run_model", "log_loss_by_category", "log_odds", "log_odds_tensor", "main", "make_legible",
     "margin", "model_data", "ood_score", "ood_terms", "open_run", "orthogonalize", "pack_rows", "paired_difference",
     "parts_of", "path_from", "places_of", "plot_augmentation", "plot_confusion", "plot_decision_traces",
@@ -322,7 +323,7 @@ __all__ = [
     "retrain_stage2", "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all", "run_notebook",
     "sample_hard_negatives", "selective_metrics", "set_threshold", "settled", "short_rows_convolution",
     "stage1_optimizer", "stage2_optimizer", "stage_report_labels", "steps_per_execution", "synthetic_ood_images",
-    "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk", "threshold_text",
+    "threshold_explorer", "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk", "threshold_text",
     "thresholds_by_category", "trace_decisions", "train_and_calibration", "train_classifier", "train_stage1",
     "train_stage2", "train_stage2_base", "unnoticed", "validate_run", "versions", "weakest_categories",
     "whitening_kernel", "write_atomically",

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COLAB = "https://colab.research.google.com"
 LINK = re.compile(COLAB + r'/github/[^\s()"\\]+/notebooks/([\w.-]+\.ipynb)')
-IMAGE = rf"(\[!\[Open In Colab\]\({COLAB}/assets/colab-badge\.svg\)\])"
+IMAGE = rf"(\[!\[Open In Colab\]\((?:{COLAB}/assets|images)/colab-badge\.svg\)\])"  # a notebook's is there offline, too
 BADGE = re.compile(rf"{IMAGE}\({LINK.pattern}\)")
 # In a notebook, which is JSON, the quotes have a backslash before them.
 CLONE = re.compile(r"git clone https://\S+\ncd [\w.-]+")

@@ -1,7 +1,8 @@
-"""What happens between the epochs of a training."""
+"""What happens between the steps and epochs of a training."""
 
 from __future__ import annotations
 
+import sys
 import time
 
 import keras
@@ -22,6 +23,45 @@ class EpochTimer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.seconds.append(time.perf_counter() - self.begun)
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """In a notebook a bar with the time left, one output that is replaced as the training goes on; elsewhere nothing.
+
+    Args:
+        title: what is trained.
+        total: how often `advance` will be called; None: the bar counts the steps of a `fit`.
+    """
+
+    def __init__(self, title: str, total: int | None = None):
+        super().__init__()
+        self.title, self.total, self.begun, self.shown, self.output = title, total, time.time(), 0.0, None
+
+    def on_train_begin(self, logs=None):
+        self.total, self.begun = self.params["epochs"] * self.params["steps"], time.time()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.earlier = epoch * self.params["steps"]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.advance(self.earlier + batch + 1)
+
+    def advance(self, done: int) -> None:
+        """Shows that so many of `total` are done, twice a second at most."""
+        if time.time() < self.shown + 0.5 and done < self.total:
+            return
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if not hasattr(shell, "kernel"):
+            return
+        from IPython.display import HTML, display
+
+        passed, self.shown = time.time() - self.begun, time.time()
+        left = f"{passed * (self.total / done - 1):.0f} s left" if done < self.total else f"{passed:.0f} s"
+        bar = HTML(f'{self.title} <progress value="{done}" max="{self.total}"></progress> {left}')
+        if self.output is None:
+            self.output = display(bar, display_id=True)
+        else:
+            self.output.update(bar)
 
 
 class AlternatingFlip(keras.callbacks.Callback):

@@ -20,7 +20,7 @@ from pathlib import Path
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import _here, _make_folder, project_root, write_atomically
-from mscnn_parts.run_folder import NOTEBOOKS, Run, _make_folders, _now, settled
+from mscnn_parts.run_folder import ALL_NOTEBOOKS, NOTEBOOKS, Run, _make_folders, _now, settled
 from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Settings
 from mscnn_parts.sources import _find_cifar10
 from mscnn_parts.thresholds import Certificate
@@ -90,8 +90,13 @@ def _code_cells(notebook: Path) -> list[int]:
     return [number for number, kind in enumerate(sum(kinds, ()), start=1) if kind == "code"]
 
 
-def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Executor) -> Path:
+def run_notebook(
+    name: str, settings: Settings, pages: concurrent.futures.Executor, notebooks: Sequence[str] = NOTEBOOKS
+) -> Path:
     """Runs one notebook by papermill into the run folder; its HTML page is left to `pages`.
+
+    Args:
+        notebooks: all that will have a page, so that links lead to them.
 
     Raises:
         MSCNNError: a cell failed; the message holds its error and names the partial notebook.
@@ -103,14 +108,15 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
     source = project_root() / "notebooks" / f"{name}.ipynb"
     target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
     _make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
-    declared = papermill.inspect_notebook(str(source))  # the rest comes from the run folder
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)]  # papermill formats them
+    declared = papermill.inspect_notebook(paths[0])  # the rest comes from the run folder
     logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         papermill.execute_notebook(
-            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)),  # papermill formats them
+            *paths,
             {parameter: value for parameter, value in dataclasses.asdict(settings).items() if parameter in declared},
             kernel_name="python3",
             progress_bar=False,
@@ -130,17 +136,23 @@ def run_notebook(name: str, settings: Settings, pages: concurrent.futures.Execut
         ) from error
     finally:
         logger.removeHandler(progress)
-        pages.submit(_write_html, target)
+        pages.submit(_write_html, target, notebooks)
     return target
 
 
-def _write_html(notebook: Path) -> None:
+def _write_html(notebook: Path, others: Sequence[str]) -> None:
     """Writes the notebook's page beside it; a page that cannot be made is no reason to lose a run."""
     try:
+        import nbformat
         from nbconvert import HTMLExporter
 
-        html, _ = HTMLExporter(template_name="lab").from_filename(str(notebook))
-        html = re.sub(rf'href="({"|".join(NOTEBOOKS)})\.ipynb', r'href="\1.html', html)  # from page to page
+        exporter, content = HTMLExporter(template_name="lab", embed_images=True), nbformat.read(notebook, 4)
+        for cell in content.cells:  # what is folded in JupyterLab is left out of the page
+            cell.metadata.transient = {"remove_source": cell.metadata.get("jupyter", {}).get("source_hidden", False)}
+        place = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
+        html, _ = exporter.from_notebook_node(content, place)
+        html = re.sub(rf'href="({"|".join(others)})\.ipynb', r'href="\1.html', html)  # from page to page
+        html = re.sub(rf'<a href="(?:{"|".join(ALL_NOTEBOOKS)})\.ipynb">(.*?)</a>', r"\1", html)  # no page: no link
         write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
     except Exception as error:  # nbconvert, Jinja and the file system each have their own
         _print_anyway(f"No page could be made of {notebook}: {error}", error=True)
@@ -193,14 +205,13 @@ def _terminate(*_) -> None:
 def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
-    os.environ["MSCNN_HEADLESS"] = "1"  # for the kernels, which inherit it
     run.starting_model()  # a missing model is refused before anything runs
     _make_folders(run)  # and so is a folder that cannot be written
     settings = settled(settings)
     # A page is made while the next notebook runs.
     with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
         for name in notebooks:
-            run_notebook(name, settings, pages)
+            run_notebook(name, settings, pages, notebooks)
     seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
     run.write("metrics", seconds=seconds)
     return run.read("metrics")
@@ -253,6 +264,9 @@ def command_line() -> argparse.ArgumentParser:
         "--run_dir runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--notebooks", choices=("main", "all"), default="main", help="main: 01 to 05; all: 05b, too (default: main)"
+    )
     parser.add_argument("--version", action="version", version=f"MSCNN {VERSION}")
     for one in dataclasses.fields(Settings):
         says_nothing = one.default is False or one.default == ""  # but 0 does
@@ -265,6 +279,17 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str]) -> tuple[Settings, Sequence[str]]:
+    """The parameters and the notebooks that command line arguments ask for.
+
+    Raises:
+        MSCNNError: a value is wrong. SystemExit: an option is; argparse has printed how it is used.
+    """
+    values = vars(command_line().parse_args([*map(_with_underscores, arguments)]))
+    notebooks = ALL_NOTEBOOKS if values.pop("notebooks") == "all" else NOTEBOOKS
+    return Settings(**values), notebooks
+
+
 def _with_underscores(argument: str) -> str:
     """`--light-mode` means `--light_mode`."""
     return re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
@@ -273,19 +298,20 @@ def _with_underscores(argument: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
-    parsed = command_line().parse_args([*map(_with_underscores, sys.argv[1:] if arguments is None else arguments)])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command_line().parse_args([*map(_with_underscores, arguments)])  # --help answers here, without TensorFlow
     import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
     from mscnn_parts.runs import validate_run
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
     usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        settings = Settings(**vars(parsed))
+        settings, notebooks = parse(arguments)
         run = Run("total", settings)
         if settings.dataset != "auto" or os.path.isdir(run.folder) or _find_cifar10():
             validate_run(run)  # refused before a notebook takes the place of an older one
         # Else there is none, and a download that fails would be tried twice.
-        run_all(settings)
+        run_all(settings, notebooks)
         with _closed_output_ignored():
             print_result(Run("total", settings))
     except MSCNNError as error:

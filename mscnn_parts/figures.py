@@ -208,7 +208,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
     if matrix.shape != (len(labels), len(labels)) or matrix.dtype.kind not in "iu":
         raise MSCNNError(f"The matrix is {matrix.dtype} {matrix.shape}: use counts, integers, for {len(labels)} names.")
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    few, size = len(labels) <= 31, min(2.5 + 0.55 * len(labels), 20)  # inches
+    few, size = len(labels) <= 31, min(2 + 0.42 * len(labels), 20)  # inches; of eleven it fits a screen
     figure, (axis,) = _axes(1, 1, size + 0.8, size)
     seaborn.heatmap(
         share, annot=matrix if few else None, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis,
@@ -295,7 +295,7 @@ def plot_thresholds(
     with np.errstate(invalid="ignore"):
         accuracy = (accepted & correct).sum(axis=1) / accepted.sum(axis=1)
     axis.plot(grid, accepted.mean(axis=1), label="coverage")
-    axis.plot(grid, accuracy, label="accuracy of what is accepted")
+    axis.plot(grid, accuracy, label="selective accuracy")
     axis.axvline(marked, color="grey", linestyle=":")
     axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
     axis.set_title(f"{split} split, dotted: threshold {marked:.2f}", fontsize=10)

@@ -8,6 +8,7 @@ import datetime
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 import zipfile
@@ -239,12 +240,14 @@ NOTEBOOKS = (
     "04_selective_retraining",
     "05_evaluation_and_cam",
 )
+OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood",)
+ALL_NOTEBOOKS = (*NOTEBOOKS, *OPTIONAL_NOTEBOOKS)
 
 
 def check_places(run: Run) -> None:
     """Raises MSCNNError if the run would write over a project's own notebooks or the model that comes with it."""
     model, pages = run.model_path, run.folder / "notebooks"
-    if _touches_source(pages) or any(_is_source(pages / f"{name}.ipynb") for name in NOTEBOOKS):
+    if _touches_source(pages) or any(_is_source(pages / f"{name}.ipynb") for name in ALL_NOTEBOOKS):
         raise MSCNNError(
             f"run_dir is {run.folder}: the run would write over the project's own notebooks, or copies of them, "
             f"in {pages}. Choose another run_dir, such as runs/mine."
@@ -285,11 +288,15 @@ def _make_folders(run: Run) -> None:
     check_places(run)
     _make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
     _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
+    drawings = run.folder / "notebooks/images"  # where the executed notebooks look for them
+    _make_folder(drawings, f"Cannot write the notebooks to {drawings.parent}", "run_dir")
+    for drawing in (project_root() / "notebooks/images").glob("*.svg"):
+        shutil.copyfile(drawing, drawings / drawing.name)
 
 
 def _remove_results(run: Run) -> None:
     """Removes figures and notebooks of an earlier run, which would pass for those of this one; but not its models."""
-    later = [name for name in NOTEBOOKS if name > run.notebook]
+    later = [name for name in ALL_NOTEBOOKS if name > run.notebook]
     pages = [run.folder / "notebooks" / f"{name}.{kind}" for name in later for kind in ("ipynb", "html")]
     for path in [*run.figures.glob("*.png"), *pages]:
         path.unlink(missing_ok=True)

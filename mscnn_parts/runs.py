@@ -6,7 +6,6 @@ import dataclasses
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -223,8 +222,3 @@ def set_threshold(model: MultiStageCNN, data: Dataset, settings: Settings) -> st
     else:
         model.threshold = settings.threshold
     return threshold_text(model)
-
-
-def is_interactive() -> bool:
-    """Whether a notebook is run by a person who can move a slider, not by papermill or nbconvert."""
-    return "ipykernel" in sys.modules and not os.environ.get("MSCNN_HEADLESS")

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.callbacks import AlternatingFlip, EpochTimer, ProgressiveCrops, RestoreBestWeights
+from mscnn_parts.callbacks import AlternatingFlip, EpochTimer, ProgressBar, ProgressiveCrops, RestoreBestWeights
 from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
@@ -151,7 +151,7 @@ def train_classifier(
         history = trainer.fit(
             batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
             validation_data=batches(one_hot, 500, calibration),
-            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), *logs],
+            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), ProgressBar(network.name), *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted
         augmentation.reset()
@@ -286,13 +286,15 @@ def train_stage2(
     Returns:
         A history for each category's name: loss, accuracy, val_loss, val_accuracy and seconds.
     """
-    trainer, histories = Stage2Trainer(model, data, recipe), {}
-    for category in model.trainable_categories():
+    trainer, histories, categories = Stage2Trainer(model, data, recipe), {}, model.trainable_categories()
+    bar = ProgressBar("Stage 2", len(categories))
+    for category in categories:
         begun, name = time.time(), model.category_names[category]
         network = model.stage2_base if start == "stage2_base" else model.stage2_cnn(category)
         histories[name] = history = trainer.train(category, network, seed + 100 + category)
         accuracy = f"accuracy {history['accuracy'][-1]:.3f}, loss {history['loss'][-1]:.3f}"
         print(f"Stage 2 {name}: {accuracy}, {time.time() - begun:.0f} s", flush=True)
+        bar.advance(len(histories))
     return histories
 
 

@@ -477,3 +477,17 @@ def test_without_statistics_nothing_is_rejected():
     blank = mscnn.OODStatistics(*(np.full_like(one, np.nan) for one in statistics_of(30)))
     foreign = score_of(features_of(5, 0), blank)
     assert np.isnan(foreign).all() and not (foreign > 0).any()
+
+
+def test_cross_fitting_scores_each_half_by_the_other():
+    rng = np.random.default_rng(0)
+    stage1, stage2 = rng.normal(size=(2, 400))
+    correct = rng.random(400) < 1 / (1 + np.exp(-stage1 - stage2))
+    odds = mscnn.cross_fitted(stage1, stage2, correct)
+    first = np.random.default_rng(0).permutation(400)[:200]
+    rest = np.setdiff1d(np.arange(400), first)
+    row = mscnn.fit_shared_calibration(stage1[rest], stage2[rest], correct[rest])
+    np.testing.assert_allclose(odds[first], row[0] + row[1] * stage1[first] + row[2] * stage2[first], rtol=1e-5)
+    flipped = correct.copy()
+    flipped[first[0]] ^= True
+    assert mscnn.cross_fitted(stage1, stage2, flipped)[first[0]] == odds[first[0]], "no image is scored by its own fit"

@@ -20,6 +20,7 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_helpers import Settings
 from mscnn_parts.files import _jsonable
+from mscnn_parts.run_folder import ALL_NOTEBOOKS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,7 +60,7 @@ def solutions(path) -> list[str]:
 
 def test_the_chain_is_there():
     assert [path.name for path in CHAIN if not path.is_file()] == []
-    assert PATHS[: len(CHAIN)] == CHAIN
+    assert [path.stem for path in PATHS] == [*ALL_NOTEBOOKS]
 
 
 @each_notebook
@@ -104,7 +105,7 @@ def test_it_says_what_it_will_do_and_what_it_did(path):
 
 @each_notebook
 def test_links_lead_somewhere(path):
-    targets = re.findall(r"\]\(([^()\s]+)\)", prose(path)) + re.findall(r'(?:src|href)="([^"]+)"', prose(path))
+    targets = re.findall(r"\]\(([^()\s]+)\)", prose(path))
     relative = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
     assert relative
     for target in relative:
@@ -123,7 +124,7 @@ def test_neighbours_link_to_each_other_at_both_ends(one, next_one):
 def test_the_badge_opens_this_notebook(path):
     repository = PROJECT["repository"].removeprefix("https://github.com/")
     address = f"https://colab.research.google.com/github/{repository}/blob/{PROJECT['ref']}/notebooks/{path.name}"
-    assert f"colab-badge.svg)]({address})" in cells(path)[0].source
+    assert f"images/colab-badge.svg)]({address})" in cells(path)[0].source
 
 
 @each_notebook
@@ -141,7 +142,7 @@ def test_a_text_follows_each_figure(path):
 
 
 def test_the_documented_figures_are_made():
-    code = "\n".join(cell.source for path in CHAIN for cell in cells(path, "code"))
+    code = "\n".join(cell.source for path in PATHS for cell in cells(path, "code"))
     made = set(re.findall(r'save_figure\(.*?"(\w+)"\s*\)', code, re.S))
     assert made >= FIGURES
 
@@ -165,23 +166,68 @@ def test_parameters_are_those_of_the_command_line(path):
     expected = {one.name: (one.type, one.default) for one in dataclasses.fields(Settings)}
     # So that 'Run all' is a matter of minutes on a laptop.
     expected |= {"epochs": ("int", 5), "light_mode": ("bool", True)}
-    assert list(found) == list(expected), "the same names in the same order"
-    for name, (kind, default) in expected.items():
+    declared = [name for name in expected if name in found]
+    assert list(found) == declared and "run_dir" in declared, "the same names in the same order"
+    assert path != PATHS[0] or declared == list(expected), "notebook 01 has them all"
+    for name in declared:
+        kind, default = expected[name]
         assert (found[name]["inferred_type_name"], ast.literal_eval(found[name]["default"])) == (kind, default), name
         assert found[name]["help"].strip(), name
-    assert len(tagged[0].source.splitlines()) == len(expected), "one parameter a line and nothing else"
+    assert len(tagged[0].source.splitlines()) == len(declared), "one parameter a line and nothing else"
 
 
 @each_notebook
-def test_every_parameter_reaches_the_settings(path):
+def test_the_run_is_opened_and_finished(path):
     calls = [node for cell in cells(path, "code") for node in ast.walk(ast.parse(cell.source))]
-    made = [call for call in calls if isinstance(call, ast.Call) and ast.unparse(call.func) == "mscnn.Settings"]
-    assert len(made) == 1
-    names = [one.name for one in dataclasses.fields(Settings)]
-    assert [(word.arg, ast.unparse(word.value)) for word in made[0].keywords] == [(name, name) for name in names]
-    runs = [call for call in calls if isinstance(call, ast.Call) and ast.unparse(call.func) == "mscnn.Run"]
-    assert [ast.unparse(call) for call in runs] == [f"mscnn.Run('{path.stem}', settings)"]
+    opened = [
+        ast.unparse(call) for call in calls if isinstance(call, ast.Call) and "open_run" in ast.unparse(call.func)
+    ]
+    assert opened == [f"mscnn.open_run('{path.stem}', globals())"]
     assert cells(path, "code")[-1].source.rstrip().endswith("run.finish()")
+
+
+@each_notebook
+def test_the_pace(path):
+    """Short texts, a few cells before the first that teaches, lines that need no scrolling, folded plumbing."""
+    texts = [
+        re.sub(r"<details>.*?</details>|^```.*?^```|\]\(.*?\)", "", c.source, flags=re.M | re.S) for c in cells(path)
+    ]
+    words = [len(text.split()) for text, cell in zip(texts, cells(path), strict=True) if cell.cell_type == "markdown"]
+    assert np.median(words) <= 45 and max(words) <= 130
+    kinds = [cell.id for cell in cells(path)[:3]]
+    assert kinds == ["introduction", "parameters", "setup"]
+    folded = cells(path)[2].metadata
+    assert folded.cellView == "form" and folded.jupyter.source_hidden
+    for cell in cells(path, "code"):
+        assert cell.id == "setup" or max(map(len, cell.source.splitlines())) <= 100, cell.id
+
+
+@each_notebook
+def test_no_cell_depends_on_a_loop_that_has_ended(path):
+    """A name that a loop of an earlier cell has set is not read by a later cell, unless that sets it itself."""
+    leaked = {}
+    for cell in cells(path, "code"):
+        body = ast.parse(cell.source).body
+        read = {n.id for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        stored = {
+            n.id for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        arguments = {a.arg for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.arguments) for a in n.args}
+        assert not (read & leaked.keys()) - stored - arguments, f"{cell.id}: {read & leaked.keys()}"
+        leaked = {name: where for name, where in leaked.items() if name not in stored}
+        for loop in (node for node in body if isinstance(node, ast.For)):
+            names = {n.id for n in ast.walk(loop) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            leaked |= dict.fromkeys(
+                names
+                - {
+                    n.id
+                    for line in body
+                    if not isinstance(line, ast.For)
+                    for n in ast.walk(line)
+                    if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                },
+                cell.id,
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -357,24 +403,16 @@ def with_solutions(path, target):
 
 
 @pytest.fixture(scope="module")
-def headless():
-    """The kernels are told that nobody moves a slider, as the runner tells them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MSCNN_HEADLESS", "1")
-        yield
+def chain(tmp_path_factory):
+    """The run folder after all notebooks with all solutions, by papermill, as the README's loop runs them.
 
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory, headless):
-    """The run folder after 01 to 05 with all solutions, by papermill from the project's top folder.
-
-    Fails with the cell's error if a cell fails. The model is fingerprinted before and after the solutions.
+    Every notebook gets the same parameters. Fails with the cell's error if a cell fails.
     """
     base = tmp_path_factory.mktemp("chain")
     folder = base / "run"
     settings = Settings(epochs=EPOCHS, dataset=str(write_tiny_npz(base / "tiny.npz")), run_dir=str(folder))
     (folder / "notebooks").mkdir(parents=True)
-    for path in CHAIN:
+    for path in PATHS:
         copy = with_solutions(path, base / path.name)
         papermill.execute_notebook(
             copy, folder / "notebooks" / path.name, dataclasses.asdict(settings), kernel_name="python3", cwd=ROOT,
@@ -458,10 +496,10 @@ def test_the_chain_keeps_its_history(chain):
 
 
 def executed(folder):
-    for name in mscnn.NOTEBOOKS:
-        for cell in nbformat.read(folder / "notebooks" / f"{name}.ipynb", 4).cells:
+    for path in PATHS:
+        for cell in nbformat.read(folder / "notebooks" / path.name, 4).cells:
             if cell.cell_type == "code":
-                yield name, cell
+                yield path.stem, cell
 
 
 def test_the_chain_runs_without_warnings(chain):
@@ -474,9 +512,9 @@ def test_the_chain_runs_without_warnings(chain):
 
 def test_every_solution_was_executed(chain):
     done = {(name, cell.id) for name, cell in executed(chain) if cell.execution_count}
-    wanted = {(path.stem, f"solution-{i + 1}") for path in CHAIN for i in range(len(solutions(path)))}
+    wanted = {(path.stem, f"solution-{i + 1}") for path in PATHS for i in range(len(solutions(path)))}
     assert wanted <= done
-    assert len(wanted) >= 2 * len(CHAIN)
+    assert len(wanted) >= 2 * len(PATHS)
 
 
 FRESH = """

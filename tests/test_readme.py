@@ -18,6 +18,8 @@ from conftest import ROOT, SOURCES
 from PIL import Image
 
 import mscnn_helpers as mscnn
+from mscnn_parts.cli import parse
+from mscnn_parts.run_folder import ALL_NOTEBOOKS
 
 PATHS = {"en": ROOT / "README.md", "ja": ROOT / "README.ja.md"}
 TEXTS = {language: path.read_text("utf-8") for language, path in PATHS.items()}
@@ -26,7 +28,7 @@ DOCUMENTS = [*PATHS.values(), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 ENGLISH = "\n".join([TEXTS["en"], (ROOT / "CONTRIBUTING.md").read_text("utf-8"), *DOCS.values()])
-NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in mscnn.NOTEBOOKS]
+NOTEBOOKS = [f"notebooks/{name}.ipynb" for name in ALL_NOTEBOOKS]
 
 both = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 
@@ -175,7 +177,7 @@ def test_a_run_leaves_what_the_tree_shows(text):
 def test_environment_variables_are_read():
     source = "\n".join(path.read_text("utf-8") for path in SOURCES)
     named = set(re.findall(r"\bMSCNN_[A-Z_]+", ENGLISH))
-    assert named == {"MSCNN_DATA_DIR", "MSCNN_HEADLESS"}
+    assert named == {"MSCNN_DATA_DIR"}
     assert all(f'"{name}"' in source for name in named)
 
 
@@ -212,7 +214,7 @@ def test_command_lines_parse():
     assert len(lines) >= 10
     for line in lines:
         if line.strip() != "--help":
-            mscnn.Settings(**vars(mscnn.command_line().parse_args(shlex.split(line))))
+            parse(shlex.split(line))
 
 
 def test_options_exist():

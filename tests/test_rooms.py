@@ -13,8 +13,8 @@ data downloads pictures sources decision thresholds ood metrics
 kernels layers networks
 inference model_files
 optimizers callbacks training explanation
-figures
-run_folder runs cli
+figures explorer
+run_folder runs cli lab
 """
 ROOMS = FLOORS.split()
 HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}

@@ -22,7 +22,8 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings
-from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html
+from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html, parse
+from mscnn_parts.lab import make_working_copies
 from mscnn_parts.run_folder import _make_folders
 
 
@@ -323,31 +324,20 @@ def test_a_truncated_model_is_named_and_left(settings, tiny_data, trained_model_
     assert (tmp_path / "half.keras").read_bytes() == content
 
 
-def test_a_slider_only_for_a_person(monkeypatch):
-    monkeypatch.delenv("MSCNN_HEADLESS", raising=False)
-    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    assert mscnn.is_interactive()
-    monkeypatch.setenv("MSCNN_HEADLESS", "1")
-    assert not mscnn.is_interactive()
-    monkeypatch.delenv("MSCNN_HEADLESS")
-    monkeypatch.delitem(sys.modules, "ipykernel")
-    assert not mscnn.is_interactive()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The parser
 # ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_without_options_is_the_defaults():
-    assert Settings(**vars(mscnn.command_line().parse_args([]))) == Settings()
+    assert parse([]) == (Settings(), mscnn.NOTEBOOKS)
 
 
 @pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
 def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
     value = {"int": 7, "float": 0.25, "str": "some text", "bool": True}[one.type]
     given = [f"--{one.name}"] if one.type == "bool" else [f"--{one.name}", str(value)]
-    parsed = Settings(**vars(mscnn.command_line().parse_args(given)))
+    parsed, _ = parse(given)
     assert getattr(parsed, one.name) == value
     assert type(getattr(parsed, one.name)) is type(value)
     assert dataclasses.replace(parsed, **{one.name: one.default}) == Settings()
@@ -355,7 +345,7 @@ def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
 
 def test_an_option_may_have_hyphens(monkeypatch):
     asked = []
-    patch_rooms(monkeypatch, "run_all", asked.append)
+    patch_rooms(monkeypatch, "run_all", lambda settings, notebooks: asked.append(settings))
     patch_rooms(monkeypatch, "print_result", lambda run: None)
     patch_rooms(monkeypatch, "validate_run", lambda run: None)
     assert mscnn.main(["--light-mode", "--run-dir=runs/a-b", "--dataset", "digits", "--stage2-categories", "a-b"]) == 0
@@ -373,7 +363,13 @@ def test_help_and_version_answer_without_tensorflow():
 
 def test_there_is_no_other_option():
     options = {option for action in mscnn.command_line()._actions for option in action.option_strings}
-    assert options == {"-h", "--help", "--version", *(f"--{one.name}" for one in dataclasses.fields(Settings))}
+    assert options == {
+        "-h",
+        "--help",
+        "--version",
+        "--notebooks",
+        *(f"--{one.name}" for one in dataclasses.fields(Settings)),
+    }
 
 
 def test_help_names_every_option_its_default_and_examples_that_work(capsys, monkeypatch):
@@ -391,7 +387,7 @@ def test_help_names_every_option_its_default_and_examples_that_work(capsys, monk
     examples = re.findall(r"python mscnn_helpers\.py (--.+)", text)
     assert len(examples) >= 3
     for example in examples:
-        Settings(**vars(mscnn.command_line().parse_args(shlex.split(example))))
+        parse(shlex.split(example))
 
 
 @pytest.mark.parametrize("incorrect", [["--epochs", "many"], ["--treshold", "0.5"], ["--light_mode", "True"]])
@@ -400,6 +396,80 @@ def test_what_is_no_option_ends_with_usage(incorrect, capsys):
         mscnn.main(incorrect)
     assert stop.value.code == 2
     assert "usage: python mscnn_helpers.py" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parameters of notebooks 02 to 05, and working copies
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(settings, tiny_data):
+    """The run folder that notebook 01 leaves, with a seed, a threshold and categories of its own."""
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, seed=3, threshold=0.6, stage2_categories="ship"))
+    mscnn.begin_run_data(run)
+    return run
+
+
+def test_a_later_notebook_takes_its_parameters_from_the_run_folder(begun):
+    run_dir = begun.settings.run_dir
+    assert mscnn.open_run("02_stage1_training", {"run_dir": run_dir}).settings == begun.settings
+    own = {"run_dir": run_dir, "stage2_categories": "", "load_model": "", "other": 1}
+    assert mscnn.open_run("04_selective_retraining", own).settings == begun.settings, "an empty text says nothing"
+    own["stage2_categories"] = "cat"
+    assert mscnn.open_run("04_selective_retraining", own).settings.stage2_categories == "cat"
+
+
+def test_a_threshold_takes_the_place_of_a_target_and_is_passed_on(begun):
+    values = {"run_dir": begun.settings.run_dir}
+    run = mscnn.open_run("04_selective_retraining", values | {"target_coverage": 0.9})
+    assert (run.settings.threshold, run.settings.target_coverage) == (0.7, 0.9)
+    mscnn.continue_run_data(run)
+    assert mscnn.open_run("05_evaluation_and_cam", values).settings.target_coverage == 0.9
+    run = mscnn.open_run("05_evaluation_and_cam", values | {"threshold": 0.8})
+    assert (run.settings.threshold, run.settings.target_coverage) == (0.8, 0.0)
+
+
+@pytest.mark.parametrize("name, value", [("seed", 0), ("light_mode", True), ("dataset", "digits")])
+def test_other_data_than_the_run_folder_s_is_refused(begun, name, value):
+    run = mscnn.open_run("03_stage2_training", {"run_dir": begun.settings.run_dir, name: value})
+    with pytest.raises(MSCNNError, match=f"was begun with {name}="):
+        mscnn.continue_run_data(run)
+
+
+def test_without_notebook_01_a_model_says_what_it_was_trained_on(settings, tmp_path):
+    data = mscnn.load_dataset("digits", light_mode=True, seed=5)
+    mscnn.MultiStageCNN.for_dataset(data, stage1_widths=(4, 4), stage2_widths=(4, 4)).save(tmp_path / "m.keras")
+    values = {"run_dir": str(tmp_path / "new"), "load_model": str(tmp_path / "m.keras")}
+    found = mscnn.open_run("05_evaluation_and_cam", values).settings
+    assert (found.dataset, found.light_mode, found.seed) == ("digits", True, 5)
+
+
+def test_without_notebook_01_and_a_model_one_line_says_what_to_do(settings):
+    with pytest.raises(
+        MSCNNError, match='run notebook 01_data_and_light_mode first, or set load_model = "pretrained"'
+    ) as error:
+        mscnn.open_run("05_evaluation_and_cam", {"run_dir": settings.run_dir})
+    (line,) = error.value._render_traceback_()  # all that IPython shows
+    assert line == f"MSCNNError: {error.value}"
+
+
+def test_a_model_of_own_images_asks_for_them(settings, trained_model_path):
+    values = {"run_dir": settings.run_dir, "load_model": str(trained_model_path)}
+    with pytest.raises(MSCNNError, match="was trained on tiny: add dataset = the path of these images"):
+        mscnn.open_run("05_evaluation_and_cam", values)
+
+
+def test_working_copies_keep_what_a_reader_has_changed(tmp_path):
+    source, target = ROOT / "notebooks", tmp_path / "lab"
+    assert make_working_copies(source, target) == []
+    assert {path.name for path in target.glob("*.ipynb")} == {path.name for path in source.glob("*.ipynb")}
+    changed = target / f"{mscnn.NOTEBOOKS[0]}.ipynb"
+    changed.write_text("mine")
+    assert make_working_copies(source, target) == [changed.name]
+    assert changed.read_text() == "mine"
+    assert make_working_copies(source, target, fresh=True) == []
+    assert [path.read_text() for path in tmp_path.glob(f"lab-*/{changed.name}")] == ["mine"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,7 +483,6 @@ def nothing_runs(monkeypatch):
         raise AssertionError("a notebook was started")
 
     patch_rooms(monkeypatch, "run_notebook", refuse)
-    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is rolled back
 
 
 @pytest.mark.parametrize(
@@ -455,7 +524,6 @@ PARAMETERS = "\n".join(
 def project(tmp_path, monkeypatch):
     """A project of its own; `project(name, cells...)` writes a notebook into it."""
     patch_rooms(monkeypatch, "project_root", lambda: tmp_path)
-    monkeypatch.setenv("MSCNN_HEADLESS", "")  # so that it is rolled back
     (tmp_path / "notebooks").mkdir()
 
     def write(name: str, *cells: str):
@@ -476,11 +544,11 @@ def outputs(path) -> str:
 
 def test_notebooks_run_in_order_with_the_parameters(project, capsys):
     for name in ("one", "two"):
-        values = "epochs, light_mode, threshold, stage2_categories, os.environ['MSCNN_HEADLESS']"
+        values = "epochs, light_mode, threshold, stage2_categories"
         folder = project(name, "import os", f"print('this is {name}', {values})")
     mscnn.run_all(Settings(epochs=7, light_mode=True, threshold=0.5, stage2_categories="8"), ("one", "two"))
     for name in ("one", "two"):
-        said = f"this is {name} 7 True 0.5 8 1"
+        said = f"this is {name} 7 True 0.5 8"
         assert said in outputs(folder / "notebooks" / f"{name}.ipynb")
         assert said in (folder / "notebooks" / f"{name}.html").read_text("utf-8")
     printed = capsys.readouterr().out
@@ -501,7 +569,6 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
     (other / "images.npz").touch()
     patch_rooms(monkeypatch, "project_root", lambda: project)
     patch_rooms(monkeypatch, "_make_folders", lambda run: None)  # they lie in a checkout
-    monkeypatch.setenv("MSCNN_HEADLESS", "")
     monkeypatch.setenv("MSCNN_DATA_DIR", "data")
     monkeypatch.chdir(other / "notebooks")
     monkeypatch.setenv("PWD", str(other))
@@ -522,7 +589,6 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
 def test_an_earlier_run_is_kept_where_auto_would_be_refused(
     settings, trained_model_path, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setenv("MSCNN_HEADLESS", "")
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
     patch_rooms(monkeypatch, "_download", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no network")))
     patch_rooms(monkeypatch, "run_notebook", lambda *_: pytest.fail("a notebook was started"))
@@ -581,13 +647,14 @@ def test_a_kernel_that_dies_is_an_error_in_plain_sight(project):
 
 
 def test_links_between_the_notebooks_become_links_between_their_pages(tmp_path):
-    text = "[next](03_stage2_training.ipynb), [another](other.ipynb)"
+    text = "[next](03_stage2_training.ipynb), [another](other.ipynb), [optional](05b_thresholds_and_ood.ipynb)"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     nbformat.write(notebook, tmp_path / "page.ipynb")
-    _write_html(tmp_path / "page.ipynb")
+    _write_html(tmp_path / "page.ipynb", mscnn.NOTEBOOKS)
     page = (tmp_path / "page.html").read_text("utf-8")
     assert 'href="03_stage2_training.html"' in page
     assert 'href="other.ipynb"' in page
+    assert "05b_thresholds" not in page and "optional" in page, "it was not run: no link leads nowhere"
 
 
 def test_an_older_result_does_not_pass_for_a_new_one(project):
@@ -667,14 +734,12 @@ def command(settings: Settings, **changes) -> list[str]:
 
 
 def test_a_refused_run_leaves_no_folder(settings, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("MSCNN_HEADLESS", "")
     assert mscnn.main(command(settings, dataset="fashon_mnist", run_dir=str(tmp_path / "new" / "run"))) == 1
     assert "Did you mean fashion_mnist?" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
 def test_a_model_of_other_data_is_not_replaced(settings, trained_model_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MSCNN_HEADLESS", "")
     run = Run("total", settings)
     run.write("metrics", dataset={"name": "my pictures"})
     run.model_path.write_bytes(trained_model_path.read_bytes())
@@ -685,7 +750,6 @@ def test_a_model_of_other_data_is_not_replaced(settings, trained_model_path, tmp
 
 
 def test_a_misspelt_category_reads_the_same_through_the_command_line(settings, monkeypatch, capsys, tiny_data):
-    monkeypatch.setenv("MSCNN_HEADLESS", "")
     with pytest.raises(MSCNNError) as direct:
         mscnn.categories_from("shipp", tiny_data.category_names)
     assert mscnn.main(command(settings, stage2_categories="shipp")) == 1
@@ -697,7 +761,6 @@ def test_a_misspelt_category_reads_the_same_through_the_command_line(settings, m
 def test_a_model_for_other_data_reads_the_same_through_the_command_line(
     settings, trained_model, trained_model_path, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("MSCNN_HEADLESS", "")
     other = write_tiny_npz(tmp_path / "other.npz", train=200, test=40)
     with pytest.raises(MSCNNError) as direct:
         mscnn.check_matches(trained_model, mscnn.load_dataset(str(other)))
@@ -799,7 +862,7 @@ def test_a_damaged_record_does_not_hide_why_a_run_ended(settings):
 
 def test_the_command_line_can_be_called_from_any_thread(monkeypatch):
     patch_rooms(monkeypatch, "validate_run", lambda run: None)
-    patch_rooms(monkeypatch, "run_all", lambda settings: None)
+    patch_rooms(monkeypatch, "run_all", lambda *_: None)
     patch_rooms(monkeypatch, "print_result", lambda run: None)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         assert threads.submit(mscnn.main, ["--dataset", "digits"]).result() == 0
@@ -823,7 +886,7 @@ def test_a_missing_kernel_is_named(project, monkeypatch):
 
 
 def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):
-    patch_rooms(monkeypatch, "run_all", lambda settings: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    patch_rooms(monkeypatch, "run_all", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
     usual = signal.getsignal(signal.SIGTERM)
     assert mscnn.main(["--dataset", str(tiny_path), "--run_dir", str(tmp_path / "run")]) == 143
     assert signal.getsignal(signal.SIGTERM) == usual
