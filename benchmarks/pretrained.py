@@ -178,7 +178,7 @@ def pretrained_as_it_is() -> Source:
     """The committed model, which learns anew what is known."""
     import mscnn_helpers as mscnn
 
-    card = json.loads((ROOT / mscnn.PRETRAINED).with_suffix(".json").read_text(encoding="utf-8"))
+    card = json.loads((ROOT / "notebooks" / mscnn.PRETRAINED).with_suffix(".json").read_text(encoding="utf-8"))
     told = {name: card[name] for name in ("seed", "run", "trained_at")}
     told["command"] = "python benchmarks/pretrained.py --renew"
     data, model = mscnn.load_dataset("cifar10", seed=card["seed"]), mscnn.load_model("pretrained")
@@ -196,7 +196,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import mscnn_helpers as mscnn
 
-    made, target = commit(), ROOT / mscnn.PRETRAINED
+    made, target = commit(), ROOT / "notebooks" / mscnn.PRETRAINED
     source = pretrained_as_it_is() if options.renew else finished_run(options.run_dir)
     mscnn.check_matches(source.model, source.data)
     target.parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
-from mscnn_parts.files import _here, _make_folder, project_root, write_atomically
+from mscnn_parts.files import _here, _make_folder, code_folder, notebooks_folder, project_root, write_atomically
 from mscnn_parts.run_folder import ALL_NOTEBOOKS, NOTEBOOKS, Run, _make_folders, _now, settled
 from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Settings
 from mscnn_parts.sources import _find_cifar10
@@ -105,7 +105,7 @@ def run_notebook(
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
 
-    source = project_root() / "notebooks" / f"{name}.ipynb"
+    source = notebooks_folder() / f"{name}.ipynb"
     target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
     _make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)]  # papermill formats them
@@ -164,7 +164,7 @@ def _surroundings():
     if _here() is None:  # papermill asks for it
         os.chdir(project_root())
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        wanted = {"MSCNN_PROJECT": str(project_root())}  # read by the set-up cell
+        wanted = {"MSCNN_PROJECT": str(code_folder())}  # read by the set-up cell
         with contextlib.suppress(MSCNNError):
             wanted["MSCNN_DATA_DIR"] = str(data_folder())
         if not os.path.isabs(os.path.expanduser("~")):  # no home is known, and Jupyter needs one
@@ -251,17 +251,16 @@ def print_result(run: Run) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser, made from `Settings`, so that names, types and defaults are the same everywhere."""
+    name = "mscnn" if Path(sys.argv[0]).stem == "mscnn" else "python mscnn_helpers.py"  # installed by pip, or not
     parser = argparse.ArgumentParser(
-        prog="python mscnn_helpers.py",
+        prog=name,
         description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
         "by running the notebooks 01 to 05 into a run folder.",
         epilog="examples:\n"
-        "  a first look, minutes       python mscnn_helpers.py --epochs 5 --light_mode\n"
-        "  then retrain two of it      python mscnn_helpers.py --epochs 5 --light_mode --stage2_only "
-        "--stage2_categories ship,truck\n"
-        "  all data, the best recipe   python mscnn_helpers.py --epochs 0 --batch_size 0\n"
-        "  your own images             python mscnn_helpers.py --dataset path/to/folder --epochs 0 --batch_size 0 "
-        "--run_dir runs/mine",
+        f"  a first look, minutes       {name} --epochs 5 --light_mode\n"
+        f"  then retrain two of it      {name} --epochs 5 --light_mode --stage2_only --stage2_categories ship,truck\n"
+        f"  all data, the best recipe   {name} --epochs 0 --batch_size 0\n"
+        f"  your own images             {name} --dataset path/to/folder --epochs 0 --batch_size 0 --run_dir runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.resources
 import json
 import os
 import re
@@ -16,10 +17,28 @@ import numpy as np
 
 from mscnn_parts.settings import MSCNNError
 
+_FIRST = "01_data_and_light_mode.ipynb"
+
+
+def code_folder() -> Path:
+    """The folder of `mscnn_helpers.py`: that of the checkout, or where pip has installed it."""
+    return Path(__file__).resolve().parents[1]
+
+
+def _is_checkout() -> bool:
+    return (code_folder() / "notebooks" / _FIRST).is_file()
+
 
 def project_root() -> Path:
-    """The folder of `mscnn_helpers.py`; relative paths in the parameters start here."""
-    return Path(__file__).resolve().parents[1]
+    """Where relative paths in the parameters start: the checkout, or the current folder if pip has installed it."""
+    return code_folder() if _is_checkout() else _here() or Path.home()
+
+
+def notebooks_folder() -> Path:
+    """The notebooks, their drawings and the pretrained model; pip installs them as the package `mscnn_notebooks`."""
+    if _is_checkout():
+        return project_root() / "notebooks"
+    return Path(str(importlib.resources.files("mscnn_notebooks") / _FIRST)).parent  # the file has one place
 
 
 def _here() -> Path | None:

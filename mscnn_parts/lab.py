@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mscnn_parts.files import project_root
+from mscnn_parts.files import notebooks_folder, project_root
 
 
 def make_working_copies(source: Path, target: Path, fresh: bool = False) -> list[str]:
@@ -37,7 +37,7 @@ def make_working_copies(source: Path, target: Path, fresh: bool = False) -> list
 
 if __name__ == "__main__":
     place = project_root() / "runs/lab/notebooks"
-    differing = make_working_copies(project_root() / "notebooks", place, "--fresh" in sys.argv[1:])
+    differing = make_working_copies(notebooks_folder(), place, "--fresh" in sys.argv[1:])
     print(f"Working copies of the notebooks: {place}")
     if differing:
         print(f"Yours, kept as they are: {', '.join(differing)}. make lab FRESH=1 starts with new copies.")

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from mscnn_parts.downloads import _keras_home
-from mscnn_parts.files import path_from, project_root
+from mscnn_parts.files import notebooks_folder, path_from
 from mscnn_parts.settings import PRETRAINED, MSCNNError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def load_model(path: str | Path) -> MultiStageCNN:
         raise MSCNNError(
             f"The model file is {path!r}: give the path of a .keras file of a finished run, or pretrained."
         )
-    path = project_root() / PRETRAINED if str(path) == "pretrained" else path_from(str(path), Path())
+    path = notebooks_folder() / PRETRAINED if str(path) == "pretrained" else path_from(str(path), Path())
     if os.path.isdir(path):
         raise MSCNNError(f"{path} is a folder: give the path of a .keras file of a finished run, or pretrained.")
     if not Path(path).is_file():

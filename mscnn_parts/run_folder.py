@@ -23,6 +23,7 @@ from mscnn_parts.files import (
     _jsonable,
     _make_folder,
     _with_suffix,
+    notebooks_folder,
     path_from,
     places_of,
     project_root,
@@ -63,7 +64,7 @@ class Run:
             MSCNNError: the file is not there.
         """
         wanted = self.settings.load_model
-        wanted = PRETRAINED if wanted == "pretrained" else wanted
+        wanted = str(notebooks_folder() / PRETRAINED) if wanted == "pretrained" else wanted
         if not wanted and not self.settings.stage2_only:
             return None
         if not wanted and not os.path.isfile(self.model_path):
@@ -271,7 +272,8 @@ def _touches_source(path: Path) -> bool:
     """Whether a path is, or lies in, or holds the folder `notebooks` of this project or of another copy of it."""
     path = Path(os.path.realpath(path))
     copies = [folder for folder in path.parents if os.path.isfile(folder / "mscnn_helpers.py")]
-    sources = [Path(os.path.realpath(folder / "notebooks")) for folder in (project_root(), *copies)]
+    folders = [notebooks_folder(), *(copy / "notebooks" for copy in copies)]
+    sources = [Path(os.path.realpath(folder)) for folder in folders]
     return any(path == source or source in path.parents or path in source.parents for source in sources)
 
 
@@ -290,7 +292,7 @@ def _make_folders(run: Run) -> None:
     _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
     drawings = run.folder / "notebooks/images"  # where the executed notebooks look for them
     _make_folder(drawings, f"Cannot write the notebooks to {drawings.parent}", "run_dir")
-    for drawing in (project_root() / "notebooks/images").glob("*.svg"):
+    for drawing in (notebooks_folder() / "images").glob("*.svg"):
         shutil.copyfile(drawing, drawings / drawing.name)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import tensorflow as tf
 
 from mscnn_parts.data import Dataset
-from mscnn_parts.files import project_root
+from mscnn_parts.files import code_folder
 from mscnn_parts.model_files import check_matches, load_model
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of this checkout, with `-dirty` behind it where files have changed; None where there is none."""
-    root = project_root()
+    root = code_folder()
     if not (root / ".git").exists():  # else it would be that of a repository around it
         return None
     try:

@@ -15,7 +15,7 @@ import numpy as np
 
 VERSION = "0.2.0"
 OTHER = "OTHER"
-PRETRAINED = "notebooks/pretrained/cifar10.keras"  # what load_model="pretrained" stands for
+PRETRAINED = "pretrained/cifar10.keras"  # what load_model="pretrained" stands for, among the notebooks
 FALLBACK_NOTICE = "NOT CIFAR-10: scikit-learn's 8x8 digits stand in, since CIFAR-10 could not be had"
 
 

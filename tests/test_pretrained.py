@@ -14,7 +14,7 @@ from conftest import ROOT, gross_strangers
 import mscnn_helpers as mscnn
 from mscnn_parts.sources import _find_cifar10
 
-FILE = ROOT / mscnn.PRETRAINED
+FILE = ROOT / "notebooks" / mscnn.PRETRAINED
 made = pytest.mark.skipif(not FILE.is_file(), reason="no pretrained model has been made yet")
 
 
@@ -72,7 +72,7 @@ def test_the_pretrained_model_is_what_its_card_says():
     assert FILE.stat().st_size <= pretrained.ALLOWED_BYTES
     code = (
         "import json, mscnn_helpers as m\n"
-        "model = m.load_model(m.PRETRAINED)\n"
+        "model = m.load_model('notebooks/' + m.PRETRAINED)\n"
         "print(json.dumps([model.fingerprints(), model.threshold, model.is_calibrated]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -220,7 +220,7 @@ def test_command_lines_parse():
 def test_options_exist():
     options = {f"--{one.name}" for one in dataclasses.fields(mscnn.Settings)}
     named = {one.split()[0] for one in inline_code(ENGLISH) if one.startswith("--")}
-    assert named - options == {"--gpus", "--user"}  # Docker's
+    assert named - options == {"--gpus", "--user", "--notebooks"}  # the first two are Docker's
 
 
 @both
@@ -269,7 +269,7 @@ def test_python_blocks_run(trained_model_path, tmp_path, monkeypatch, capsys):
     names = [*mscnn.load_model(trained_model_path).category_names, mscnn.OTHER]
     assert printed[0] == "[]"  # two copies of one model
     said = rf"decided: ({'|'.join(names)})\nwhy: (accepted|{mscnn.LOW_CONFIDENCE}|{mscnn.OUT_OF_DISTRIBUTION})\n"
-    assert re.fullmatch(rf"{said}Stage 1 says ({'|'.join(names[:-1])}), right with probability \d+%", printed[1])
+    assert re.fullmatch(rf"{said}Stage 1 says ({'|'.join(names[:-1])}), correct with probability \d+%", printed[1])
 
 
 # ------------------------------------------------------------------------------------------------------------
