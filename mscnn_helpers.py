@@ -103,7 +103,7 @@ with _silent_afterwards(), _without_native_logs():
     import tensorflow as tf
 
 from mscnn_parts.callbacks import SMALL_CROP, AlternatingFlip, EpochTimer, ProgressiveCrops, RestoreBestWeights
-from mscnn_parts.checks import _checked_labels
+from mscnn_parts.checks import checked_labels
 from mscnn_parts.cli import command_line, main, print_result, run_all, run_notebook
 from mscnn_parts.data import IMAGE_SIZE, LEAST, LIGHT_MODE_MINIMUM, Dataset, Split, train_and_calibration
 from mscnn_parts.decision import (
@@ -154,8 +154,8 @@ from mscnn_parts.layers import (
     LogOdds,
     RandomFlipCrop,
     WhiteningConv,
-    _serializable,
     log_odds_tensor,
+    serializable,
 )
 from mscnn_parts.metrics import (
     Comparison,
@@ -181,8 +181,9 @@ from mscnn_parts.metrics import (
 )
 from mscnn_parts.model_files import (
     FORMAT,
-    _check_keras,
     check_assignable,
+    check_free,
+    check_keras,
     check_matches,
     checked_target,
     load_model,
@@ -228,7 +229,7 @@ from mscnn_parts.optimizers import (
     stage1_optimizer,
     stage2_optimizer,
 )
-from mscnn_parts.pictures import IMAGE_SUFFIXES, SPLIT_FOLDERS, SYSTEM_ENTRIES, read_image
+from mscnn_parts.pictures import IMAGE_SUFFIXES, SPLIT_FOLDERS, SYSTEM_ENTRIES, Images, read_image
 from mscnn_parts.run_folder import NOTEBOOKS, Run, check_places, injected_names, open_run, settled
 from mscnn_parts.runs import (
     begin_run_data,
@@ -330,7 +331,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@_serializable
+@serializable
 class MultiStageCNN(keras.Model):
     """Stage 1, one Stage 2 CNN per category, their base network and the calibration: all that a decision needs.
 
@@ -355,8 +356,8 @@ class MultiStageCNN(keras.Model):
         self,
         category_names: Sequence[str],
         image_shape: Sequence[int],
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | np.ndarray,
+        std: Sequence[float] | np.ndarray,
         flip: bool = True,
         dataset: str = "",
         data_fingerprint: str = "",
@@ -367,14 +368,14 @@ class MultiStageCNN(keras.Model):
         stage2_widths: Sequence[int] = STAGE2_WIDTHS,
         logit_scale: float = 0.25,
         activation: str = "relu",
-        certificate: Sequence[float] | None = None,
+        certificate: Sequence | None = None,
         source_fingerprint: str = "",
         light_mode: bool = False,
         seed: int = 0,
         format: int = FORMAT,
         **kwargs,
     ):
-        _check_keras()
+        check_keras()
         super().__init__(**kwargs)
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
@@ -431,8 +432,6 @@ class MultiStageCNN(keras.Model):
         certificate = None if self.certificate is None else list(self.certificate)
         chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_source": self.threshold_source}
         return {"format": FORMAT, **self._settings, **chosen, "certificate": certificate}
-
-    # ---- parts
 
     def stage2_cnn(self, category: int) -> keras.Model:
         """The Stage 2 CNN of a category: uint8 (B, H, W, channels) -> logits (B, C)."""
@@ -497,23 +496,27 @@ class MultiStageCNN(keras.Model):
         """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,)."""
         return self._networks.stage2_log_odds(images, category, batch_size)
 
-    def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
+    def scores(self, images: Images, batch_size: int = 512) -> StageScores:
         """Both stages' scores of uint8 images (B, H, W, channels), not yet combined."""
         return self._networks.scores(validated_images(images, self.image_shape), batch_size)
 
-    def decide(
-        self, images: np.ndarray, threshold: float | np.ndarray | None = None, batch_size: int = 512
-    ) -> Decisions:
-        """Decides on uint8 images (B, H, W, channels): one of the categories 0..C-1, or C for OTHER.
+    def decide(self, images: Images, threshold: float | np.ndarray | None = None, batch_size: int = 512) -> Decisions:
+        """Decides on images: one of the categories 0..C-1, or C for OTHER.
 
-        OTHER is what the confidence does not reach the threshold for, and what is out of distribution: there a
-        confidence may be high and mean little, since it was calibrated on images of the categories.
+        OTHER means that the confidence is below the threshold, or that the image is out of distribution, where a
+        confidence may be high and mean little: it was calibrated on images of the categories.
 
         Args:
-            threshold: in place of the model's own; one for all, or one a category, (C,).
+            images: uint8 (B, H, W, channels), or a path, a Pillow image or a list of these; see `read_image`.
+            threshold: in place of the model's own; one for all, or one per category, (C,).
 
         Raises:
             MSCNNError: images or thresholds of another shape, or a model that is not calibrated yet.
+
+        Example:
+            >>> decisions = load_model("pretrained").decide(np.zeros((2, 32, 32, 3), np.uint8))
+            >>> decisions.reasons().tolist()
+            ['out of distribution', 'out of distribution']
         """
         if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
@@ -547,12 +550,9 @@ class MultiStageCNN(keras.Model):
         """
         free = self.trainable_categories()
         chosen = free if categories is None else tuple(categories)
-        frozen = sorted(set(chosen) - set(free))
-        if frozen:
-            names = ", ".join(self.category_names[c] for c in frozen)
-            raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
+        check_free(self, chosen)
         scores, coefficients = self.scores(split.images), self.calibration_coefficients.numpy()
-        labels = _checked_labels(scores.category, split.labels)
+        labels = checked_labels(scores.category, split.labels)
         self.certificate = None
         pair, correct = (scores.stage1, scores.stage2), scores.category == labels
         everything = categories is None and len(free) == len(self.category_names)
@@ -588,7 +588,7 @@ class MultiStageCNN(keras.Model):
             MSCNNError: too few images, or the risk cannot be guaranteed; threshold and certificate stay as they were.
         """
         decisions = self.decide(split.images)
-        labels, in_distribution = _checked_labels(decisions.category, split.labels), decisions.in_distribution
+        labels, in_distribution = checked_labels(decisions.category, split.labels), decisions.in_distribution
         correct = decisions.stage1_category == labels
         found = threshold_for_risk(decisions.confidence[in_distribution], correct[in_distribution], risk, delta)
         self.certificate = found._replace(images=len(split))

@@ -9,7 +9,7 @@ import numpy as np
 from mscnn_parts.settings import MSCNNError
 
 
-def _one_an_image(**given: Any) -> list[np.ndarray]:
+def one_per_image(**given: Any) -> list[np.ndarray]:
     """What is given by name as arrays, or raises MSCNNError if they are not (N,) with the same N."""
     arrays = {name: np.asarray(value) for name, value in given.items()}
     if len({array.shape for array in arrays.values()}) > 1 or any(array.ndim != 1 for array in arrays.values()):
@@ -18,15 +18,15 @@ def _one_an_image(**given: Any) -> list[np.ndarray]:
     return list(arrays.values())
 
 
-def _checked_labels(category: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def checked_labels(category: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Labels as an array, or raises MSCNNError if they are not integers, one for each image that was decided on."""
-    _, labels = _one_an_image(decisions=category, labels=labels)
+    _, labels = one_per_image(decisions=category, labels=labels)
     if labels.dtype.kind not in "iu" and len(labels):
         raise MSCNNError(f"labels are {labels.dtype}: give the true categories as integers from 0.")
     return labels
 
 
-def _check_share(name: str, value: float, zero: bool = True, one: bool = True) -> None:
+def check_share(name: str, value: float, zero: bool = True, one: bool = True) -> None:
     """Raises MSCNNError unless a value is a number from 0 to 1; without 0, or without both, if it may not be these."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not (number and 0 <= value <= 1 and (zero or value > 0) and (one or value < 1)):
@@ -35,7 +35,7 @@ def _check_share(name: str, value: float, zero: bool = True, one: bool = True) -
         raise MSCNNError(f"{name} is {shown}: it is a share, a number {limits}, such as 0.01 for 1 %.")
 
 
-def _check_numbers(confidence: np.ndarray) -> None:
+def check_numbers(confidence: np.ndarray) -> None:
     """Raises MSCNNError unless confidences are numbers, none of them NaN."""
     if confidence.dtype.kind not in "biuf":
         raise MSCNNError(f"confidence is {confidence.dtype}: it has to be numbers.")
@@ -44,7 +44,7 @@ def _check_numbers(confidence: np.ndarray) -> None:
         raise MSCNNError(f"{unknown:,} of {len(confidence):,} confidences are NaN: leave out these images.")
 
 
-def _check_categories_within(category: np.ndarray, count: int) -> None:
+def check_categories_within(category: np.ndarray, count: int) -> None:
     """Raises MSCNNError unless categories are integers from 0 to below `count`."""
     if category.dtype.kind not in "iu" or (len(category) and not 0 <= category.min() <= category.max() < count):
         found = (
@@ -53,7 +53,7 @@ def _check_categories_within(category: np.ndarray, count: int) -> None:
         raise MSCNNError(f"Categories are {category.dtype}, {found}: use integers from 0 to {count - 1}.")
 
 
-def _checked_pair(
+def checked_pair(
     confidence: np.ndarray, correct: np.ndarray, share: bool = False, empty: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Confidences, numbers (N,), and whether each prediction is correct, bool (N,), as arrays.
@@ -64,7 +64,7 @@ def _checked_pair(
     Raises:
         MSCNNError: they are not that.
     """
-    confidence, correct = _one_an_image(confidence=confidence, correct=correct)
+    confidence, correct = one_per_image(confidence=confidence, correct=correct)
     if not len(correct):
         if not empty:
             raise MSCNNError("confidence and correct are empty: there is nothing to measure without an image.")
@@ -74,7 +74,7 @@ def _checked_pair(
             f"correct is {correct.dtype}, not bool: it says of each prediction whether it is correct, "
             "such as labels == predicted."
         )
-    _check_numbers(confidence)
+    check_numbers(confidence)
     if share and (confidence.min() < -1e-6 or confidence.max() > 1 + 1e-6):  # a float32 softmax may exceed 1
         least, most = confidence.min(), confidence.max()
         raise MSCNNError(f"Confidences lie between {least:g} and {most:g}: use 0 to 1; expit() makes them of log-odds.")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
-from mscnn_parts.files import _here, _make_folder, code_folder, notebooks_folder, project_root, write_atomically
-from mscnn_parts.run_folder import ALL_NOTEBOOKS, NOTEBOOKS, Run, _make_folders, _now, settled
+from mscnn_parts.files import code_folder, current_folder, make_folder, notebooks_folder, project_root, write_atomically
+from mscnn_parts.run_folder import ALL_NOTEBOOKS, NOTEBOOKS, Run, make_run_folders, now_text, settled
 from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Settings
-from mscnn_parts.sources import _find_cifar10
+from mscnn_parts.sources import find_cifar10
 from mscnn_parts.thresholds import Certificate
 
 
@@ -107,7 +107,7 @@ def run_notebook(
 
     source = notebooks_folder() / f"{name}.ipynb"
     target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
-    _make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
+    make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)]  # papermill formats them
     declared = papermill.inspect_notebook(paths[0])  # the rest comes from the run folder
     logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
@@ -116,8 +116,9 @@ def run_notebook(
     logger.propagate = False
     try:
         papermill.execute_notebook(
-            *paths,
-            {parameter: value for parameter, value in dataclasses.asdict(settings).items() if parameter in declared},
+            input_path=paths[0],
+            output_path=paths[1],
+            parameters={name: value for name, value in dataclasses.asdict(settings).items() if name in declared},
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
@@ -161,7 +162,7 @@ def _write_html(notebook: Path, others: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _surroundings():
     """What kernels inherit: whose notebooks they run, where data lies, and a home."""
-    if _here() is None:  # papermill asks for it
+    if current_folder() is None:  # papermill asks for it
         os.chdir(project_root())
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         wanted = {"MSCNN_PROJECT": str(code_folder())}  # read by the set-up cell
@@ -190,7 +191,7 @@ def _ending_written_down(run: Run):
         ending = {"status": "interrupted"} if interrupted else {"status": "failed", "reason": str(error) or repr(error)}
         with contextlib.suppress(MSCNNError):  # the reason is in `error`
             if run.read("metrics").get("status") == "running":
-                run.write("metrics", ended=_now(), **ending)
+                run.write("metrics", ended=now_text(), **ending)
         raise
 
 
@@ -206,7 +207,7 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
     """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
     started, run = time.time(), Run("total", settings)
     run.starting_model()  # a missing model is refused before anything runs
-    _make_folders(run)  # and so is a folder that cannot be written
+    make_run_folders(run)  # and so is a folder that cannot be written
     settings = settled(settings)
     # A page is made while the next notebook runs.
     with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
@@ -273,7 +274,7 @@ def command_line() -> argparse.ArgumentParser:
         if one.type == "bool":
             parser.add_argument(f"--{one.name}", action="store_true", help=text)
         else:
-            kind = {"int": int, "float": float, "str": str}[one.type]
+            kind = {"int": int, "float": float, "str": str}[str(one.type)]
             parser.add_argument(f"--{one.name}", type=kind, default=one.default, metavar=one.type.upper(), help=text)
     return parser
 
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings, notebooks = parse(arguments)
         run = Run("total", settings)
-        if settings.dataset != "auto" or os.path.isdir(run.folder) or _find_cifar10():
+        if settings.dataset != "auto" or os.path.isdir(run.folder) or find_cifar10():
             validate_run(run)  # refused before a notebook takes the place of an older one
         # Else there is none, and a download that fails would be tried twice.
         run_all(settings, notebooks)

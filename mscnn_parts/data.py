@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mscnn_parts.files import _digest
+from mscnn_parts.files import digest_of
 from mscnn_parts.settings import OTHER, MSCNNError
 
 IMAGE_SIZE = 32  # pixels; other sizes are resized when they are loaded
@@ -58,7 +58,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 over every image and label of every split, in order."""
         splits = (self.train, self.calibration, self.certification, self.test)
-        return _digest(self.category_names, *(array for split in splits for array in split))
+        return digest_of(self.category_names, *(array for split in splits for array in split))
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the train split, (channels,) each, of pixels in 0..255."""
@@ -78,7 +78,7 @@ class Dataset:
 
 
 @dataclass
-class _Raw:
+class RawData:
     """A data set as it was found: uint8 images, integer labels, and no test split if there is none."""
 
     name: str
@@ -97,9 +97,9 @@ class _Raw:
     def fingerprint(self) -> str:
         """SHA-256 over the published hashes, or over every image and label."""
         if self.published:
-            return _digest([*self.names, self.published])
+            return digest_of([*self.names, self.published])
         labels = [y.astype(np.int64) for y in (self.y_train, self.y_test, self.y_held) if y is not None]
-        return _digest(self.names, *labels, *(x for x in (self.x_train, self.x_test, self.x_held) if x is not None))
+        return digest_of(self.names, *labels, *(x for x in (self.x_train, self.x_test, self.x_held) if x is not None))
 
 
 def _resized(images: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ LIGHT_MODE_MINIMUM = (1500, 300, 500)  # light mode keeps at least so many train
 LEAST = 4  # images of a category: two to train on, one each for calibration and certification
 
 
-def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
+def split_data(raw: RawData, light_mode: bool, seed: int) -> Dataset:
     """Stratified, seeded splits: 90 % train, 5 % calibration, 5 % certification, and the test images.
 
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
@@ -128,18 +128,19 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     _check_categories(raw, least + (raw.x_test is None))
     found = raw.fingerprint
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
-    if raw.x_test is None:
+    if raw.x_test is None or raw.y_test is None:
         train, test = _stratified_split(train, round(0.2 * len(train)), seed, (least, 1))
     else:
         test = Split(raw.x_test, raw.y_test.astype(np.int64))
-    rest = None if raw.x_held is None else Split(raw.x_held, raw.y_held.astype(np.int64))
-    if light_mode:
-        train, test, rest = (
-            _stratified_split(one, max(len(one) // 10, floor), seed, (0, few))[1]
-            if one is not None and len(one) >= floor + len(raw.names)
-            else one
-            for one, floor, few in zip((train, test, rest), LIGHT_MODE_MINIMUM, (least, 1, 2), strict=True)
-        )
+    rest = None if raw.x_held is None or raw.y_held is None else Split(raw.x_held, raw.y_held.astype(np.int64))
+
+    def tenth(split: Split, floor: int, few: int) -> Split:
+        enough = light_mode and len(split) >= floor + len(raw.names)
+        return _stratified_split(split, max(len(split) // 10, floor), seed, (0, few))[1] if enough else split
+
+    floors = LIGHT_MODE_MINIMUM
+    train, test = tenth(train, floors[0], least), tenth(test, floors[1], 1)
+    rest = rest and tenth(rest, floors[2], 2)
     if rest is None:
         held = max(round(0.05 * len(train)), min(250, round(0.15 * len(train))))
         train, rest = _stratified_split(train, 2 * held, seed, (2, 2))
@@ -159,7 +160,7 @@ def _split(raw: _Raw, light_mode: bool, seed: int) -> Dataset:
     )
 
 
-def _check_categories(raw: _Raw, least: int) -> None:
+def _check_categories(raw: RawData, least: int) -> None:
     """Raises MSCNNError unless the categories have names that can be told apart, and `least` images or more."""
     names = list(raw.names)
     unfit = [name for name in names if names.count(name) > 1 or name == OTHER or not name.strip()]

@@ -202,7 +202,9 @@ class Decisions(NamedTuple):
         return np.where(accepted, ACCEPTED, np.where(self.in_distribution, LOW_CONFIDENCE, OUT_OF_DISTRIBUTION))
 
 
-def decide_on(scores: StageScores, log_odds_of_confidence: np.ndarray, ood: np.ndarray, threshold) -> Decisions:
+def decide_on(
+    scores: StageScores, log_odds_of_confidence: np.ndarray, ood: np.ndarray, threshold: float | np.ndarray
+) -> Decisions:
     """The decisions by both stages' scores.
 
     Args:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from mscnn_parts.files import _here, path_from, project_root
+from mscnn_parts.files import current_folder, path_from, project_root
 
 DOWNLOAD_TIMEOUT = 10  # seconds to wait for a server's first answer
 
@@ -21,7 +21,7 @@ def data_folder() -> Path:
     Raises:
         MSCNNError: the variable begins with `~`, and no home directory is known.
     """
-    return _folder_named_by("MSCNN_DATA_DIR") or (_folder_named_by("KERAS_HOME") or _keras_home()) / "datasets"
+    return _folder_named_by("MSCNN_DATA_DIR") or (_folder_named_by("KERAS_HOME") or keras_home()) / "datasets"
 
 
 def _folder_named_by(variable: str) -> Path | None:
@@ -33,19 +33,19 @@ def _folder_named_by(variable: str) -> Path | None:
     given = os.environ.get(variable)
     if not given:
         return None
-    starts = (_here(), Path(os.environ.get("PWD") or project_root()), project_root())
+    starts = (current_folder(), Path(os.environ.get("PWD") or project_root()), project_root())
     places = [path_from(given, start) for start in starts if start]
     return next((place for place in places if place.is_dir()), places[0])
 
 
-def _keras_home() -> Path:
+def keras_home() -> Path:
     """As Keras finds it: `~/.keras`, or one in the folder for temporary files where there is no home to write into."""
     home = Path(os.path.expanduser("~"))  # stays ~ where none is known
     usable = home.is_absolute() and (os.path.isdir(home / ".keras") or os.access(home, os.W_OK))
     return (home if usable else Path(tempfile.gettempdir())) / ".keras"
 
 
-def _download(url: str, known_hash: str, name: str) -> Path:
+def download(url: str, known_hash: str, name: str) -> Path:
     """Downloads one file into the data folder by pooch, or finds it there; its hash is checked.
 
     Raises:
@@ -56,7 +56,7 @@ def _download(url: str, known_hash: str, name: str) -> Path:
 
     folder = data_folder()
     path, host, (kind, value) = folder / name, url.split("/")[2], known_hash.split(":")
-    state = f"{name} is not in {folder}" if _may_read(folder) else f"{folder} cannot be read: Permission denied,"
+    state = f"{name} is not in {folder}" if may_read(folder) else f"{folder} cannot be read: Permission denied,"
     try:
         if os.path.isfile(path):  # not Path's, which fails in a folder that may not be read
             if pooch.file_hash(str(path), alg=kind) == value:
@@ -75,13 +75,13 @@ def _download(url: str, known_hash: str, name: str) -> Path:
     print(f"Fetching {name} from {url}", flush=True)
     try:
         fetch = pooch.HTTPDownloader(timeout=DOWNLOAD_TIMEOUT, progressbar=sys.stderr.isatty())
-        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))
+        return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=fetch))  # pyright: ignore[reportArgumentType]
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError: the hash is wrong
         reason = _download_problem(error, host, folder).rstrip(".")
         raise FileNotFoundError(f"The download of {name} failed: {reason}.") from error
 
 
-def _may_read(folder: Path) -> bool:
+def may_read(folder: Path) -> bool:
     return not os.path.isdir(folder) or os.access(folder, os.R_OK | os.X_OK)
 
 

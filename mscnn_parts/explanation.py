@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.checks import _check_categories_within, _checked_labels
+from mscnn_parts.checks import check_categories_within, checked_labels
 from mscnn_parts.layers import log_odds_tensor
-from mscnn_parts.settings import OTHER, MSCNNError, _did_you_mean
+from mscnn_parts.settings import OTHER, MSCNNError, did_you_mean
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -29,7 +29,7 @@ def class_activation_map(network: keras.Model, images: np.ndarray, category: int
         float32 (B, h, w); its mean plus the dense layer's bias is the logit.
     """
     _check_explained(network, images)
-    _check_categories_within(np.atleast_1d(category), network.output_shape[-1])
+    check_categories_within(np.atleast_1d(category), network.output_shape[-1])
     features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
     weights = network.get_layer("scaled").scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
     return np.asarray(tf.cast(features, tf.float32)) @ weights
@@ -67,7 +67,7 @@ def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "poo
     names = [one.name for one in network.layers]
     if layer not in names:
         raise MSCNNError(
-            f"{network.name} has no layer '{layer}'.{_did_you_mean(layer, names)} Choose among: {', '.join(names)}."
+            f"{network.name} has no layer '{layer}'.{did_you_mean(layer, names)} Choose among: {', '.join(names)}."
         )
 
 
@@ -90,7 +90,7 @@ def trace_decisions(
 ) -> list[DecisionTrace]:
     """Explains the decisions on uint8 images (B, H, W, channels), one trace an image."""
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
-    labels = None if labels is None else _checked_labels(decisions.category, labels)
+    labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
     traces = []
     for i, c in enumerate(decisions.stage1_category):

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from mscnn_parts.checks import _checked_pair
+from mscnn_parts.checks import checked_pair
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 230, 50, 28  # of the drawing, in pixels; the plot begins at LEFT and ends at BOTTOM
 
@@ -16,7 +16,7 @@ class ThresholdExplorer:
     """What `threshold_explorer` shows: HTML with a slider, or its drawing alone where scripts do not run."""
 
     def __init__(self, confidence: np.ndarray, correct: np.ndarray, threshold: float):
-        self.confidence, self.correct = _checked_pair(confidence, correct, share=True)
+        self.confidence, self.correct = checked_pair(confidence, correct, share=True)
         self.threshold = float(np.mean(threshold))
 
     def __repr__(self) -> str:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mscnn_parts.checks import _check_categories_within, _checked_labels, _checked_pair
+from mscnn_parts.checks import check_categories_within, checked_labels, checked_pair
 from mscnn_parts.data import Dataset
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION, Decisions
 from mscnn_parts.metrics import aurc, calibration_error, reliability, risk_coverage
 from mscnn_parts.settings import OTHER, MSCNNError
 
 if TYPE_CHECKING:
+    from matplotlib.backend_bases import RendererBase
+    from matplotlib.figure import Figure
+
     from mscnn_parts.explanation import DecisionTrace
     from mscnn_parts.training import RetrainingResult
 
@@ -50,14 +53,14 @@ def _figure_class() -> type:
     from matplotlib.figure import Figure
 
     class LegibleFigure(Figure):
-        def draw(self, renderer):
+        def draw(self, renderer: RendererBase) -> None:
             make_legible(self)
             super().draw(renderer)
 
     return LegibleFigure
 
 
-def make_legible(figure) -> None:
+def make_legible(figure: Figure) -> None:
     """Draws all texts as they are: what is between two $ is no formula, and other scripts take a font that has them."""
     from matplotlib.font_manager import FontProperties, findfont
     from matplotlib.text import Text
@@ -114,7 +117,7 @@ def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black")
     axis.set_axis_off()
 
 
-def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", columns: int = 8):
+def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", columns: int = 8) -> Figure:
     """A grid of uint8 images (N, H, W, channels), a caption above each."""
     if len(captions) != len(images):
         raise MSCNNError(f"{len(captions)} captions for {len(images)} images: give one of each image, '' for none.")
@@ -128,7 +131,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
     return figure
 
 
-def plot_samples(data: Dataset, columns: int = 8):
+def plot_samples(data: Dataset, columns: int = 8) -> Figure:
     """A row of train images for each category."""
     chosen = [np.flatnonzero(data.train.labels == c)[:columns] for c in range(len(data.category_names))]
     figure, axes = _axes(len(chosen), columns, 0.9, 0.95)
@@ -141,7 +144,7 @@ def plot_samples(data: Dataset, columns: int = 8):
     return figure
 
 
-def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3):
+def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3) -> Figure:
     """Train images (first column) as training sees them in different epochs."""
     import tensorflow as tf
 
@@ -157,7 +160,7 @@ def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3):
     return plot_images(images, captions, "Every epoch sees a slightly different picture", columns)
 
 
-def plot_history(history: dict[str, dict]):
+def plot_history(history: dict[str, dict]) -> Figure:
     """Loss and accuracy by epoch, train and calibration, a row a stage.
 
     Args:
@@ -196,7 +199,7 @@ def _plot_runs(axis, runs: list[list[float]], label: str, colour: str) -> None:
         axis.plot(range(1, len(mean) + 1), mean, color=colour, marker=".", label=label)
 
 
-def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
+def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
     """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row.
 
     Of many categories only the colours are shown, and not every name.
@@ -224,7 +227,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str):
     return figure
 
 
-def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dict[str, float] | None = None):
+def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dict[str, float] | None = None) -> Figure:
     """Risk-coverage curves.
 
     Args:
@@ -246,7 +249,7 @@ def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dic
     return figure
 
 
-def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int = 10):
+def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> Figure:
     """Reliability diagram: accuracy against confidence; on the diagonal a confidence means what it says.
 
     Args:
@@ -266,11 +269,13 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
     return figure
 
 
-def plot_gallery(images: np.ndarray, decisions: Decisions, labels: np.ndarray, names: Sequence[str], title: str):
+def plot_gallery(
+    images: np.ndarray, decisions: Decisions, labels: np.ndarray, names: Sequence[str], title: str
+) -> Figure:
     """Images with what was decided, how confidently, and what is true."""
     full, captions = [*names, OTHER], []
-    labels = _checked_labels(decisions.category, labels)
-    _check_categories_within(labels, len(full))
+    labels = checked_labels(decisions.category, labels)
+    check_categories_within(labels, len(full))
     fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
     for d, c, p, reason, t in zip(*fields, strict=True):
         said = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
@@ -286,9 +291,9 @@ def _rounded_down(confidence: float) -> str:
 
 def plot_thresholds(
     confidence: np.ndarray, correct: np.ndarray, thresholds: Sequence[float], marked: float, split: str
-):
+) -> Figure:
     """What a threshold buys on the images of a split: coverage and selective accuracy, with one threshold marked."""
-    confidence, correct = _checked_pair(confidence, correct)
+    confidence, correct = checked_pair(confidence, correct)
     figure, (axis,) = _axes(1, 1, 6, 3.6)
     grid = np.asarray(thresholds)
     accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
@@ -304,7 +309,7 @@ def plot_thresholds(
     return figure
 
 
-def plot_retraining(results: Sequence[RetrainingResult]):
+def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
     """Log loss on the calibration split before and after retraining, side by side."""
     figure, (axis,) = _axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
     place = np.arange(len(results))
@@ -317,7 +322,7 @@ def plot_retraining(results: Sequence[RetrainingResult]):
     return figure
 
 
-def plot_decision_traces(traces: Sequence[DecisionTrace]):
+def plot_decision_traces(traces: Sequence[DecisionTrace]) -> Figure:
     """One row an image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
     figure, axes = _axes(max(1, len(traces)), 4, 2.3, 2.0)
     for axis in axes:

@@ -31,7 +31,7 @@ def _is_checkout() -> bool:
 
 def project_root() -> Path:
     """Where relative paths in the parameters start: the checkout, or the current folder if pip has installed it."""
-    return code_folder() if _is_checkout() else _here() or Path.home()
+    return code_folder() if _is_checkout() else current_folder() or Path.home()
 
 
 def notebooks_folder() -> Path:
@@ -41,7 +41,7 @@ def notebooks_folder() -> Path:
     return Path(str(importlib.resources.files("mscnn_notebooks") / _FIRST)).parent  # the file has one place
 
 
-def _here() -> Path | None:
+def current_folder() -> Path | None:
     """The current folder; None where it has been deleted."""
     try:
         return Path.cwd()
@@ -75,7 +75,7 @@ def places_of(text: str, *starts: Path | None) -> list[Path]:
         MSCNNError: no home directory is known, or the current folder has been deleted.
     """
     if FROM_HERE.match(text):
-        starts = (_here(),)
+        starts = (current_folder(),)
         if starts == (None,):
             raise MSCNNError(f"The current folder, where '{text}' begins, has been deleted: give the whole path.")
     return list(dict.fromkeys(path_from(text, start) for start in starts if start))
@@ -95,7 +95,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
-def _make_folder(folder: Path, problem: str, parameter: str) -> None:
+def make_folder(folder: Path, problem: str, parameter: str) -> None:
     """Makes a folder, if it is not there, and sees that files can be made in it.
 
     Raises:
@@ -109,16 +109,16 @@ def _make_folder(folder: Path, problem: str, parameter: str) -> None:
         raise MSCNNError(f"{problem}: {error.strerror}. Choose another {parameter}.") from error
 
 
-def _with_suffix(path: Path, name: str) -> Path:
+def with_keras_suffix(path: Path, name: str) -> Path:
     return path if name.endswith(".keras") else path.with_name(path.name + ".keras")
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """NumPy numbers and arrays as plain ones; NaN, which JSON lacks, as null."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(one) for key, one in value.items()}
+        return {str(key): jsonable(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_jsonable(one) for one in value]
+        return [jsonable(one) for one in value]
     if isinstance(value, (np.bool_, np.integer)):
         return value.item()
     if isinstance(value, (float, np.floating)):
@@ -126,9 +126,9 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _digest(names: Sequence[str], *arrays: np.ndarray) -> str:
+def digest_of(names: Sequence[str], *arrays: np.ndarray) -> str:
     """SHA-256 over category names and arrays, in order."""
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

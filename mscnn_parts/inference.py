@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
 from mscnn_parts.networks import feature_extractor
+from mscnn_parts.pictures import Images, read_image
 from mscnn_parts.settings import MSCNNError
 
 WEAKEST_STRENGTH = 1e-3  # of a whitening filter, whose usual strength is about 1: what is below is the same, flat
 
 
-def validated_images(images: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Returns the images, or raises MSCNNError if they are not uint8 (B, *shape)."""
+def validated_images(images: Images, shape: Sequence[int]) -> np.ndarray:
+    """Returns images as uint8 (B, *shape): such an array as it is; a path, a Pillow image or a list as they are read.
+
+    Raises:
+        MSCNNError: it is another array, or no image.
+    """
+    kinds = (str, os.PathLike, Image.Image)
+    images = [images] if isinstance(images, kinds) else images
+    if isinstance(images, (list, tuple)) and all(isinstance(one, (*kinds, np.ndarray)) for one in images):
+        images = read_image(images, shape)
     if not isinstance(images, np.ndarray) or images.shape[1:] != tuple(shape) or images.dtype != np.uint8:
         raise MSCNNError(
             f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
@@ -27,7 +38,7 @@ def validated_images(images: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return images
 
 
-def on_views(network: keras.Model, views: int, images):
+def on_views(network: keras.Model, views: int, images: tf.Tensor) -> tf.Tensor:
     """What a network says of the views of each image, side by side: (B, views times its outputs).
 
     Args:
@@ -48,7 +59,7 @@ def _traced(function: Callable, network: keras.Model, *before):
     return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
 
-def stage2_graph(base: keras.Model, views: int):
+def stage2_graph(base: keras.Model, views: int) -> Callable:
     """Handles of a Stage 2 CNN's variables, images -> its logits on the views, (B, views C); see `stage2_caller`.
 
     All Stage 2 CNNs are one graph, traced once with the variables of their base network.
@@ -89,17 +100,17 @@ class Networks:
         self.stage1, self.stage2, self.stage2_base, self.views = stage1, tuple(stage2), stage2_base, views
 
     @functools.cached_property
-    def stage1_graph(self):
+    def stage1_graph(self) -> Callable:
         """Images -> Stage 1's logits on a single view, (B, C)."""
         return _traced(functools.partial(self.stage1, training=False), self.stage1)
 
     @functools.cached_property
-    def stage1_outputs_graph(self):
+    def stage1_outputs_graph(self) -> Callable:
         """Images -> what `feature_extractor` gives on the views, side by side: (B, views (C + T + 2 D))."""
         return _traced(functools.partial(on_views, feature_extractor(self.stage1), self.views), self.stage1)
 
     @functools.cached_property
-    def stage2_graph(self):
+    def stage2_graph(self) -> Callable:
         return stage2_graph(self.stage2_base, self.views)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:

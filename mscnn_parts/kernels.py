@@ -6,7 +6,7 @@ import tensorflow as tf
 
 
 @tf.custom_gradient
-def short_rows_convolution(images, kernel):
+def short_rows_convolution(images: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """3 x 3 convolution: (B, H, W, in), (3, 3, in, out) -> (B, H, W, out)."""
 
     def backward(output_gradient):  # (B, H, W, out)
@@ -16,7 +16,7 @@ def short_rows_convolution(images, kernel):
     return tf.nn.conv2d(images, kernel, 1, "SAME"), backward
 
 
-def gradient_of_kernel(images, output_gradient):
+def gradient_of_kernel(images: tf.Tensor, output_gradient: tf.Tensor) -> tf.Tensor:
     """Gradient of a 3 x 3 convolution's kernel, from images laid side by side.
 
     oneDNN, TensorFlow's library on CPU, sums along a row of places, in tiles that hold 32 bfloat16: rows of 7 or 3
@@ -37,12 +37,12 @@ def gradient_of_kernel(images, output_gradient):
     )  # fmt: skip
 
 
-def images_per_row(width):
+def images_per_row(width: int) -> int:
     """How many images, with a column of zeros after each, fill a row of 32 places."""
     return 32 // (width + 1)
 
 
-def pack_rows(images, count):
+def pack_rows(images: tf.Tensor, count: int) -> tf.Tensor:
     """(B, H, W, C) -> (B / count, H, count (W + 1), C): a column of zeros after each image, zeros for those missing."""
     batch, height, width, channels = (*tf.unstack(tf.shape(images)[:3]), images.shape[-1])
     padded = tf.pad(images, [[0, -batch % count], [0, 0], [0, 1], [0, 0]])

@@ -11,10 +11,10 @@ import tensorflow as tf
 from mscnn_parts.kernels import images_per_row, short_rows_convolution
 
 RANDOM_FLIP = -1  # in place of an epoch
-_serializable = keras.saving.register_keras_serializable(package="mscnn")
+serializable = keras.saving.register_keras_serializable(package="mscnn")
 
 
-@_serializable
+@serializable
 class RandomFlipCrop(keras.layers.Layer):
     """Mirrors half of the images and shifts each by up to `shift` pixels, in training only.
 
@@ -75,7 +75,7 @@ class RandomFlipCrop(keras.layers.Layer):
         return {**super().get_config(), "flip": self.flip, "shift": self.shift, "seed": self.seed}
 
 
-@_serializable
+@serializable
 class WhiteningConv(keras.layers.Layer):
     """2 x 2 convolution whose fixed kernel decorrelates neighbouring pixels; nothing in it is trained.
 
@@ -95,7 +95,7 @@ class WhiteningConv(keras.layers.Layer):
         return tf.nn.bias_add(keras.ops.conv(images, self.kernel, padding="valid"), self.bias)  # (B, H-1, W-1, 8 ch.)
 
 
-@_serializable
+@serializable
 class FusedBatchNormalization(keras.layers.Layer):
     """BatchNormalization in one fused operation, without scale and with a fast offset.
 
@@ -141,7 +141,7 @@ class FusedBatchNormalization(keras.layers.Layer):
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}
 
 
-@_serializable
+@serializable
 class Conv2D(keras.layers.Conv2D):
     """Keras' `Conv2D`, faster in training: on CPU, in bfloat16, where rows are short, by `gradient_of_kernel`."""
 
@@ -156,7 +156,7 @@ class Conv2D(keras.layers.Conv2D):
         return convolve(inputs, tf.convert_to_tensor(kernel))  # (B, H, W, filters)
 
 
-def log_odds_tensor(logits, category):
+def log_odds_tensor(logits: tf.Tensor, category: tf.Tensor | int) -> tf.Tensor:
     """As `log_odds`, for tensors and one category: float32 (B, C) -> (B,)."""
     others = tf.one_hot(category, tf.shape(logits)[1], on_value=-np.inf, off_value=0.0)  # (C,)
     return tf.gather(logits, category, axis=1) - tf.reduce_logsumexp(logits + others, axis=1)

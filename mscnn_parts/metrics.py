@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mscnn_parts.checks import _check_categories_within, _check_share, _checked_labels, _checked_pair, _one_an_image
+from mscnn_parts.checks import check_categories_within, check_share, checked_labels, checked_pair, one_per_image
 from mscnn_parts.decision import Decisions, log_odds
 from mscnn_parts.settings import OTHER, MSCNNError
 
@@ -18,9 +18,9 @@ def log_loss_by_category(category: np.ndarray, confidence: np.ndarray, correct: 
     A proper score: it falls when the confidences rank better and when they are better calibrated. NaN where
     Stage 1 predicts a category for no image.
     """
-    confidence, correct = _checked_pair(confidence, correct, share=True)
-    category, _ = _one_an_image(category=category, confidence=confidence)
-    _check_categories_within(category, count)
+    confidence, correct = checked_pair(confidence, correct, share=True)
+    category, _ = one_per_image(category=category, confidence=confidence)
+    check_categories_within(category, count)
     given = np.clip(np.where(correct, confidence, 1 - confidence), 1e-12, 1)  # what was given to the truth
     images = np.bincount(category, minlength=count)
     total = np.bincount(category, weights=-np.log(given), minlength=count)
@@ -39,8 +39,13 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarr
 
     Returns:
         coverage float64 (N,), ascending to 1, and selective risk float64 (N,).
+
+    Example:
+        >>> coverage, risk = risk_coverage(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, False, True]))
+        >>> coverage.tolist(), risk.round(3).tolist()
+        ([0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.333, 0.25])
     """
-    confidence, correct = _checked_pair(confidence, correct)
+    confidence, correct = checked_pair(confidence, correct)
     incorrect = 1.0 - correct
     _, group = np.unique(-confidence, return_inverse=True)  # 0: the most confident
     mean_wrong = np.bincount(group, weights=incorrect) / np.bincount(group)
@@ -49,7 +54,12 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarr
 
 
 def aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Area under the risk-coverage curve: the mean selective risk over all coverages (Geifman et al. 2019)."""
+    """Area under the risk-coverage curve: the mean selective risk over all coverages (Geifman et al. 2019).
+
+    Example:
+        >>> round(aurc(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, False, True])), 4)
+        0.1458
+    """
     return float(risk_coverage(confidence, correct)[1].mean())
 
 
@@ -58,7 +68,7 @@ def e_aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
 
     Source: excess AURC (Geifman et al. 2019).
     """
-    _, correct = _checked_pair(confidence, correct)
+    _, correct = checked_pair(confidence, correct)
     return aurc(confidence, correct) - aurc(correct.astype(np.float64), correct)
 
 
@@ -68,15 +78,15 @@ def augrc(confidence: np.ndarray, correct: np.ndarray) -> float:
     Unlike in the AURC an error counts the same at every coverage. By the trapezoidal rule it is exactly
     (1 - AUROC) a (1 - a) + (1 - a)^2 / 2 with accuracy a. Source: Traub et al. 2024.
     """
-    coverage, risk = risk_coverage(*_checked_pair(confidence, correct, empty=False))
+    coverage, risk = risk_coverage(*checked_pair(confidence, correct, empty=False))
     undetected = coverage * risk  # (N,)
     return float((undetected.sum() - undetected[-1] / 2) / len(undetected))
 
 
 def risk_at_coverage(confidence: np.ndarray, correct: np.ndarray, coverage: float) -> float:
     """Error rate among the most confident images, at least this share of all; ties as in `risk_coverage`."""
-    _check_share("coverage", coverage)
-    covered, risk = risk_coverage(*_checked_pair(confidence, correct, empty=False))
+    check_share("coverage", coverage)
+    covered, risk = risk_coverage(*checked_pair(confidence, correct, empty=False))
     return float(risk[np.searchsorted(covered, coverage - 1e-9)])
 
 
@@ -85,7 +95,7 @@ def coverage_at_risk(confidence: np.ndarray, correct: np.ndarray, error: float) 
 
     Among images of equal confidence some can be accepted by lot: ties as in `risk_coverage`.
     """
-    _check_share("error", error)
+    check_share("error", error)
     covered, risk = risk_coverage(confidence, correct)
     return float(covered[risk <= error].max(initial=0.0))
 
@@ -102,10 +112,14 @@ def failure_metrics(confidence: np.ndarray, correct: np.ndarray) -> dict[str, fl
         aurc; auroc_failure: probability that a correct image has the higher confidence; fpr95: share of the
         incorrect images accepted at the highest threshold that accepts 95 % of the correct ones. The last two are
         NaN where all predictions are correct, or all incorrect.
+
+    Example:
+        >>> failure_metrics(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, False, True]))
+        {'aurc': 0.1458..., 'auroc_failure': 0.6666..., 'fpr95': 1.0}
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    confidence, correct = _checked_pair(confidence, correct)
+    confidence, correct = checked_pair(confidence, correct)
     if correct.all() or not correct.any():
         return {"aurc": aurc(confidence, correct), "auroc_failure": np.nan, "fpr95": np.nan}
     false_positives, true_positives, _ = roc_curve(correct, confidence, drop_intermediate=False)
@@ -124,7 +138,7 @@ def selective_metrics(decisions: Decisions, labels: np.ndarray) -> dict[str, flo
         accuracy_other_wrong: accuracy where OTHER counts as an error. stage_report_accuracy: share of
         images accepted where Stage 1 is correct or rejected where it is incorrect.
     """
-    labels = _checked_labels(decisions.category, labels)
+    labels = checked_labels(decisions.category, labels)
     accepted, correct = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
     return {
         "coverage": accepted.mean(),
@@ -144,7 +158,7 @@ def category_metrics(decisions: Decisions, labels: np.ndarray, names: Sequence[s
         By name, of the images that show the category: their number (images), accuracy, coverage and
         selective_accuracy as in `selective_metrics`; and precision: of those decided to show it, the share that does.
     """
-    labels = _checked_labels(decisions.category, labels)
+    labels = checked_labels(decisions.category, labels)
     accepted, correct = decisions.category == decisions.stage1_category, decisions.stage1_category == labels
 
     def share(hits: np.ndarray) -> float:
@@ -167,7 +181,7 @@ def evaluate(decisions: Decisions, labels: np.ndarray, threshold: float) -> dict
 
     `stage1` is Stage 1 alone: its answers on one view, and its softmax as their confidence.
     """
-    labels = _checked_labels(decisions.category, labels)
+    labels = checked_labels(decisions.category, labels)
     correct, alone = decisions.stage1_category == labels, decisions.single_view_logits.argmax(axis=1)
     odds = log_odds(decisions.single_view_logits, alone)
     return {
@@ -194,7 +208,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     Returns:
         Difference of the two shares, lower and upper end.
     """
-    first, second = _one_an_image(first=first, second=second)
+    first, second = one_per_image(first=first, second=second)
     if not first.dtype == second.dtype == bool:
         raise MSCNNError(f"first is {first.dtype} and second {second.dtype}: give whether something holds, as bool.")
     gained, lost, count = (second & ~first).sum() + 0.5, (first & ~second).sum() + 0.5, len(first) + 2
@@ -226,8 +240,8 @@ def compare_decisions(
     Args:
         labels: true categories, (B,). names: C.
     """
-    _one_an_image(first=first.category, second=second.category)
-    labels = _checked_labels(first.category, labels)
+    one_per_image(first=first.category, second=second.category)
+    labels = checked_labels(first.category, labels)
     accepted = [one.category < len(names) for one in (first, second)]
     incorrect = [taken & (one.category != labels) for taken, one in zip(accepted, (first, second), strict=True)]
     groups = [(name, labels == c) for c, name in enumerate(names)] + [("all", np.ones(len(labels), bool))]
@@ -245,7 +259,7 @@ def compare_decisions(
 
 def stage_report_labels(decisions: Decisions, labels: np.ndarray, other: int) -> np.ndarray:
     """The truth of the stage report: the category where Stage 1 is correct, OTHER where it is incorrect; (B,)."""
-    labels = _checked_labels(decisions.category, labels)
+    labels = checked_labels(decisions.category, labels)
     return np.where(decisions.stage1_category == labels, labels, other)
 
 
@@ -253,17 +267,16 @@ def decision_report(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]
     """scikit-learn's report over the C categories and OTHER."""
     from sklearn.metrics import classification_report
 
-    truth, decided = _one_an_image(truth=truth, decided=decided)
-    return classification_report(
-        truth, decided, labels=range(len(names) + 1), target_names=[*names, OTHER], digits=3, zero_division=0
-    )
+    truth, decided = one_per_image(truth=truth, decided=decided)
+    rows = {"labels": range(len(names) + 1), "target_names": [*names, OTHER]}
+    return str(classification_report(truth, decided, **rows, digits=3, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def decision_confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Confusion matrix with OTHER last, int (C+1, C+1): rows are the truth, columns the decision."""
     from sklearn.metrics import confusion_matrix
 
-    truth, decided = _one_an_image(truth=truth, decided=decided)
+    truth, decided = one_per_image(truth=truth, decided=decided)
     return confusion_matrix(truth, decided, labels=range(len(names) + 1))
 
 
@@ -271,7 +284,7 @@ def reliability(
     confidence: np.ndarray, correct: np.ndarray, bins: int = 10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
-    confidence, correct = _checked_pair(confidence, correct, share=True)
+    confidence, correct = checked_pair(confidence, correct, share=True)
     if not isinstance(bins, (int, np.integer)) or bins < 1:
         raise MSCNNError(f"bins is {bins!r}: it is a number of bins, a whole number from 1 on.")
     where = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -289,7 +302,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
             else equally wide ones, of which most may be empty. Images of equal confidence that fall into two bins
             count in both with their mean accuracy, so that their order does not matter.
     """
-    confidence, correct = _checked_pair(confidence, correct, share=True)
+    confidence, correct = checked_pair(confidence, correct, share=True)
     if equal_mass:
         _, group = np.unique(confidence, return_inverse=True)
         correct = (np.bincount(group, weights=correct) / np.bincount(group))[group]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
-from mscnn_parts.downloads import _keras_home
+from mscnn_parts.downloads import keras_home
 from mscnn_parts.files import notebooks_folder, path_from
 from mscnn_parts.settings import PRETRAINED, MSCNNError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT = 2  # of model files; 0.1 wrote none
 
 
-def _check_keras() -> None:
+def check_keras() -> None:
     """Raises MSCNNError if Keras is set up, by keras.json or otherwise, in a way that no network here works with."""
     wanted = {"backend": (keras.config.backend(), "tensorflow"),
               "image_data_format": (keras.config.image_data_format(), "channels_last")}  # fmt: skip
@@ -34,13 +34,13 @@ def _check_keras() -> None:
         if found != needed:
             raise MSCNNError(
                 f"Keras has the {setting} {found}, and this project needs {needed}: set it in "
-                f"{_keras_home()}/keras.json (KERAS_BACKEND sets the backend, too) and start Python anew."
+                f"{keras_home()}/keras.json (KERAS_BACKEND sets the backend, too) and start Python anew."
             )
 
 
 def _check_model_file(path: Path) -> None:
     """Raises MSCNNError for what is known to keep a file from being loaded, whatever is in it otherwise."""
-    _check_keras()
+    check_keras()
     try:
         with open(path, "rb") as file:
             start = file.read(40)
@@ -73,6 +73,10 @@ def load_model(path: str | Path) -> MultiStageCNN:
 
     Raises:
         MSCNNError: it is missing, damaged or not of this project.
+
+    Example:
+        >>> load_model("pretrained").category_names[8]
+        'ship'
     """
     if not isinstance(path, (str, os.PathLike)):
         raise MSCNNError(
@@ -145,6 +149,14 @@ def check_assignable(name: str) -> None:
         raise _not_replaceable(name)
     if name in ("category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"):
         raise MSCNNError(f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN.")
+
+
+def check_free(model: MultiStageCNN, categories: Iterable[int]) -> None:
+    """Raises MSCNNError if one of the categories is frozen."""
+    frozen = sorted(set(categories) - set(model.trainable_categories()))
+    if frozen:
+        names = ", ".join(model.category_names[c] for c in frozen)
+        raise MSCNNError(f"The calibration of {names} is frozen: call set_stage2_category_trainable() first.")
 
 
 def checked_target(model: MultiStageCNN, filepath: str | Path, overwrite: bool) -> Path:

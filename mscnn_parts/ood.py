@@ -183,7 +183,7 @@ def synthetic_ood_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndar
     patches = cut.reshape(len(cut), 4, height // 4, 4, width // 4, -1).swapaxes(2, 3)  # (B, 4, 4, H/4, W/4, channels)
     flat = patches.reshape(len(cut), 16, *patches.shape[3:])
     colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[-1]), dtype=np.uint8)
-    colours[:3] = np.uint8([255, 0, 128])[: len(images), None, None, None]
+    colours[:3] = np.array([255, 0, 128], np.uint8)[: len(images), None, None, None]
     mixed = rng.permuted(np.broadcast_to(np.arange(16), (len(cut), 16)), axis=1)  # (B, 16)
     shuffled = np.take_along_axis(flat, mixed[:, :, None, None, None], axis=1).reshape(patches.shape)
     cut[...] = shuffled.swapaxes(2, 3).reshape(cut.shape)

@@ -112,12 +112,12 @@ class Muon(keras.optimizers.SGD):
         self.assign(variable, kernel - rate * tf.reshape(step, variable.shape))
 
 
-def kernel_matrix(kernel):
+def kernel_matrix(kernel: tf.Tensor) -> tf.Tensor:
     """A convolution kernel (height, width, in, out) as a matrix (height width in, out)."""
     return tf.reshape(kernel, (-1, kernel.shape[-1]))
 
 
-def orthogonalize(matrix, rounds: int = 3):
+def orthogonalize(matrix: tf.Tensor, rounds: int = 3) -> tf.Tensor:
     """About the nearest matrix whose singular values are all 1: float32 (m, n) -> (m, n).
 
     By Newton-Schulz iteration with coefficients chosen for speed: in three rounds, singular values of more than a

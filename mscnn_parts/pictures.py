@@ -7,15 +7,22 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
 
-from mscnn_parts.data import IMAGE_SIZE, _Raw
+from mscnn_parts.data import IMAGE_SIZE, RawData
 from mscnn_parts.files import path_from
 from mscnn_parts.settings import MSCNNError
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-def _as_uint8(images: np.ndarray, name: str) -> np.ndarray:
+Picture: TypeAlias = Union[str, os.PathLike, np.ndarray, "Image.Image"]
+Images: TypeAlias = Picture | Sequence[Picture]
+
+
+def as_uint8(images: np.ndarray, name: str) -> np.ndarray:
     """Grey or RGB images as uint8 (N, H, W, channels); floats up to a thousandth outside their range are clipped."""
     shape, floats = images.shape, images.dtype.kind == "f"
     rows = len(shape) == 3 and shape[2] == 3 != shape[1]  # (N, pixels, 3)
@@ -55,7 +62,7 @@ SYSTEM_ENTRIES = re.compile(r"[.@$]|__|(thumbs\.db|desktop\.ini)$", re.IGNORECAS
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
 
 
-def _image_folder(folder: Path) -> _Raw:
+def read_image_folder(folder: Path) -> RawData:
     """Images in `train/<category>/*`, `val/...` and `test/...`, or without a split in `<category>/*`.
 
     A validation split with two images or more of each category is held out for calibration and certification. What is
@@ -68,7 +75,7 @@ def _image_folder(folder: Path) -> _Raw:
         raise MSCNNError(f"{train} needs a folder for each of at least two categories; it has {len(names)}.")
     left_out = [entry for entry in _entries(train) if not entry.is_dir()]
     x_train, y_train, unread = _read_categories(train, names)
-    raw, left_out = _Raw(folder.name, str(folder), names, x_train, y_train), left_out + unread
+    raw, left_out = RawData(folder.name, str(folder), names, x_train, y_train), left_out + unread
     if train != folder:
         held = splits["val"] if splits["val"] and _holds_enough(splits["val"], names) else None
         left_out += [entry for entry in _entries(folder) if entry not in (train, held, test)]
@@ -155,18 +162,28 @@ def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np
     return np.stack(images), np.asarray(labels), left_out
 
 
-def read_image(picture, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)) -> np.ndarray:
-    """Reads a picture as uint8 of `input_shape`: the middle square, resized.
+def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)) -> np.ndarray:
+    """Reads a picture as uint8 of `input_shape`: the middle square, resized. A list becomes a batch.
 
     Args:
         picture: a path (`~` is the user's home), a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3), of 0 to
-            255 or of floats from 0 to 1; uint8 also (H, W, 4), whose last channel is opacity.
+            255 or of floats from 0 to 1; uint8 also (H, W, 4), whose last channel is opacity. Or a list of these.
 
     Raises:
         MSCNNError: the file is absent or not a picture, or the array is none.
+
+    Example:
+        >>> white = np.full((48, 64, 3), 255, np.uint8)
+        >>> read_image(white).shape
+        (32, 32, 3)
+        >>> read_image([white, white], (28, 28, 1)).shape
+        (2, 28, 28, 1)
     """
     from PIL import Image, ImageOps
 
+    if isinstance(picture, (list, tuple)):
+        images = [read_image(one, input_shape) for one in picture]
+        return np.stack(images) if images else np.zeros((0, *input_shape), np.uint8)
     if not isinstance(picture, (str, os.PathLike, np.ndarray, Image.Image)):
         raise MSCNNError(f"The image is a {type(picture).__name__}: give a path, a Pillow image or an array.")
     if len(input_shape) != 3 or input_shape[2] not in (1, 3):
@@ -194,7 +211,7 @@ def _image_of(array: np.ndarray):
 
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 4:
         return Image.fromarray(array)
-    return Image.fromarray(_as_uint8(array[None], "The image")[0].squeeze(-1 if array.shape[-1:] != (3,) else ()))
+    return Image.fromarray(as_uint8(array[None], "The image")[0].squeeze(-1 if array.shape[-1:] != (3,) else ()))
 
 
 def _upright(picture):
@@ -206,7 +223,7 @@ def _upright(picture):
     except Exception:  # metadata that cannot be read turns nothing, and does no harm
         orientation = None
     turns = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-    turn = dict(enumerate(turns, start=2)).get(orientation)
+    turn = dict(enumerate(turns, start=2)).get(orientation or 1)
     return picture.transpose(Image.Transpose[turn]) if turn else picture
 
 

@@ -14,23 +14,26 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mscnn_parts.figures import make_legible
 from mscnn_parts.files import (
     FROM_HERE,
-    _here,
-    _jsonable,
-    _make_folder,
-    _with_suffix,
+    current_folder,
+    jsonable,
+    make_folder,
     notebooks_folder,
     path_from,
     places_of,
     project_root,
+    with_keras_suffix,
     write_atomically,
 )
-from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, _did_you_mean
-from mscnn_parts.sources import BUILT_IN, _find_data
+from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, did_you_mean
+from mscnn_parts.sources import BUILT_IN, find_data
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Run:
@@ -50,7 +53,7 @@ class Run:
     @property
     def model_path(self) -> Path:
         """Where the finished model is saved."""
-        return _with_suffix(places_of(self.settings.save_model, self.folder)[0], self.settings.save_model)
+        return with_keras_suffix(places_of(self.settings.save_model, self.folder)[0], self.settings.save_model)
 
     @property
     def stage1_path(self) -> Path:
@@ -74,7 +77,8 @@ class Run:
             )
         if not wanted:
             return self.model_path
-        places = [_with_suffix(path, wanted) for path in places_of(wanted, project_root(), _here(), self.folder)]
+        starts = (project_root(), current_folder(), self.folder)
+        places = [with_keras_suffix(path, wanted) for path in places_of(wanted, *starts)]
         found = next(
             (place for place in places if os.path.isfile(place)), None
         )  # False, too, without the right to look
@@ -118,7 +122,7 @@ class Run:
 
     def overwrite(self, name: str, record: dict) -> None:
         """Writes `metrics.json` or `history.json` anew, whole."""
-        text = json.dumps(_jsonable(record), indent=2, ensure_ascii=False)
+        text = json.dumps(jsonable(record), indent=2, ensure_ascii=False)
         write_atomically(self.folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     def require(self, name: str, entry: str, notebook: str) -> Any:
@@ -132,7 +136,7 @@ class Run:
             raise MSCNNError(f"{self.folder} holds no '{entry}' yet: run notebook {notebook} first.")
         return record[entry]
 
-    def save_figure(self, figure, name: str):
+    def save_figure(self, figure: Figure, name: str) -> Figure:
         """Saves a Matplotlib figure as `figures/NAME.png` and returns it, so that a notebook shows it.
 
         On the fallback data set the figure says so in its title.
@@ -148,7 +152,7 @@ class Run:
         """Records the notebook's seconds; the last cell of each notebook."""
         seconds = dict(self.read("metrics").get("seconds", {}))
         seconds[self.notebook] = round(time.time() - self.started, 1)
-        ends = {"status": "finished", "ended": _now()} if self.notebook == NOTEBOOKS[-1] else {}
+        ends = {"status": "finished", "ended": now_text()} if self.notebook == NOTEBOOKS[-1] else {}
         self.write("metrics", seconds=seconds, **ends)
         print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
 
@@ -186,7 +190,7 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
         )
     path = run.starting_model()
     try:
-        config = model_config(path)
+        config = model_config(path or Path())
     except Exception:  # a broken file fails in many ways; `load_model` says which
         return {}
     if config["dataset"] not in BUILT_IN and run.settings.dataset == "auto":
@@ -225,11 +229,11 @@ def _check_injected_parameters() -> None:
     names = [one.name for one in dataclasses.fields(Settings)]
     unknown = [name for name in injected_names(cells) if name not in names]
     if unknown:
-        hint = _did_you_mean(unknown[0], names)
+        hint = did_you_mean(unknown[0], names)
         raise MSCNNError(f"Unknown parameter '{unknown[0]}'.{hint} The parameters are {', '.join(names)}.")
 
 
-def _now() -> str:
+def now_text() -> str:
     """The time, in ISO 8601 with its zone."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
@@ -262,7 +266,7 @@ def check_places(run: Run) -> None:
     try:
         os.stat(run.folder / "metrics.json")
     except (FileNotFoundError, NotADirectoryError):
-        pass  # the former is as it should be, the latter is told by `_make_folder`
+        pass  # the former is as it should be, the latter is told by `make_folder`
     except OSError as error:
         problem = f"Cannot read the run folder {run.folder}: {error.strerror}"
         raise MSCNNError(f"{problem}. Choose another run_dir.") from error
@@ -285,18 +289,18 @@ def _is_source(notebook: Path) -> bool:
         return False
 
 
-def _make_folders(run: Run) -> None:
+def make_run_folders(run: Run) -> None:
     """Makes the folders that a run writes into, or raises MSCNNError."""
     check_places(run)
-    _make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
-    _make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
+    make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
+    make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
     drawings = run.folder / "notebooks/images"  # where the executed notebooks look for them
-    _make_folder(drawings, f"Cannot write the notebooks to {drawings.parent}", "run_dir")
+    make_folder(drawings, f"Cannot write the notebooks to {drawings.parent}", "run_dir")
     for drawing in (notebooks_folder() / "images").glob("*.svg"):
         shutil.copyfile(drawing, drawings / drawing.name)
 
 
-def _remove_results(run: Run) -> None:
+def remove_results(run: Run) -> None:
     """Removes figures and notebooks of an earlier run, which would pass for those of this one; but not its models."""
     later = [name for name in ALL_NOTEBOOKS if name > run.notebook]
     pages = [run.folder / "notebooks" / f"{name}.{kind}" for name in later for kind in ("ipynb", "html")]
@@ -306,7 +310,7 @@ def _remove_results(run: Run) -> None:
 
 def settled(settings: Settings) -> Settings:
     """The settings as they mean the same in every folder: whole paths where `~` or the current folder counted."""
-    run, (data, _) = Run("total", settings), _find_data(settings.dataset)
+    run, (data, _) = Run("total", settings), find_data(settings.dataset)
     start = run.starting_model() if settings.load_model not in ("", "pretrained") else None
     return dataclasses.replace(
         settings,
@@ -320,11 +324,12 @@ def settled(settings: Settings) -> Settings:
 def _settled(text: str, place: Path | None, *starts: Path) -> str:
     """A path as it is given, if it was not found or begins at one of `starts`; else the whole one, `place`."""
     fixed = [path_from(text, start) for start in starts] if place else []
-    stays = not place or place in fixed or place in [_with_suffix(path, text) for path in fixed]
+    stays = not place or place in fixed or place in [with_keras_suffix(path, text) for path in fixed]
     return text if stays and not (place and (text.startswith("~") or FROM_HERE.match(text))) else str(place)
 
 
-def _same_data(one: str, other: str) -> bool:
+def same_data(one: str, other: str) -> bool:
     """Whether two values of `dataset` lead to the same folder or file."""
-    found = [_find_data(name)[0] for name in (one, other)]
-    return None not in found and os.path.realpath(found[0]) == os.path.realpath(found[1])
+    found = [find_data(name)[0] for name in (one, other)]
+    first, second = (path and os.path.realpath(path) for path in found)
+    return first is not None and first == second

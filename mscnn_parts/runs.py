@@ -18,12 +18,12 @@ from mscnn_parts.run_folder import (
     NOTEBOOKS,
     THRESHOLD_PARAMETERS,
     Run,
-    _make_folders,
-    _now,
-    _remove_results,
-    _same_data,
     check_places,
+    make_run_folders,
     model_config,
+    now_text,
+    remove_results,
+    same_data,
     settled,
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
@@ -83,7 +83,7 @@ def validate_run(run: Run) -> Dataset:
         check_matches(load_model(start), data)
     _check_not_among_images(run, data)
     check_replaces_no_other(run, data)
-    _make_folders(run)
+    make_run_folders(run)
     return data
 
 
@@ -139,12 +139,12 @@ def begin_run_data(run: Run) -> Dataset:
     """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
     settings, data, start = run.settings, validate_run(run), run.starting_model()
     goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
-    _remove_results(run)
+    remove_results(run)
     for name in ("metrics",) if goes_on else ("metrics", "history"):
         run.overwrite(name, {})
     run.write(
         "metrics", dataset=data.describe(), parameters=dataclasses.asdict(settled(settings)), versions=versions(),
-        device=device_name(), status="running", started=_now(), commit=commit(),
+        device=device_name(), status="running", started=now_text(), commit=commit(),
     )  # fmt: skip
     return data
 
@@ -165,7 +165,7 @@ def continue_run_data(run: Run) -> Dataset:
     run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
     for name in ("dataset", "light_mode", "seed"):
         given = getattr(settings, name)
-        if asked[name] != given and not (name == "dataset" and _same_data(asked[name], given)):
+        if asked[name] != given and not (name == "dataset" and same_data(asked[name], given)):
             raise MSCNNError(
                 f"{run.folder} was begun with {name}={asked[name]!r}, this notebook has {getattr(settings, name)!r}: "
                 f"run {NOTEBOOKS[0]} with the same parameters first, or use another run_dir."

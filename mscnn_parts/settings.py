@@ -45,6 +45,10 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
 
     Raises:
         MSCNNError: an unknown or ambiguous name, an index outside 0..C-1, or something that is neither.
+
+    Example:
+        >>> categories_from("ship, 0", ["airplane", "bird", "ship"])
+        (0, 2)
     """
     if isinstance(chosen, str) and not chosen.strip() and chosen not in names:
         return tuple(range(len(names)))
@@ -66,7 +70,7 @@ def _listed(chosen: Any) -> list[str | int]:
                 f"{one!r} is no category: give names or indices, such as ship,truck or 8,9. "
                 "A name that looks like a number, True or None goes in quotes: '\"01\"'."
             )
-    return [one if isinstance(one, str) else int(one) for one in items]
+    return [one if isinstance(one, str) else int(one) for one in items]  # pyright: ignore[reportArgumentType]
 
 
 _ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|\Z)""", re.DOTALL)
@@ -76,7 +80,7 @@ def _items_of(text: str, names: Sequence[str]) -> list[str | int]:
     """The names and indices in a text that is not blank, or is a name."""
     for plain in ([text], [part.strip() for part in text.split(",")]):
         if all(part in names for part in plain):
-            return plain
+            return list(plain)
     inside = text.strip()
     bracketed = inside[0] + inside[-1] in ("[]", "()", "{}")
     parts = _ITEM.findall(inside[1:-1] if bracketed else inside)
@@ -109,7 +113,7 @@ def _category_index(one: str | int, names: Sequence[str]) -> int:
         if not found:
             raise MSCNNError(f"Category index {number} is out of range: use 0 to {len(names) - 1}.")
     else:
-        found = {category for category, name in enumerate(names) if name.strip().lower() == one.strip().lower()}
+        found = {category for category, name in enumerate(names) if name.strip().lower() == str(one).strip().lower()}
     if len(found) == 1:
         return found.pop()
     if found:
@@ -117,7 +121,7 @@ def _category_index(one: str | int, names: Sequence[str]) -> int:
         raise MSCNNError(
             f"Category {one} could be {could}: give the name in quotes, as in '[\"{names[min(found)]}\"]'."
         )
-    raise MSCNNError(f"Unknown category '{one}'.{_did_you_mean(one, names)} Choose among: {', '.join(names)}.")
+    raise MSCNNError(f"Unknown category '{one}'.{did_you_mean(str(one), names)} Choose among: {', '.join(names)}.")
 
 
 def _numbers_from(name: str) -> set[int]:
@@ -129,14 +133,14 @@ def _numbers_from(name: str) -> set[int]:
     return numbers
 
 
-def _did_you_mean(text: str, names: Iterable[str]) -> str:
+def did_you_mean(text: str, names: Iterable[str]) -> str:
     """The question that ends an error message, after a space; empty where no name is near."""
     folded = {name.lower(): name for name in names}
     close = difflib.get_close_matches(text.lower(), folded, n=1)
     return f" Did you mean {folded[close[0]]}?" if close else ""
 
 
-def check_threshold(threshold: float | np.ndarray) -> float | np.ndarray:
+def check_threshold(threshold: float | Sequence[float] | np.ndarray) -> float | Sequence[float] | np.ndarray:
     """Returns the threshold, or thresholds, or raises MSCNNError if one is not a confidence from 0 to 1."""
     for one in np.ravel(threshold):
         number = np.issubdtype(type(one), np.number)
@@ -198,7 +202,7 @@ class Settings:
         kinds = {"int": int, "bool": bool, "str": str, "float": float}
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
-            if type(value) is not kinds[one.type]:
+            if type(value) is not kinds[str(one.type)]:
                 raise MSCNNError(f"{one.name} is {value!r}: it has to be of type {one.type}.")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 0:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mscnn_parts.data import Dataset, _Raw, _split
-from mscnn_parts.downloads import _download, _may_read, data_folder
-from mscnn_parts.files import _here, places_of, project_root, write_atomically
-from mscnn_parts.pictures import _as_uint8, _image_folder
-from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, _did_you_mean, check_seed
+from mscnn_parts.data import Dataset, RawData, split_data
+from mscnn_parts.downloads import data_folder, download, may_read
+from mscnn_parts.files import current_folder, places_of, project_root, write_atomically
+from mscnn_parts.pictures import as_uint8, read_image_folder
+from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, check_seed, did_you_mean
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_NAMES = (
@@ -63,6 +63,11 @@ def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int 
 
     Raises:
         MSCNNError: the data is absent, damaged or not of the form described in the README, or the seed is no seed.
+
+    Example:
+        >>> data = load_dataset("digits", light_mode=True)
+        >>> data.describe()["sizes"]
+        {'train': 1006, 'calibration': 216, 'certification': 216, 'test': 300}
     """
     check_seed(seed)
     if not isinstance(name, (str, os.PathLike)):
@@ -71,24 +76,24 @@ def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int 
         raise MSCNNError(f"light_mode is {light_mode!r}: it has to be True or False.")
     name = str(name)
     if name != "auto":
-        return _split(_read_dataset(name), light_mode, seed)
+        return split_data(_read_dataset(name), light_mode, seed)
     try:
-        return _split(_cifar10(), light_mode, seed)
+        return split_data(_cifar10(), light_mode, seed)
     except FileNotFoundError as reason:
         print(f"{'!' * 88}\n{FALLBACK_NOTICE}.\n{reason}\n{'!' * 88}")
-        return dataclasses.replace(_split(_digits(), light_mode, seed), fallback=True)
+        return dataclasses.replace(split_data(_digits(), light_mode, seed), fallback=True)
 
 
-def _read_dataset(name: str) -> _Raw:
+def _read_dataset(name: str) -> RawData:
     builtin = dict(zip(BUILT_IN, (_cifar10, _digits, _mnist, _fashion_mnist), strict=True))
     if name in builtin:
         try:
             return builtin[name]()
         except FileNotFoundError as error:
             raise MSCNNError(str(error)) from error
-    path, places = _find_data(name)
+    path, places = find_data(name)
     if path is not None and path.is_dir():
-        return _image_folder(path)
+        return read_image_folder(path)
     if path is not None and path.suffix.lower() == ".npz":
         return _npz(path)
     if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
@@ -97,20 +102,20 @@ def _read_dataset(name: str) -> _Raw:
             "Check the path."
         )
     known = f"auto, {', '.join(builtin)}, a .npz file or an image folder"
-    raise MSCNNError(f"Unknown dataset '{name}': use {known}.{_did_you_mean(name, builtin)}")
+    raise MSCNNError(f"Unknown dataset '{name}': use {known}.{did_you_mean(name, builtin)}")
 
 
-def _find_data(name: str) -> tuple[Path | None, list[Path]]:
+def find_data(name: str) -> tuple[Path | None, list[Path]]:
     """The folder or file that `dataset` names, if it is there, and the places where it was looked for."""
     if name in ("", "auto", *BUILT_IN):
         return None, []
-    places = places_of(name, project_root(), _here())
+    places = places_of(name, project_root(), current_folder())
     return next((place for place in places if os.path.exists(place)), None), places
 
 
-def _cifar10() -> _Raw:
+def _cifar10() -> RawData:
     """CIFAR-10 in the publishers' layout: 50,000 train and 10,000 test images, uint8 (N, 32, 32, 3)."""
-    folder = _find_cifar10() or _download_cifar10()
+    folder = find_cifar10() or _download_cifar10()
     parts = []
     for name, expected in CIFAR10_MD5.items():
         try:
@@ -127,8 +132,11 @@ def _cifar10() -> _Raw:
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
         parts.append((images, np.asarray(batch[b"labels"])))
     x_train, y_train = (np.ascontiguousarray(np.concatenate(one)) for one in zip(*parts[:5], strict=True))
-    raw = _Raw("cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *map(np.ascontiguousarray, parts[5]))
-    return dataclasses.replace(raw, published=json.dumps(CIFAR10_MD5))
+    test = map(np.ascontiguousarray, parts[5])
+    return RawData(
+        "cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, next(test), next(test),
+        published=json.dumps(CIFAR10_MD5),
+    )  # fmt: skip
 
 
 def _cifar10_folders() -> dict[Path, list[str]]:
@@ -140,22 +148,23 @@ def _cifar10_folders() -> dict[Path, list[str]]:
     return {f: [name for name in CIFAR10_MD5 if not os.path.isfile(f / name)] for f in folders}
 
 
-def _find_cifar10() -> Path | None:
+def find_cifar10() -> Path | None:
     return next((folder for folder, lacking in _cifar10_folders().items() if not lacking), None)
 
 
 def _download_cifar10() -> Path:
     try:
-        archive = _download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
+        archive = download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
         target = data_folder() / "cifar-10-batches-py"
         with tarfile.open(archive) as tar:
             for name in CIFAR10_MD5:
-                content = tar.extractfile(f"cifar-10-batches-py/{name}").read()
+                file = tar.extractfile(f"cifar-10-batches-py/{name}")
+                content = file.read() if file else b""  # a folder of that name: its hash will be wrong
                 write_atomically(target / name, lambda path, content=content: path.write_bytes(content))
         return target
     except (FileNotFoundError, MSCNNError) as error:
         folders = _cifar10_folders()
-        told = [f"{folder} cannot be read: Permission denied." for folder in folders if not _may_read(folder)]
+        told = [f"{folder} cannot be read: Permission denied." for folder in folders if not may_read(folder)]
         told += [
             f"{folder} is incomplete: it lacks {', '.join(lacking)}."
             for folder, lacking in folders.items()
@@ -164,35 +173,37 @@ def _download_cifar10() -> Path:
         raise FileNotFoundError(" ".join([*told, str(error)])) from error
 
 
-def _digits() -> _Raw:
+def _digits() -> RawData:
     """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 grey."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
-    return _Raw("digits", "scikit-learn", [str(d) for d in range(10)], images, digits.target, flip=False)
+    pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16
+    images = np.round(np.asarray(pixels) * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return RawData("digits", "scikit-learn", [str(d) for d in range(10)], images, np.asarray(labels), flip=False)
 
 
-def _mnist() -> _Raw:
+def _mnist() -> RawData:
     path = data_folder() / "mnist.npz"  # as it is, if it is there: nothing in it is executed
     if not os.path.isfile(path):
-        path = _download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
+        path = download(KERAS_DATA_URL + "mnist.npz", f"sha256:{MNIST_SHA256}", "mnist.npz")
     return dataclasses.replace(_npz(path), name="mnist", flip=False)
 
 
-def _fashion_mnist() -> _Raw:
+def _fashion_mnist() -> RawData:
     paths = [
-        _download(KERAS_DATA_URL + name, f"md5:{md5}", f"fashion-mnist/{name}") for name, md5 in FASHION_MD5.items()
+        download(KERAS_DATA_URL + name, f"md5:{md5}", f"fashion-mnist/{name}") for name, md5 in FASHION_MD5.items()
     ]
     content = [np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths]
     x_train, x_test = (one[16:].reshape(-1, 28, 28, 1) for one in content[::2])  # 16 bytes of header
-    return _Raw("fashion_mnist", str(paths[0].parent), FASHION_NAMES, x_train, content[1][8:], x_test, content[3][8:])
+    return RawData(
+        "fashion_mnist", str(paths[0].parent), FASHION_NAMES, x_train, content[1][8:], x_test, content[3][8:]
+    )
 
 
-def _npz(path: Path) -> _Raw:
+def _npz(path: Path) -> RawData:
     """A `.npz` with x_train, y_train, x_test, y_test and optionally class_names; no pickles are opened."""
     arrays = _read_arrays(path, ("x_train", "y_train", "x_test", "y_test", "class_names"))
-    x_train, x_test = _as_uint8(arrays["x_train"], "x_train"), _as_uint8(arrays["x_test"], "x_test")
+    x_train, x_test = as_uint8(arrays["x_train"], "x_train"), as_uint8(arrays["x_test"], "x_test")
     y_train = _as_labels(arrays["y_train"], "y_train", len(x_train))
     y_test = _as_labels(arrays["y_test"], "y_test", len(x_test))
     highest = int(max(y_train.max(), y_test.max()))
@@ -208,7 +219,7 @@ def _npz(path: Path) -> _Raw:
     if x_train.shape[-1] != x_test.shape[-1]:
         raise MSCNNError(f"{path}: x_train has {x_train.shape[-1]} channels, x_test has {x_test.shape[-1]}.")
     names = given or [str(label) for label in range(count)]
-    return _Raw(path.stem, str(path), names, x_train, y_train, x_test, y_test)
+    return RawData(path.stem, str(path), names, x_train, y_train, x_test, y_test)
 
 
 def _read_arrays(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mscnn_parts.checks import _check_categories_within, _check_numbers, _check_share, _checked_pair, _one_an_image
+from mscnn_parts.checks import check_categories_within, check_numbers, check_share, checked_pair, one_per_image
 from mscnn_parts.settings import MSCNNError, check_threshold
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check_certification_size(images: int, risk: float, delta: float = 0.05) -> t
         MSCNNError: they could not, or a value is outside its range.
     """
     for name, value in (("risk", risk), ("delta", delta)):
-        _check_share(name, value, zero=False, one=False)
+        check_share(name, value, zero=False, one=False)
     steps = max(1, int(np.ceil(np.log2(max(images, 1)))))
     needed = int(np.ceil(np.log(delta / steps) / np.log1p(-risk)))  # without an error, the bound is `risk` here
     if images < needed:
@@ -82,8 +82,14 @@ def threshold_for_risk(confidence: np.ndarray, correct: np.ndarray, risk: float,
 
     Raises:
         MSCNNError: a value outside its range; too few images for any such guarantee; or no threshold reaches it.
+
+    Example:
+        >>> confidence, correct = np.linspace(0, 1, 1000), np.arange(1000) >= 100  # 100 are incorrect
+        >>> certificate = threshold_for_risk(confidence, correct, 0.05)
+        >>> round(certificate.threshold, 3), certificate.errors, certificate.accepted
+        (0.071, 29, 929)
     """
-    confidence, correct = _checked_pair(confidence, correct)
+    confidence, correct = checked_pair(confidence, correct)
     steps, needed = check_certification_size(len(correct), risk, delta)
     descending = np.sort(confidence)[::-1]
     low, high, best = needed - 1, len(correct) - 1, None  # fewer than that cannot reach it
@@ -116,9 +122,9 @@ def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
     Raises:
         MSCNNError: coverage is not a share, or there are no images.
     """
-    _check_share("coverage", coverage, zero=False)
-    (confidence,) = _one_an_image(confidence=confidence)
-    _check_numbers(confidence)
+    check_share("coverage", coverage, zero=False)
+    (confidence,) = one_per_image(confidence=confidence)
+    check_numbers(confidence)
     if not len(confidence):
         raise MSCNNError("A threshold for a coverage needs images to count: there are none.")
     wanted = int(np.ceil(coverage * len(confidence) - 1e-9))  # 0.7 of 10 images are 7, whatever 0.7 is in binary
@@ -131,8 +137,8 @@ def thresholds_by_category(category: np.ndarray, confidence: np.ndarray, coverag
     One threshold for all accepts fewer images of a hard category than of an easy one; these accept the same share of
     each, and so more errors of the hard ones. A category without images gets the threshold of all.
     """
-    category, confidence = _one_an_image(category=category, confidence=confidence)
-    _check_categories_within(category, count)
+    category, confidence = one_per_image(category=category, confidence=confidence)
+    check_categories_within(category, count)
     groups = [confidence[category == c] for c in range(count)]
     return np.array([threshold_for_coverage(one if len(one) else confidence, coverage) for one in groups])
 
@@ -152,7 +158,7 @@ def threshold_for_costs(incorrect: float, other: float) -> float:
     return max(0.0, 1 - other / incorrect)
 
 
-def checked_thresholds(value: float | Sequence[float], count: int) -> float | np.ndarray:
+def checked_thresholds(value: float | Sequence[float] | np.ndarray, count: int) -> float | np.ndarray:
     """A float or a new float64 array (count,), whatever numbers were given.
 
     Raises:
@@ -160,7 +166,8 @@ def checked_thresholds(value: float | Sequence[float], count: int) -> float | np
     """
     if np.shape(check_threshold(value)) not in ((), (count,)):
         raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one a category, ({count},).")
-    return float(value) if np.ndim(value) == 0 else np.array(value, np.float64)
+    values = np.array(value, np.float64)
+    return values if values.ndim else float(values)
 
 
 def threshold_text(model: MultiStageCNN) -> str:

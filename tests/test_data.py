@@ -29,9 +29,9 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Split, load_dataset
-from mscnn_parts.data import _Raw, _split
-from mscnn_parts.pictures import _as_uint8
-from mscnn_parts.sources import _cifar10, _fashion_mnist, _find_cifar10, _mnist, _npz
+from mscnn_parts.data import RawData, split_data
+from mscnn_parts.pictures import as_uint8
+from mscnn_parts.sources import _cifar10, _fashion_mnist, _mnist, _npz, find_cifar10
 
 SPLITS = ("train", "calibration", "certification", "test")
 
@@ -198,7 +198,7 @@ def test_a_folder_that_may_not_be_read_is_named(data_dir, monkeypatch):
 
 
 def test_the_real_cifar10():
-    if _find_cifar10() is None:
+    if find_cifar10() is None:
         pytest.skip("CIFAR-10 is not on disk; MSCNN_DATA_DIR says where it is")
     data = load_dataset("cifar10")
     assert [len(getattr(data, name)) for name in SPLITS] == [45_000, 2_500, 2_500, 10_000]
@@ -667,7 +667,7 @@ FLOATS = arrays(size=8)["x_train"] / 255  # float64 (200, 8, 8, 3), from 0 to 1
     ],
 )
 def test_floats_a_hair_outside_are_clipped(images):
-    levels = _as_uint8(images, "x_train")
+    levels = as_uint8(images, "x_train")
     assert levels.dtype == np.uint8
     assert np.abs(levels.astype(int) - arrays(size=8)["x_train"]).max() <= 1
 
@@ -1011,7 +1011,7 @@ def test_a_picture_that_is_not_there(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> _Raw:
+def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> RawData:
     """Images that are their own number, written in four bytes; categories of unequal size."""
 
     def some(first: int, number: int):
@@ -1019,7 +1019,7 @@ def numbered(count: int, test: int | None, weights=(4, 3, 2, 1)) -> _Raw:
         return images, np.resize(np.repeat(np.arange(len(weights)), weights), number)
 
     tests = (None, None) if test is None else some(count, test)
-    return _Raw("numbered", "here", ["a", "b", "c", "d"], *some(0, count), *tests)
+    return RawData("numbered", "here", ["a", "b", "c", "d"], *some(0, count), *tests)
 
 
 def numbers(split: Split) -> np.ndarray:
@@ -1028,9 +1028,9 @@ def numbers(split: Split) -> np.ndarray:
 
 @pytest.fixture
 def split(monkeypatch):
-    """`_split`, with the images left as small as they are."""
+    """`split_data`, with the images left as small as they are."""
     patch_rooms(monkeypatch, "_resized", lambda images: images)
-    return _split
+    return split_data
 
 
 @pytest.mark.parametrize(
@@ -1088,7 +1088,7 @@ def test_every_category_is_in_every_split(split, train, test, light):
     labels = [None if sizes is None else np.repeat(np.arange(len(sizes)), sizes) for sizes in (train, test)]
     images = [None if one is None else np.zeros((len(one), 2, 2, 1), np.uint8) for one in labels]
     names = [str(category) for category in range(len(train))]
-    data = split(_Raw("rare", "here", names, images[0], labels[0], images[1], labels[1]), light, seed=0)
+    data = split(RawData("rare", "here", names, images[0], labels[0], images[1], labels[1]), light, seed=0)
     for name, least in zip(SPLITS, (2, 1, 1, 1), strict=True):
         assert np.bincount(getattr(data, name).labels, minlength=len(names)).min() >= least, name
     assert light or sum(len(getattr(data, name)) for name in SPLITS) == sum(train) + sum(test or [])
@@ -1340,8 +1340,8 @@ def test_a_validation_split_is_halved_by_category_and_train_stays_whole(tmp_path
 def test_light_mode_takes_a_tenth_of_a_validation_split():
     labels = np.arange(10_000) % 2
     images = np.zeros((10_000, 2, 2, 1), np.uint8)
-    raw = _Raw("many", "", ["a", "b"], images, labels, images, labels, images[:7_000], labels[:7_000])
-    sizes = _split(raw, light_mode=True, seed=0).describe()["sizes"]
+    raw = RawData("many", "", ["a", "b"], images, labels, images, labels, images[:7_000], labels[:7_000])
+    sizes = split_data(raw, light_mode=True, seed=0).describe()["sizes"]
     assert sizes == {"train": 1500, "calibration": 350, "certification": 350, "test": 1000}
 
 

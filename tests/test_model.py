@@ -16,11 +16,12 @@ import keras
 import numpy as np
 import pytest
 from conftest import gross_strangers
+from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import Decisions, MSCNNError, MultiStageCNN
-from mscnn_parts.data import _Raw, _split
-from mscnn_parts.sources import _find_cifar10
+from mscnn_parts.data import RawData, split_data
+from mscnn_parts.sources import find_cifar10
 
 ROOT = Path(mscnn.__file__).parent
 
@@ -253,7 +254,7 @@ def photographs_of_few_kinds(categories: int, count: int) -> mscnn.Dataset:
         images.append(strip[top : top + 96 : 3, left : left + 96 : 3])
     arrays = np.stack(images), labels
     names = [f"strip {c}" for c in range(categories)]
-    return _split(_Raw("strips", "", names, *arrays), light_mode=False, seed=0)
+    return split_data(RawData("strips", "", names, *arrays), light_mode=False, seed=0)
 
 
 def trained_on(data: mscnn.Dataset) -> MultiStageCNN:
@@ -275,7 +276,7 @@ def test_models_of_folders_of_photographs_notice_gross_strangers(categories, cou
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
 def test_models_of_light_mode_and_of_digits_notice_gross_strangers(name):
-    if name == "cifar10" and _find_cifar10() is None:
+    if name == "cifar10" and find_cifar10() is None:
         pytest.skip("CIFAR-10 is not at hand")
     data = mscnn.load_dataset(name, light_mode=name == "cifar10")
     assert_notices_strangers(trained_on(data), data.test.images)
@@ -843,3 +844,18 @@ def test_a_threshold_for_each_category(model, tiny_data):
     assert np.array_equal(decided, expected)
     with pytest.raises(MSCNNError, match=r"threshold is 2: it is a confidence"):
         model.decide(images, threshold=np.array([0.0, 2.0, 0.0, 1.0, 0.0]))
+
+
+def test_decide_takes_paths_pillow_images_and_lists_as_well_as_arrays(model, tiny_data, tmp_path):
+    images = tiny_data.test.images[:3]
+    expected = model.decide(images)
+    pictures = [Image.fromarray(image) for image in images]
+    pictures[0].save(tmp_path / "first.png")
+    for given in (list(images), pictures, [tmp_path / "first.png", pictures[1], images[2]]):
+        for one, other in zip(model.decide(given), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    for given in (str(tmp_path / "first.png"), tmp_path / "first.png", pictures[0]):
+        assert model.decide(given).confidence.shape == (1,)
+    assert len(model.decide([]).confidence) == 0
+    with pytest.raises(MSCNNError, match="There is no image at"):
+        model.decide(str(tmp_path / "absent.png"))

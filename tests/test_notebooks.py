@@ -19,7 +19,7 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import Settings
-from mscnn_parts.files import _jsonable
+from mscnn_parts.files import jsonable
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
 
 if sys.version_info >= (3, 11):
@@ -541,7 +541,7 @@ def test_a_fresh_process_decides_the_same(chain, tmp_path):
         assert np.array_equal(one, other), name
 
     # They are also what the last notebook has reported: no solution has changed the model.
-    metrics = _jsonable(mscnn.evaluate(there, data.test.labels, settings["threshold"]))
+    metrics = jsonable(mscnn.evaluate(there, data.test.labels, settings["threshold"]))
     assert metrics == {stage: read(chain, "metrics")[stage] for stage in metrics}
 
 

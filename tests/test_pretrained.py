@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, gross_strangers
 
 import mscnn_helpers as mscnn
-from mscnn_parts.sources import _find_cifar10
+from mscnn_parts.sources import find_cifar10
 
 FILE = ROOT / "notebooks" / mscnn.PRETRAINED
 made = pytest.mark.skipif(not FILE.is_file(), reason="no pretrained model has been made yet")
@@ -89,7 +89,7 @@ def test_the_pretrained_model_notices_gross_strangers():
 
 @made
 def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
-    if _find_cifar10() is None:
+    if find_cifar10() is None:
         pytest.skip("CIFAR-10 is not at hand")
     cifar10 = mscnn.load_dataset("cifar10")
     model, record = mscnn.load_model(FILE), json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))

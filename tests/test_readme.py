@@ -262,7 +262,7 @@ def test_python_blocks_run(trained_model_path, tmp_path, monkeypatch, capsys):
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(run / "figures" / "example_image.png")
     monkeypatch.chdir(tmp_path)
     printed = []
-    for kind, block in FENCE.findall(DOCS["parameters"] + TEXTS["en"]):
+    for kind, block in FENCE.findall(DOCS["parameters"] + TEXTS["en"] + DOCS["api"]):
         if kind == "python":
             exec(compile(block, "README", "exec"), {})
             printed.append(capsys.readouterr().out.strip())
@@ -270,6 +270,8 @@ def test_python_blocks_run(trained_model_path, tmp_path, monkeypatch, capsys):
     assert printed[0] == "[]"  # two copies of one model
     said = rf"decided: ({'|'.join(names)})\nwhy: (accepted|{mscnn.LOW_CONFIDENCE}|{mscnn.OUT_OF_DISTRIBUTION})\n"
     assert re.fullmatch(rf"{said}Stage 1 says ({'|'.join(names[:-1])}), correct with probability \d+%", printed[1])
+    assert re.fullmatch(r"\w+ [a-z ]+ \d+%", printed[2])
+    assert "auroc_failure" in printed[3] and "Guaranteed with probability 95%" in printed[3]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SOURCES
 
 FLOORS = """
 settings files checks
@@ -46,3 +46,18 @@ def test_light_rooms_load_no_tensorflow():
     light = [f"mscnn_parts.{room}" for room in ROOMS if room not in HEAVY]
     code = f"import sys, {', '.join(light)}; sys.exit(bool({{'tensorflow', 'keras'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_public_functions_are_annotated(path):
+    """But methods that Keras prescribes."""
+    prescribed = {"call", "build", "get_config", "convolution_op", "update_step"}
+    for owner in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(owner, (ast.Module, ast.ClassDef)):
+            continue
+        for function in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+            if function.name.startswith(("_", "on_")) or function.name in prescribed:
+                continue
+            arguments = [*function.args.args, *function.args.kwonlyargs]
+            bare = [one.arg for one in arguments if one.annotation is None and one.arg not in ("self", "cls")]
+            assert not bare and function.returns is not None, f"{function.name}: {bare}"

@@ -24,7 +24,7 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings
 from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html, parse
 from mscnn_parts.lab import make_working_copies
-from mscnn_parts.run_folder import _make_folders
+from mscnn_parts.run_folder import make_run_folders
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_run_does_not_write_over_notebooks(settings, tmp_path, monkeypatch, ru
     given = str(ROOT) if run_dir == "ROOT" else run_dir
     given = str(tmp_path / given) if (tmp_path / given).is_dir() and given not in ("", ".", "notebooks") else given
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, run_dir=given))
-    for refuses in (_make_folders, mscnn.validate_run, mscnn.continue_run_data):
+    for refuses in (make_run_folders, mscnn.validate_run, mscnn.continue_run_data):
         with pytest.raises(MSCNNError, match=r"run_dir is .*notebooks.* Choose another run_dir"):
             refuses(run)
     assert not run.figures.exists()
@@ -568,7 +568,7 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
     (other / "data").mkdir()
     (other / "images.npz").touch()
     patch_rooms(monkeypatch, "project_root", lambda: project)
-    patch_rooms(monkeypatch, "_make_folders", lambda run: None)  # they lie in a checkout
+    patch_rooms(monkeypatch, "make_run_folders", lambda run: None)  # they lie in a checkout
     monkeypatch.setenv("MSCNN_DATA_DIR", "data")
     monkeypatch.chdir(other / "notebooks")
     monkeypatch.setenv("PWD", str(other))
@@ -590,7 +590,7 @@ def test_an_earlier_run_is_kept_where_auto_would_be_refused(
     settings, trained_model_path, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path))
-    patch_rooms(monkeypatch, "_download", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no network")))
+    patch_rooms(monkeypatch, "download", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no network")))
     patch_rooms(monkeypatch, "run_notebook", lambda *_: pytest.fail("a notebook was started"))
     run = Run("total", settings)
     run.write("metrics", dataset={"name": "cifar10"})
