@@ -72,7 +72,7 @@ def notebooks_first(text: str) -> str:
     return "".join([head, *sections])
 
 
-def number_headings(soup: BeautifulSoup) -> None:
+def anchor_headings(soup: BeautifulSoup) -> None:
     """Gives each heading the anchor that GitHub gives it."""
     for heading in soup.select("h1, h2, h3, h4"):
         heading["id"] = re.sub(r"[^\w\- ]", "", heading.get_text().lower()).replace(" ", "-")
@@ -150,7 +150,7 @@ def build(run: Path, folder: Path) -> None:
     soups = {}
     for path in pages:
         soups[path] = soup = BeautifulSoup(exporter.from_notebook_node(content(path, run))[0], "html.parser")
-        number_headings(soup)
+        anchor_headings(soup)
         for link in soup.select("a[href]"):
             direct(link, path, pages)
         for image in soup.select("img[src]"):
