@@ -8,6 +8,8 @@ ARGS ?= --epochs 5 --light_mode
 BENCH ?=
 # FRESH=1 makes the copies that `make lab` opens anew, and keeps the old ones beside them.
 FRESH ?=
+# SITE_RUN=runs/NAME makes the website of that finished run.
+SITE_RUN ?=
 # SYSTEM_PYTHON=1 uses the Python on the path as it is and installs nothing: for conda, containers and Colab.
 SYSTEM_PYTHON ?=
 
@@ -29,7 +31,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood lint format lock badges clean distclean
+.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood lint format lock badges site clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -92,11 +94,19 @@ lock: env ## Write requirements.lock anew: the newest versions that requirements
 	@$(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 --group dev \
 	  --custom-compile-command "make lock" --output-file requirements.lock requirements.txt
 
-badges: env ## Write the repository's address and ref (pyproject.toml) into notebooks and READMEs
+badges: env ## Write the addresses of repository and website (pyproject.toml) into notebooks and READMEs
 	@$(RUN) .github/badges.py
 
-clean: ## Remove caches and runs/, trained models included
-	rm -rf runs build *.egg-info .pytest_cache .ruff_cache
+# Without a training in full: two verifiers of the pretrained model are retrained.
+SITE_ARGS = --load_model pretrained --stage2_only --stage2_categories ship,truck --epochs 0 --batch_size 0
+
+site: env ## Build the website in site/ from the pretrained model: minutes; SITE_RUN=runs/NAME takes a finished run
+	@$(if $(SITE_RUN),,$(RUN) mscnn_helpers.py $(SITE_ARGS) --notebooks all --run_dir runs/site)
+	@rm -rf site
+	@$(RUN) .github/pages.py $(or $(SITE_RUN),runs/site)
+
+clean: ## Remove caches, site/ and runs/, trained models included
+	rm -rf runs site build *.egg-info .pytest_cache .ruff_cache
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
 distclean: clean ## The same, and .venv

@@ -365,6 +365,27 @@ def test_badges_miss_what_is_not_there(badges, tmp_path, lost, complaint):
     assert complaint in checked.stderr
 
 
+def test_readmes_link_the_website_once_it_is_published(badges, tmp_path):
+    readmes = [ROOT / "README.md", ROOT / "README.ja.md"]
+    for readme in readmes:
+        shutil.copy(readme, tmp_path)
+
+    def with_site(site: str) -> list[str]:
+        text = (ROOT / "pyproject.toml").read_text("utf-8")
+        (tmp_path / "pyproject.toml").write_text(
+            re.sub(r'^site = ".*"$', f'site = "{site}"', text, flags=re.M), "utf-8"
+        )
+        assert badges().returncode == 0
+        return [(tmp_path / readme.name).read_text("utf-8") for readme in readmes]
+
+    pages = [*(f"{path.stem}.html" for path in NOTEBOOKS), ""]
+    for site in ("https://one.example/site", "https://two.example"):
+        for text in with_site(f"{site}/"):
+            assert re.findall(r"\((https://\w+\.example[^)]*)\)", text) == [f"{site}/{page}" for page in pages]
+    assert not any("example" in text.replace("example_image", "") for text in with_site(""))
+    assert with_site(PYPROJECT["tool"]["mscnn"]["site"]) == [readme.read_text("utf-8") for readme in readmes]
+
+
 def test_badges_of_this_project_are_right():
     command = [sys.executable, ROOT / ".github" / "badges.py", "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
