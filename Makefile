@@ -31,7 +31,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood lint format lock badges site clean distclean
+.PHONY: help env run lab test test-notebooks test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood lint format lock badges site clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -54,10 +54,13 @@ lab: env ## Open JupyterLab on copies of the notebooks in runs/lab, which keep y
 	@$(RUN) -m mscnn_parts.lab $(if $(FRESH),--fresh)
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/runs/lab/notebooks
 
-test: env ## Run the tests, but for the slow ones
-	@$(RUN) -m pytest -m "not slow"
+test: env ## Run the tests but the slow ones, on two processes: 5 minutes on two cores
+	@$(RUN) -m pytest -n 2 -m "not slow and not chain"
 
-test-slow: env ## Run the slow tests
+test-notebooks: env ## Run all notebooks and the solutions of their exercises on a small data set
+	@$(RUN) -m pytest -m chain
+
+test-slow: env ## Run the slow tests: about an hour
 	@$(RUN) -m pytest -m slow
 
 bench-quality: env ## Measure accuracy, selective metrics, time and memory of full runs: over an hour; BENCH=--quick
@@ -78,9 +81,12 @@ bench-verifiers: env ## Measure which verifier is worth having: over an hour; BE
 bench-ood: env ## Measure what becomes of images that show no category: after bench-quality; BENCH=--quick
 	@$(RUN) benchmarks/ood.py $(BENCH)
 
-lint: env ## Check code, notebooks (style, no outputs) and badges; changes nothing
+lint: env ## Check style, types, spelling, links, badges, and that notebooks have no outputs; changes nothing
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m basedpyright
+	@$(RUN) -m codespell_lib
+	@$(RUN) .github/links.py
 	@$(RUN) -m nbstripout --verify --keep-id notebooks/*.ipynb
 	@$(RUN) .github/badges.py --check
 	@if command -v .venv/bin/hadolint > /dev/null; then .venv/bin/hadolint Dockerfile; fi

@@ -14,6 +14,7 @@ LINK = re.compile(COLAB + r'/github/[^\s()"\\]+/notebooks/([\w.-]+\.ipynb)')
 IMAGE = rf"(\[!\[Open In Colab\]\((?:{COLAB}/assets|images)/colab-badge\.svg\)\])"  # a notebook's is there offline, too
 BADGE = re.compile(rf"{IMAGE}\({LINK.pattern}\)")
 # In a notebook, which is JSON, the quotes have a backslash before them.
+WORKFLOW = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(/actions/workflows/)")
 CLONE = re.compile(r"git clone https://\S+\ncd [\w.-]+")
 # What a README offers to read: a link in each row of its table of notebooks, and one behind `make site`.
 ROW = re.compile(r"^(\| \[[^\]]+\]\(notebooks/(\w+)\.ipynb\) \|.*\| )(?:\[[^\]!]+\]\([^)]+\) · )?(?=\[!\[)", re.M)
@@ -39,6 +40,7 @@ def rewritten(text: str, notebook: str | None, repository: str, ref: str) -> str
     text = BADGE.sub(lambda found: f"{found[1]}({folder}/{notebook or found[2]})", text)
     clone = f"git clone {repository}.git\ncd {repository.split('/')[-1]}"
     text = CLONE.sub(lambda found: clone, text)
+    text = WORKFLOW.sub(lambda found: repository + found[1], text)
     setup = "REPOSITORY, REF = {0}{1}{0}, {0}{2}{0}"
     return SETUP.sub(lambda found: setup.format(found[1], repository, ref), text)
 

@@ -365,12 +365,6 @@ class Answers(NamedTuple):
     probability: np.ndarray | None = None  # (N,), of being right; None: the method claims none
 
 
-def by_odds(category: np.ndarray, odds: np.ndarray) -> Answers:
-    """Ranked by log-odds, since their sigmoid has ties where it rounds to 1."""
-
-    return Answers(category, odds, expit(odds))
-
-
 class Split(NamedTuple):
     """One split's outputs, and Stage 1's answers on it."""
 
@@ -482,20 +476,9 @@ def stage2_base_odds(split: Split) -> np.ndarray:
     return np.mean([softmax_odds(view, split.category(2)) for view in split.stage2_base], axis=0)
 
 
-def ensemble(found: dict[str, np.ndarray], size: int) -> np.ndarray:
+def softmax_of_pool(found: dict[str, np.ndarray], size: int) -> np.ndarray:
     """Mean softmax of so many Stage 1 networks, the seed's own among them, (N, C)."""
-    from scipy.special import softmax
-
     return softmax(found["test_pool"][:size], axis=-1).mean(axis=0)
-
-
-def ensemble_margin(found: dict[str, np.ndarray], size: int) -> Answers:
-    """By the mean logits of so many Stage 1 networks."""
-    import mscnn_helpers as mscnn
-
-    logits = found["test_pool"][:size].mean(axis=0)  # (N, C)
-    category = logits.argmax(axis=1)
-    return Answers(category, mscnn.margin(logits, category))
 
 
 def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -503,57 +486,120 @@ def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarra
         return softmax_odds(np.log(probability), category)
 
 
+# ---- the registry
+
+
+class Evidence:
+    """What a method is given of one seed: the calibration split to fit and to choose, the test split to answer."""
+
+    def __init__(self, found: dict[str, np.ndarray]):
+        self.found = found
+        self.calibration, self.test = (split_of(found, name) for name in ("calibration", "test"))
+
+    def combined(self, second: Callable[[Split], np.ndarray], views: int = 2, answer: int = 2) -> np.ndarray:
+        return combined(second, self.calibration, self.test, views, answer)
+
+
+class Method(NamedTuple):
+    """One way to answer and to say how confident the answer is: to add a baseline, add an entry to METHODS."""
+
+    name: str
+    predict: Callable[[Evidence], np.ndarray]  # the answers, int (N,)
+    confidence: Callable[[Evidence], np.ndarray]  # in them, (N,)
+    macs: tuple[float, float]  # in units of Stage 1's and of the Stage 2 base network's
+    probability: Callable[[np.ndarray], np.ndarray] | None = None  # of a correct answer, by the confidence; None: none
+
+    def answers(self, evidence: Evidence) -> Answers:
+        confidence = self.confidence(evidence)
+        claimed = None if self.probability is None else self.probability(confidence)
+        return Answers(self.predict(evidence), confidence, claimed)
+
+    def cost(self, stage1: float, stage2_base: float) -> float:
+        """Multiply-adds an image, as a multiple of Stage 1's."""
+        one, two = self.macs
+        return one + two * stage2_base / stage1
+
+
+def by_one_view(e: Evidence) -> np.ndarray:
+    return e.test.category(1)
+
+
+def by_two_views(e: Evidence) -> np.ndarray:
+    return e.test.category(2)
+
+
+def as_it_is(confidence: np.ndarray) -> np.ndarray:
+    """A confidence that is a probability."""
+    return confidence
+
+
+def nearest(e: Evidence) -> np.ndarray:
+    near = [lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))]
+    return best_on_calibration(near, e.calibration)(e.test)
+
+
+# Where a confidence is log-odds, its sigmoid is the probability; log-odds rank, since a sigmoid rounds to 1.
+METHODS = [
+    Method("softmax", by_one_view, lambda e: softmax_odds(e.test.logits(1)), (1, 0), expit),
+    Method("temperature", by_one_view, lambda e: softmax_odds(e.test.logits(1) / temperature(e.calibration)), (1, 0), expit),
+    Method("margin", by_one_view, lambda e: e.test.margin(1, 1), (1, 0)),
+    Method("entropy", by_one_view, lambda e: negative_entropy(e.test.logits(1)), (1, 0)),
+    Method("p-norm", by_one_view, lambda e: best_p_norm(e.calibration, 1)(e.test), (1, 0)),
+    Method("neighbours", by_one_view, nearest, (1, 0)),
+    Method("ours, one view", by_one_view, lambda e: e.combined(lambda s: s.second(1, 1), 1, 1), (1, 1), as_it_is),
+    Method("ours, answers on a single view", by_one_view, lambda e: e.combined(lambda s: s.second(2, 1), 2, 1), (2, 2), as_it_is),
+    Method("mirror", by_two_views, lambda e: softmax_odds(e.test.logits(2)), (2, 0), expit),
+    Method("mirror, temperature", by_two_views, lambda e: softmax_odds(e.test.logits(2) / temperature(e.calibration, 2)), (2, 0), expit),
+    Method("mirror's p-norm", by_two_views, lambda e: best_p_norm(e.calibration, 2)(e.test), (2, 0)),
+    Method("mirror's margin", by_two_views, lambda e: e.test.margin(2, 2), (2, 0)),
+    Method("mirror's margin, combined", by_two_views, lambda e: e.combined(no_odds), (2, 0), as_it_is),
+    Method("stage2_base", by_two_views, lambda e: e.combined(stage2_base_odds), (2, 2), as_it_is),
+    Method("one-vs-rest", by_two_views, lambda e: e.test.second(2, 2), (2, 2), expit),
+    Method("ours", by_two_views, lambda e: e.test.ours, (2, 2), as_it_is),
+    Method("ours, with the OOD rejection", by_two_views, lambda e: np.where(e.found["test_familiar"], e.test.ours, -1.0), (2, 2)),
+]  # fmt: skip
+
+
+def by_softmax(name: str, softmax_of: Callable[[Evidence], np.ndarray], size: float) -> Method:
+    """A method with a softmax of its own, (N, C), at the cost of so many Stage 1 networks."""
+
+    def predict(e: Evidence) -> np.ndarray:
+        return softmax_of(e).argmax(axis=1)
+
+    return Method(name, predict, lambda e: probability_odds(softmax_of(e), predict(e)), (size, 0), expit)
+
+
+def ensembles(size: int) -> tuple[Method, Method, Method]:
+    """Of so many Stage 1 networks: by the margin of their mean logits; about our answers; and by their mean softmax."""
+    name = f"ensemble of {size}"
+
+    def logits(e: Evidence) -> np.ndarray:
+        return e.found["test_pool"][:size].mean(axis=0)  # (N, C)
+
+    def predict(e: Evidence) -> np.ndarray:
+        return logits(e).argmax(axis=1)
+
+    def ours(e: Evidence) -> np.ndarray:
+        return probability_odds(softmax_of_pool(e.found, size), by_two_views(e))
+
+    return (
+        Method(f"{name}, margin", predict, lambda e: mscnn.margin(logits(e), predict(e)), (size, 0)),
+        Method(f"{name}, our answers", by_two_views, ours, (size, 0), expit),
+        by_softmax(name, lambda e: softmax_of_pool(e.found, size), size),
+    )
+
+
+def methods_of(found: dict[str, np.ndarray], form: Form) -> list[Method]:
+    """The methods that one seed has the networks for."""
+    of_pool = [method for kind in zip(*map(ensembles, form.sizes), strict=True) for method in kind]
+    dropout = [by_softmax("dropout", lambda e: e.test.dropout, 1)] if "test_dropout" in found else []
+    return [*METHODS, *of_pool, *dropout]
+
+
 def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     """What each method says of one seed's test split."""
-    calibration, test = (split_of(found, name) for name in ("calibration", "test"))
-    logits, mirrored = test.logits(1), test.logits(2)
-    one, both = test.category(1), test.category(2)
-    near = best_on_calibration([lambda s, i=i: -s.distance[i] for i in range(len(NEIGHBOURS))], calibration)
-    averaged = {f"ensemble of {size}": ensemble(found, size) for size in form.sizes}
-    stage2_base, unaided = (combined(second, calibration, test) for second in (stage2_base_odds, no_odds))
-    alone = combined(lambda split: split.second(1, 1), calibration, test, 1, 1)
-    same = combined(lambda split: split.second(2, 1), calibration, test, 2, 1)
-    result = {
-        "softmax": by_odds(one, softmax_odds(logits)),
-        "temperature": by_odds(one, softmax_odds(logits / temperature(calibration))),
-        "margin": Answers(one, test.margin(1, 1)),
-        "entropy": Answers(one, negative_entropy(logits)),
-        "p-norm": Answers(one, best_p_norm(calibration, 1)(test)),
-        "neighbours": Answers(one, near(test)),
-        "ours, one view": Answers(one, alone, alone),
-        "ours, answers on a single view": Answers(one, same, same),
-        "mirror": by_odds(both, softmax_odds(mirrored)),
-        "mirror, temperature": by_odds(both, softmax_odds(mirrored / temperature(calibration, 2))),
-        "mirror's p-norm": Answers(both, best_p_norm(calibration, 2)(test)),
-        "mirror's margin": Answers(both, test.margin(2, 2)),
-        "mirror's margin, combined": Answers(both, unaided, unaided),
-        "stage2_base": Answers(both, stage2_base, stage2_base),
-        "one-vs-rest": by_odds(both, test.second(2, 2)),
-        "ours": Answers(both, test.ours, test.ours),
-        "ours, with the OOD rejection": Answers(both, np.where(found["test_familiar"], test.ours, -1.0)),
-    }
-    result |= {f"ensemble of {size}, margin": ensemble_margin(found, size) for size in form.sizes}
-    result |= {f"{name}, our answers": by_odds(both, probability_odds(p, both)) for name, p in averaged.items()}
-    for name, p in {**averaged, **({} if test.dropout is None else {"dropout": test.dropout})}.items():
-        result[name] = by_odds(own := p.argmax(axis=1), probability_odds(p, own))
-    return result
-
-
-# Multiply-adds of each method, in units of Stage 1's and of the Stage 2 base network's.
-WORK = {
-    "stage2_base": (2, 2), "one-vs-rest": (2, 2), "mirror": (2, 0), "mirror, temperature": (2, 0),
-    "mirror's p-norm": (2, 0), "mirror's margin": (2, 0), "mirror's margin, combined": (2, 0),
-    "ours, one view": (1, 1), "ours, answers on a single view": (2, 2), "ours": (2, 2),
-    "ours, with the OOD rejection": (2, 2),
-}  # fmt: skip
-
-
-def work(method: str, stage1: float, stage2_base: float) -> float:
-    """Multiply-adds an image, as a multiple of Stage 1's."""
-    method = method.removesuffix(", our answers").removesuffix(", margin")
-    size = int(method.rsplit(" ", 1)[1]) if method.startswith("ensemble") else 1
-    one, two = WORK.get(method, (size, 0))
-    return one + two * stage2_base / stage1
+    evidence = Evidence(found)
+    return {method.name: method.answers(evidence) for method in methods_of(found, form)}
 
 
 # ---- the measures
@@ -718,10 +764,11 @@ def judge(form: Form) -> dict:
         multiply_adds(our_network("float32", widths)) for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS)
     )
     methods = {}
+    costs = {m.name: m.cost(stage1, stage2_base) for one in found for m in methods_of(one, form)}
     for name in all_methods(all_answers):
         having = [i for i, one in enumerate(all_answers) if name in one]
         methods[name] = {
-            "work": work(name, stage1, stage2_base), "of": [form.seeds[i] for i in having],
+            "work": costs[name], "of": [form.seeds[i] for i in having],
             "seeds": [measures(all_answers[i][name], labels[i]) for i in having],
         }  # fmt: skip
     promised = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]

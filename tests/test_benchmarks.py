@@ -335,6 +335,7 @@ def test_a_hand_written_epoch_trains(monkeypatch):
     assert not any(np.array_equal(old, new) for old, new in zip(before, network.trainable_variables, strict=True))
 
 
+@pytest.mark.slow
 def test_the_model_for_timing_decide_predicts_all_categories():
     """Else one Stage 2 CNN would get every image, in one large and fast batch."""
     model = speed.spread_model(flip=True)

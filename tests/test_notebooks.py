@@ -103,15 +103,6 @@ def test_it_says_what_it_will_do_and_what_it_did(path):
         assert f"**{word}**" in cells(path)[0].source
 
 
-@each_notebook
-def test_links_lead_somewhere(path):
-    targets = re.findall(r"\]\(([^()\s]+)\)", prose(path))
-    relative = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
-    assert relative
-    for target in relative:
-        assert (FOLDER / target.split("#")[0]).is_file(), target
-
-
 @pytest.mark.parametrize(("one", "next_one"), list(itertools.pairwise(PATHS)), ids=lambda path: path.stem)
 def test_neighbours_link_to_each_other_at_both_ends(one, next_one):
     for source, target in ((one, next_one), (next_one, one)):
@@ -472,10 +463,12 @@ def check_metrics(folder) -> None:
         assert name in metrics["report"]
 
 
+@pytest.mark.chain
 def test_the_chain_from_the_top_folder_learns(chain):
     check_metrics(chain)
 
 
+@pytest.mark.chain
 def test_the_chain_makes_the_documented_figures(chain):
     for name in FIGURES:
         with Image.open(chain / "figures" / f"{name}.png") as picture:
@@ -483,6 +476,7 @@ def test_the_chain_makes_the_documented_figures(chain):
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10, f"{name} is empty"
 
 
+@pytest.mark.chain
 def test_the_chain_keeps_its_history(chain):
     history = read(chain, "history")
     assert history.keys() >= {"stage1", "stage2_base", "stage2", "retraining"}
@@ -502,6 +496,7 @@ def executed(folder):
                 yield path.stem, cell
 
 
+@pytest.mark.chain
 def test_the_chain_runs_without_warnings(chain):
     for name, cell in executed(chain):
         for output in cell.outputs:
@@ -510,6 +505,7 @@ def test_the_chain_runs_without_warnings(chain):
                 assert "Warning" not in output.text, f"{name} {cell.id}: {output.text}"
 
 
+@pytest.mark.chain
 def test_every_solution_was_executed(chain):
     done = {(name, cell.id) for name, cell in executed(chain) if cell.execution_count}
     wanted = {(path.stem, f"solution-{i + 1}") for path in PATHS for i in range(len(solutions(path)))}
@@ -528,6 +524,7 @@ np.savez(sys.argv[4], *decisions)
 """
 
 
+@pytest.mark.chain
 def test_a_fresh_process_decides_the_same(chain, tmp_path):
     settings = read(chain, "metrics")["parameters"]
     path = chain / "multistage_cnn_model.keras"
@@ -584,6 +581,7 @@ def test_two_runs_from_two_folders_see_the_same_data(chain, program):
     assert read(chain, "metrics")["dataset"]["fingerprint"] == read(folder, "metrics")["dataset"]["fingerprint"]
 
 
+@pytest.mark.chain
 def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
     text = "".join(
         output.get("text", "") for name, cell in executed(chain) if name.startswith("04") for output in cell.outputs

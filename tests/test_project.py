@@ -202,7 +202,7 @@ def test_system_python_installs_nothing(project):
     assert project.installs() == 0
     assert not (project.folder / ".venv").exists()
     log = (project.folder / "log").read_text("utf-8").splitlines()
-    assert log == ["mscnn_helpers.py --epochs 5 --light_mode", "-m pytest -m not slow"] * 2
+    assert log == ["mscnn_helpers.py --epochs 5 --light_mode", "-m pytest -n 2 -m not slow and not chain"] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -386,6 +386,26 @@ def test_readmes_link_the_website_once_it_is_published(badges, tmp_path):
     assert with_site(PYPROJECT["tool"]["mscnn"]["site"]) == [readme.read_text("utf-8") for readme in readmes]
 
 
+@pytest.mark.parametrize(
+    ("link", "problem"),
+    [
+        ("docs/faq.md", ""),
+        ("docs/none.md", "file"),
+        ("#start", ""),
+        ("docs/faq.md#nowhere", "heading"),
+        ("LICENSE", ""),
+    ],
+)
+def test_links_are_checked(link, problem):
+    sys.path.insert(0, str(ROOT / ".github"))
+    try:
+        import links
+    finally:
+        sys.path.pop(0)
+    found = links.problem_of_relative(ROOT / "README.md", link)
+    assert found == (f"no such {problem}" if problem else "")
+
+
 def test_badges_of_this_project_are_right():
     command = [sys.executable, ROOT / ".github" / "badges.py", "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -397,7 +417,9 @@ def test_no_other_address_of_the_repository(path):
     """A link to the repository that `make badges` does not know would go stale."""
     owner, name = PYPROJECT["tool"]["mscnn"]["repository"].split("/")[-2:]
     text = path.read_text("utf-8")
-    known = re.findall(COLAB + r"/github/[^\s()\"\\]+\.ipynb|REPOSITORY, REF = .+|git clone .+", text)
+    known = re.findall(
+        COLAB + r"/github/[^\s()\"\\]+\.ipynb|REPOSITORY, REF = .+|git clone .+|https://\S+/actions/\S+", text
+    )
     assert text.count(f"{owner}/{name}") == sum(part.count(f"{owner}/{name}") for part in known)
 
 
@@ -507,7 +529,7 @@ def ci(tmp_path: Path):
 def test_ci_with_data_ends_with_the_figures(ci, tmp_path):
     result, log = ci(data=True)
     assert result.returncode == 0, result.stderr
-    assert log == ["env", "lint with data", "test with data", "run with data"]
+    assert log == ["env", "lint with data", "test with data", "test-notebooks with data", "run with data"]
     assert result.stdout.endswith('{"figures": 1}\n')
     assert not list(tmp_path.rglob("laid-out"))  # the laid-out data do not stay behind
 
@@ -515,10 +537,10 @@ def test_ci_with_data_ends_with_the_figures(ci, tmp_path):
 def test_ci_without_data_stops_after_the_tests(ci):
     result, log = ci(data=False)
     assert result.returncode == 0, result.stderr
-    assert log == ["env", "lint", "test"]
+    assert log == ["env", "lint", "test", "test-notebooks"]
 
 
-@pytest.mark.parametrize("fails", ["lint", "test", "run"])
+@pytest.mark.parametrize("fails", ["lint", "test", "test-notebooks", "run"])
 def test_ci_fails_with_its_steps(ci, fails):
     result, log = ci(data=True, fails=fails)
     assert result.returncode != 0
@@ -529,5 +551,5 @@ def test_workflow_runs_the_makefile():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
     steps = workflow["jobs"]["test"]["steps"]
     runs = [step["run"].removeprefix("make ") for step in steps if "run" in step]
-    assert runs == ["env", "lint", "test", "run"]
+    assert runs == ["env", "lint", "test", "test-notebooks", "run"]
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)

@@ -66,11 +66,6 @@ def table_rows(text: str) -> list[list[str]]:
     return [row for i, row in enumerate(lines) if i not in header and i + 1 not in header]
 
 
-def anchor(title: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The two languages
 # ------------------------------------------------------------------------------------------------------------
@@ -117,17 +112,6 @@ def test_each_links_to_the_other():
 # ------------------------------------------------------------------------------------------------------------
 # What is named exists
 # ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_resolve(path):
-    for target in LINK.findall(path.read_text("utf-8")):
-        place, _, fragment = target.partition("#")
-        if target.startswith("https://"):
-            continue
-        there = (path.parent / place).resolve() if place else path
-        assert there.exists(), target
-        assert not fragment or fragment in {anchor(title) for _, title in headings(there.read_text("utf-8"))}, target
 
 
 def test_the_readme_fits_on_a_few_screens():

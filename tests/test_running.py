@@ -568,6 +568,8 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
     (other / "data").mkdir()
     (other / "images.npz").touch()
     patch_rooms(monkeypatch, "project_root", lambda: project)
+    patch_rooms(monkeypatch, "code_folder", lambda: project)
+    (project / "notebooks" / f"{mscnn.NOTEBOOKS[0]}.ipynb").touch()  # by which a checkout is known
     patch_rooms(monkeypatch, "make_run_folders", lambda run: None)  # they lie in a checkout
     monkeypatch.setenv("MSCNN_DATA_DIR", "data")
     monkeypatch.chdir(other / "notebooks")

@@ -240,6 +240,7 @@ def test_only_training_sees_altered_images(untrained_model, few_images, monkeypa
     assert untrained_model.stage1_logits(few_images.calibration.images).std(axis=0).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_many_steps_in_one_call_give_the_same_network(few_images, monkeypatch):
     """As on a GPU, where one call takes all steps of an epoch."""
     trained = []
