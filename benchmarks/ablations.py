@@ -13,11 +13,14 @@ with the recipe as it was when they were measured.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
 
+import keras
 import numpy as np
-from common import ROOT, in_fresh_process, markdown, origin, origin_line, read_json, spread, write
+import tensorflow as tf
+from common import in_fresh_process, markdown, origin, origin_line, read_json, spread, write
+
+import mscnn_helpers as mscnn
 
 BATCH = 128  # so that 10,000 images are enough steps
 
@@ -30,9 +33,15 @@ class Training:
     recipe: object  # mscnn.Recipe
     steps: int
     callbacks: list
+    trainer_class: type = mscnn.Trainer
+    optimizer: keras.optimizers.Optimizer | None = None  # in place of the recipe's
+
+    def run(self, data: mscnn.Dataset, seed: int = 0) -> None:
+        more = {"callbacks": self.callbacks, "trainer_class": self.trainer_class, "optimizer": self.optimizer}
+        mscnn.train_classifier(self.network, data, self.recipe, seed, **more)
 
 
-# ---- the variants: each changes a Training, or the module in its own process
+# ---- the variants: each changes a Training
 
 
 def recipe_as_it_is(training: Training) -> None:
@@ -48,8 +57,6 @@ def without_whitening(training: Training) -> None:
 
 def with_identity(training: Training) -> None:
     """The first filters of a convolution pass their input on unchanged: 'dirac' initialisation (Jordan 2024, 3.3)."""
-    import keras
-
     for layer in training.network.layers:
         if isinstance(layer, keras.layers.Conv2D):
             kernel = layer.kernel.numpy()  # (3, 3, in, out)
@@ -60,8 +67,6 @@ def with_identity(training: Training) -> None:
 
 
 def normalizations(network) -> list:
-    import mscnn_helpers as mscnn
-
     return [layer for layer in network.layers if isinstance(layer, mscnn.FusedBatchNormalization)]
 
 
@@ -83,8 +88,6 @@ def without_logit_scale(training: Training) -> None:
 
 def with_silu(training: Training) -> None:
     """SiLU in place of ReLU."""
-    import keras
-
     for layer in training.network.layers:
         if isinstance(layer, keras.layers.Activation):
             layer.activation = keras.activations.silu
@@ -107,34 +110,35 @@ def with_less_label_smoothing(training: Training) -> None:
     training.recipe = dataclasses.replace(training.recipe, label_smoothing=0.1)
 
 
+class RandomFlip(keras.callbacks.Callback):
+    """Leaves it to chance whether an image is mirrored, after the module has told the epoch."""
+
+    def __init__(self, augmentation: mscnn.RandomFlipCrop):
+        super().__init__()
+        self.augmentation = augmentation
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.augmentation.epoch.assign(mscnn.RANDOM_FLIP)
+
+
 def without_alternating_flip(training: Training) -> None:
     """Each image is mirrored at random."""
-    import keras
-
-    from mscnn_parts import training as room
-
-    room.AlternatingFlip = lambda augmentation: keras.callbacks.Callback()
+    training.callbacks.append(RandomFlip(training.network.get_layer("augmentation")))
 
 
 def without_muon(training: Training) -> None:
     """Plain steps for the kernels, too."""
-    import keras
 
-    import mscnn_helpers as mscnn
-    from mscnn_parts import training as room
-
-    def sgd(recipe, steps):
-        schedule = mscnn.learning_rate_schedule(recipe, steps)
-        return keras.optimizers.SGD(schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
-
-    room.stage1_optimizer = sgd
+    recipe, schedule = training.recipe, mscnn.learning_rate_schedule(training.recipe, training.steps)
+    training.optimizer = keras.optimizers.SGD(
+        schedule, recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay
+    )
 
 
 def without_schedule(training: Training) -> None:
     """A constant learning rate, a fifth of the peak."""
-    from mscnn_parts import optimizers
-
-    optimizers.learning_rate_schedule = lambda recipe, steps: 0.2 * recipe.peak
+    recipe = training.recipe
+    training.optimizer = mscnn.Muon(0.2 * recipe.peak, recipe.kernel_learning_rate / recipe.peak, recipe)
 
 
 def without_augmentation(training: Training) -> None:
@@ -148,7 +152,6 @@ def with_stronger_shift(training: Training) -> None:
 
 def with_lookahead(training: Training) -> None:
     """A slow copy of the weights, to which the weights return every five steps (Jordan 2024, 3.4)."""
-    import keras
 
     class Lookahead(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
@@ -173,7 +176,6 @@ def with_lookahead(training: Training) -> None:
 
 def with_averaged_weights(training: Training) -> None:
     """The mean of the weights over the last quarter of the steps (Izmailov et al. 2018, at a falling rate)."""
-    import keras
 
     class Averaged(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
@@ -197,10 +199,6 @@ def with_averaged_weights(training: Training) -> None:
 
 def with_sharpness_aware_steps(training: Training) -> None:
     """Each step by the gradient at a near point uphill, at twice the work (SAM, Foret et al. 2021)."""
-    import tensorflow as tf
-
-    import mscnn_helpers as mscnn
-    from mscnn_parts import training as room
 
     class SharpnessAware(mscnn.Trainer):
         def train_step(self, data):
@@ -224,19 +222,15 @@ def with_sharpness_aware_steps(training: Training) -> None:
                 loss = self.compute_loss(images, labels, predicted)
             return tape.gradient(loss, [one.value for one in self.trainable_variables]), predicted, loss
 
-    room.Trainer = SharpnessAware
+    training.trainer_class = SharpnessAware
 
 
-def mixed(mix: Callable) -> None:
+def mixed(training: Training, mix: Callable) -> None:
     """Training sees mixtures of each image with another of the batch; the loss is mixed likewise.
 
     Args:
         mix: augmented images (B, H, W, channels) and the same in reverse order -> mixtures, and the share of the first.
     """
-    import tensorflow as tf
-
-    import mscnn_helpers as mscnn
-    from mscnn_parts import training as room
 
     class Mixing(mscnn.Trainer):
         def call(self, inputs, training=False):
@@ -255,25 +249,22 @@ def mixed(mix: Callable) -> None:
                 y = self.share * y + (1 - self.share) * tf.reverse(y, [0])
             return super().compute_loss(x, y, y_pred, sample_weight, training)
 
-    room.Trainer = Mixing
+    training.trainer_class = Mixing
 
 
 def with_mixup(training: Training) -> None:
     """Weighted means of two images, the weight from Beta(0.2, 0.2) (Zhang et al. 2018)."""
-    import tensorflow as tf
 
     def mix(images, others):
         one, two = tf.unstack(tf.random.gamma((2,), 0.2) + 1e-6)
         share = tf.maximum(one, two) / (one + two)
         return share * images + (1 - share) * others, share
 
-    mixed(mix)
+    mixed(training, mix)
 
 
 def square_in(size, side):
     """Where a random square of so many pixels a side lies: bool (size, size)."""
-    import tensorflow as tf
-
     places = tf.range(size)
     row, column = (tf.random.uniform((), 0, size - side + 1, tf.int32) for _ in range(2))
     inside = [(places >= one) & (places < one + side) for one in (row, column)]
@@ -282,7 +273,6 @@ def square_in(size, side):
 
 def with_cutmix(training: Training) -> None:
     """In every second batch a square of up to half of each image comes from another image (Yun et al. 2019)."""
-    import tensorflow as tf
 
     def mix(images, others):
         size = tf.shape(images)[1]
@@ -292,17 +282,16 @@ def with_cutmix(training: Training) -> None:
         share = 1 - (tf.cast(side, tf.float32) / whole) ** 2
         return tf.where(square_in(size, side)[..., None], others, images), share
 
-    mixed(mix)
+    mixed(training, mix)
 
 
 def with_cutout(training: Training) -> None:
     """A random square of 8 pixels a side, the same for a batch, is grey (DeVries & Taylor 2017)."""
-    import tensorflow as tf
 
     def mix(images, _):
         return tf.where(square_in(tf.shape(images)[1], 8)[..., None], 128.0, images), 1.0
 
-    mixed(mix)
+    mixed(training, mix)
 
 
 VARIANTS: dict[str, Callable[[Training], None]] = {
@@ -343,8 +332,6 @@ def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]
     Returns:
         accuracy, and aurc of its softmax.
     """
-    import mscnn_helpers as mscnn
-
     data = mscnn.load_dataset("cifar10", seed=seed)
     images, epochs, verifiers = (1000, 2, 1000) if quick else (10_000, 12, 20_000)
     order = np.random.default_rng(seed).permutation(len(data.train))
@@ -354,7 +341,7 @@ def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]
     recipe = mscnn.Recipe(epochs, BATCH)
     training = Training(model.stage2_base, recipe, -(-images // BATCH) * epochs, [])
     (VARIANTS | REGULARIZERS)[variant](training)
-    mscnn.train_classifier(training.network, data, training.recipe, seed, callbacks=training.callbacks)
+    training.run(data, seed)
     logits = np.concatenate([training.network.predict_on_batch(part) for part in np.array_split(unseen.images, 20)])
     predicted = logits.argmax(axis=1)
     correct = predicted == unseen.labels
@@ -404,8 +391,6 @@ def table(found: dict) -> str:
 
 def measure(variants: dict[str, Callable], command: str, quick: bool) -> dict:
     """All variants, in turn for each seed."""
-    import mscnn_helpers as mscnn
-
     found = {**origin(command), "variants": {name: [] for name in variants}}
     policy = mscnn.fastest_policy()  # one for all
     for seed in (0,) if quick else (0, 1, 2):
@@ -421,7 +406,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, little training; replaces no full figures")
     parser.add_argument("--regularizers", action="store_true", help="only these, beside the recipe")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     quick, known = " --quick" * options.quick, read_json("ablations", {})
     if options.regularizers and not known:
         parser.error("there is no ablations.json to add them to: leave out --regularizers")

@@ -9,12 +9,14 @@ import random
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))  # for the module, which the benchmarks import after this
 RESULTS = HERE / "RESULTS.md"
 
 

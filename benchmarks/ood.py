@@ -36,8 +36,8 @@ the higher score of two. The scores, all but the first of Stage 1's means over i
 """
 
 import argparse
-import sys
 
+import keras
 import numpy as np
 import targets
 from common import (
@@ -52,6 +52,12 @@ from common import (
     spread,
     write,
 )
+from scipy.special import logit
+from selective import neighbour_distance, pooled_features, softmax_odds
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+import mscnn_helpers as mscnn
 
 OVERLAPPING = {  # CIFAR-100's labels, in the order of the alphabet: big cats, wild dogs, large vehicles
     "bus": 13, "fox": 34, "leopard": 42, "lion": 43, "pickup_truck": 58, "streetcar": 81, "tank": 85, "tiger": 88,
@@ -64,10 +70,6 @@ FORMS = ("runs", "pretrained")  # the parts of ood.json
 
 def cifar100() -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-100's test images, uint8 (10000, 32, 32, 3), and labels (10000,); Keras downloads what is not there."""
-    import keras
-
-    import mscnn_helpers as mscnn
-
     path = mscnn.data_folder() / "cifar100_test.npz"
     if not path.is_file():
         _, (images, labels) = keras.datasets.cifar100.load_data()
@@ -87,8 +89,6 @@ def distorted_images(one: np.ndarray, two: np.ndarray) -> dict[str, np.ndarray]:
 
 def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
     """Images of each kind; those to be distorted or scrambled are given."""
-    import mscnn_helpers as mscnn
-
     images, labels = cifar100()
     digits = np.repeat(mscnn.load_dataset("mnist").test.images, 3, axis=-1)
     one, two = known[:MADE_UP], known[MADE_UP : 2 * MADE_UP]
@@ -100,10 +100,6 @@ def unknown_images(known: np.ndarray) -> dict[str, np.ndarray]:
 
 def terms_of(model, images: np.ndarray, decisions) -> np.ndarray:
     """The four terms of the OOD score, float64 (N, 4), each in its calibration images' standard deviations."""
-    from scipy.special import logit
-
-    import mscnn_helpers as mscnn
-
     views, (mean, deviation) = model.stage1_outputs(images), model.ood_statistics.scale
     odds = logit(np.clip(decisions.confidence, 1e-15, 1 - 1e-15))
     signs = mscnn.ood_terms(
@@ -114,8 +110,6 @@ def terms_of(model, images: np.ndarray, decisions) -> np.ndarray:
 
 def fitted_weights(model, images: np.ndarray) -> np.ndarray:
     """How much each of the first three signs counts against outliers made of these images, (3,)."""
-    from sklearn.linear_model import LogisticRegression
-
     half = len(images) // 2
     kinds = distorted_images(images[:half], images[half : 2 * half])
     signs = [terms_of(model, one, model.decide(one))[:, :3] for one in (images, *kinds.values())]
@@ -125,8 +119,6 @@ def fitted_weights(model, images: np.ndarray) -> np.ndarray:
 
 def scores(model, train_features: np.ndarray, weights: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
     """Every score, float64 (N,), larger for what is known."""
-    from selective import neighbour_distance, pooled_features, softmax_odds
-
     decisions, features = model.decide(images), pooled_features(model.stage1, images).mean(axis=0)
     signs = terms_of(model, images, decisions)
     return {
@@ -157,11 +149,6 @@ def shares_of_other(found: dict[str, np.ndarray], cuts: dict[str, float], thresh
 
 def measure(path: str, seed: int, most: int | None) -> dict:
     """One model's AUROC by kind and score, and the shares by kind."""
-    from selective import pooled_features
-    from sklearn.metrics import roc_auc_score
-
-    import mscnn_helpers as mscnn
-
     data = mscnn.load_dataset("cifar10", seed=seed)
     model = mscnn.load_model(path)
     mscnn.check_matches(model, data)
@@ -226,7 +213,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="of quality.py's full runs (default: 0,1,2)")
     options = parser.parse_args()
     chosen = " --quick" * options.quick + " --pretrained" * options.pretrained
-    sys.path.insert(0, str(ROOT))
     folder, model = ROOT / "runs/quality", "multistage_cnn_model.keras"
     paths = {seed: str(folder / f"full_{seed}" / model) for seed in options.seeds}
     paths = {0: "pretrained"} if chosen else paths

@@ -14,13 +14,16 @@ data allow it, and stands in the card.
 import argparse
 import json
 import os
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
+import ml_dtypes
 from common import ROOT, commit, commit_of_run
+
+import mscnn_helpers as mscnn
 
 RISK = 0.01
 ALLOWED_CHANGE = 0.001  # share of the decisions on the test split
@@ -33,9 +36,6 @@ def halve(source: Path, target: Path) -> None:
     They are rounded to bfloat16, to which `mixed_bfloat16` rounds them anyway, and stored as float16, which HDF5 knows
     and which holds a bfloat16 of such a size exactly. All else keeps its precision.
     """
-    import h5py
-    import ml_dtypes
-
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         weights = Path(folder) / "model.weights.h5"
         weights.write_bytes(old.read("model.weights.h5"))
@@ -60,8 +60,6 @@ def halve(source: Path, target: Path) -> None:
 
 def figures_of(model, data) -> dict[str, float]:
     """What the card says of the model, on the test split."""
-    import mscnn_helpers as mscnn
-
     decisions = model.decide(data.test.images)
     measured = mscnn.evaluate(decisions, data.test.labels, model.threshold)
     one, two = measured["stage1"], measured["two_stage"]
@@ -74,8 +72,6 @@ def figures_of(model, data) -> dict[str, float]:
 
 def certificate_of(model, data) -> str:
     """The guarantee for at most RISK errors, in words; the model's threshold stays."""
-    import mscnn_helpers as mscnn
-
     threshold = model.threshold
     try:
         return model.certify(data.certification, RISK).text()
@@ -132,8 +128,6 @@ Multiple Layers of Features from Tiny Images", 2009. The licence is the project'
 
 def rounded(whole: Path, data, target: Path) -> float:
     """Writes the model with rounded kernels and a certificate to `target`: the share of decisions that this changed."""
-    import mscnn_helpers as mscnn
-
     before = mscnn.load_model(whole).decide(data.test.images).category
     halve(whole, target)
     model = mscnn.load_model(target)
@@ -158,8 +152,6 @@ def finished_run(run_dir: Path) -> Source:
     Raises:
         SystemExit: it has not.
     """
-    import mscnn_helpers as mscnn
-
     parameters = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["parameters"]
     folder = os.path.relpath(run_dir, ROOT)
     trained_at = commit_of_run(run_dir)
@@ -176,8 +168,6 @@ def finished_run(run_dir: Path) -> Source:
 
 def pretrained_as_it_is() -> Source:
     """The committed model, which learns anew what is known."""
-    import mscnn_helpers as mscnn
-
     card = json.loads((ROOT / "notebooks" / mscnn.PRETRAINED).with_suffix(".json").read_text(encoding="utf-8"))
     told = {name: card[name] for name in ("seed", "run", "trained_at")}
     told["command"] = "python benchmarks/pretrained.py --renew"
@@ -193,9 +183,6 @@ def main() -> None:
     sources.add_argument("run_dir", type=Path, nargs="?", help="folder of a finished run")
     sources.add_argument("--renew", action="store_true", help="keep the model's weights and calibration")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    import mscnn_helpers as mscnn
-
     made, target = commit(), ROOT / "notebooks" / mscnn.PRETRAINED
     source = pretrained_as_it_is() if options.renew else finished_run(options.run_dir)
     mscnn.check_matches(source.model, source.data)

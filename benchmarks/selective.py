@@ -45,8 +45,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import targets
+import tensorflow as tf
 from common import (
     ROOT,
     commit,
@@ -61,8 +63,12 @@ from common import (
     spread,
     write,
 )
-from scipy.special import expit
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, softmax
 from sklearn.metrics import brier_score_loss
+from speed import multiply_adds, our_network
+
+import mscnn_helpers as mscnn
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -71,6 +77,11 @@ NORMS = (2, 3, 4, 5, 6, 8)
 DROPOUT, PASSES = 0.3, 10
 RISK = 0.01  # that a certificate is asked for
 THRESHOLD = 0.7  # the classic rule's, and the model's own default
+# The rooms on which a model's outputs depend: a change of any other costs no new outputs.
+DECIDING_ROOMS = (
+    "settings", "data", "sources", "decision", "thresholds", "ood", "kernels", "layers", "networks", "inference",
+    "model_files",
+)  # fmt: skip
 ENOUGH = 200  # test images of a predicted category, to say how well it is calibrated
 
 
@@ -164,15 +175,11 @@ def whole_model(form: Form, seed: int) -> Path:
 
 def with_dropout(stage1):
     """The same network with dropout before its dense layer."""
-    import keras
-
     dropped = keras.layers.Dropout(DROPOUT, name="dropout")(stage1.get_layer("scaled").output)
     return keras.Model(stage1.inputs, stage1.get_layer("logits")(dropped), name="stage1_dropout")
 
 
 def _train_stage1(form: Form, seed: int, dropout: bool, path: Path) -> None:
-    import mscnn_helpers as mscnn
-
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     network = mscnn.MultiStageCNN.for_dataset(data, seed=seed).stage1
     network = with_dropout(network) if dropout else network
@@ -216,9 +223,6 @@ def both_views(network, images: np.ndarray) -> np.ndarray:
 
 def pooled_features(stage1, images: np.ndarray) -> np.ndarray:
     """What Stage 1's dense layer sees of the images and of their mirror images, (2, N, F)."""
-    import keras
-    import tensorflow as tf
-
     pooled = keras.Model(stage1.inputs, stage1.get_layer("pooled").output)
     return both_views(tf.function(pooled, reduce_retracing=True), images)
 
@@ -235,9 +239,6 @@ def neighbour_distance(train: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 def dropout_softmax(network, images: np.ndarray, seed: int) -> np.ndarray:
     """Mean softmax of PASSES random passes, (N, C). What lies before the dropout is computed once."""
-    import keras
-    from scipy.special import softmax
-
     before = keras.Model(network.inputs, network.get_layer("scaled").output)
     features, rng = both_views(before, images)[0], np.random.default_rng(seed)  # (N, channels)
     kernel, bias = network.get_layer("logits").get_weights()
@@ -272,11 +273,6 @@ def dropout_of(form: Form, seed: int) -> list[Path]:
 
 def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """One seed's outputs on its calibration and test split, and the certification split's for ours."""
-    import keras
-    import tensorflow as tf
-
-    import mscnn_helpers as mscnn
-
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     model = mscnn.load_model(whole_path(form, seed))
     mscnn.check_matches(model, data)
@@ -314,10 +310,6 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
 
 def _dropout_outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """Softmax of one seed's Stage 1 with dropout on its test split."""
-    import keras
-
-    import mscnn_helpers as mscnn
-
     network = keras.models.load_model(single_path(form, seed, dropout=True), compile=False)
     images = mscnn.load_dataset("cifar10", form.light, seed=seed).test.images
     return {"test_dropout": dropout_softmax(network, images, seed)}
@@ -347,7 +339,7 @@ def kept(path: Path, sources: list[Path], compute: Callable, *arguments) -> dict
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """One seed's outputs, computed once for the same module and models; `commit`: one of each part."""
-    code = [ROOT / "mscnn_helpers.py", *sorted((ROOT / "mscnn_parts").glob("*.py"))]
+    code = [ROOT / "mscnn_helpers.py", *(ROOT / "mscnn_parts" / f"{room}.py" for room in DECIDING_ROOMS)]
     parts = [kept(store(form) / f"outputs_{seed}.npz", [*code, *models_of(form, seed)], _outputs, form, seed)]
     if dropout := dropout_of(form, seed):
         parts.append(kept(store(form) / f"dropout_{seed}.npz", [*code, *dropout], _dropout_outputs, form, seed))
@@ -390,8 +382,6 @@ class Split(NamedTuple):
 
     def margin(self, views: int, answer: int) -> np.ndarray:
         """Stage 1's by so many views, for its answer by so many views, (N,)."""
-        import mscnn_helpers as mscnn
-
         return mscnn.margin(self.logits(views), self.category(answer))
 
     def second(self, views: int, answer: int) -> np.ndarray:
@@ -405,14 +395,10 @@ def split_of(found: dict[str, np.ndarray], name: str) -> Split:
 
 def softmax_odds(logits: np.ndarray, category: np.ndarray | None = None) -> np.ndarray:
     """Log-odds of the answer, or of a given category, (N,): softmax without ties where it rounds to 1."""
-    import mscnn_helpers as mscnn
-
     return mscnn.log_odds(logits, logits.argmax(axis=1) if category is None else category)
 
 
 def negative_entropy(logits: np.ndarray) -> np.ndarray:
-    from scipy.special import log_softmax
-
     log_p = log_softmax(logits, axis=1)  # (N, C)
     return (np.exp(log_p) * log_p).sum(axis=1)
 
@@ -426,8 +412,6 @@ def best_on_calibration(
     candidates: list[Callable[[Split], np.ndarray]], calibration: Split, views: int = 1
 ) -> Callable:
     """The confidence in answers by so many views with the least AURC on the calibration split."""
-    import mscnn_helpers as mscnn
-
     return min(candidates, key=lambda one: mscnn.aurc(one(calibration), calibration.correct(views)))
 
 
@@ -438,8 +422,6 @@ def best_p_norm(calibration: Split, views: int) -> Callable[[Split], np.ndarray]
 
 def temperature(calibration: Split, views: int = 1) -> float:
     """The temperature of least log loss on the calibration split."""
-    from scipy.optimize import minimize_scalar
-    from scipy.special import log_softmax
 
     def loss(log_t: float) -> float:
         log_p = log_softmax(calibration.logits(views) / np.exp(log_t), axis=1)
@@ -456,8 +438,6 @@ def combined(
     Args:
         views: how many Stage 1's margin is of. answer: how many it answers by.
     """
-    import mscnn_helpers as mscnn
-
     one, two = calibration.margin(views, answer), second(calibration)
     category, correct = calibration.category(answer), calibration.correct(answer)
     common, everyone = mscnn.fit_shared_calibration(one, two, correct), range(calibration.stage1.shape[-1])
@@ -538,25 +518,31 @@ def nearest(e: Evidence) -> np.ndarray:
     return best_on_calibration(near, e.calibration)(e.test)
 
 
+def scaled_odds(e: Evidence, views: int) -> np.ndarray:
+    return softmax_odds(e.test.logits(views) / temperature(e.calibration, views))
+
+
 # Where a confidence is log-odds, its sigmoid is the probability; log-odds rank, since a sigmoid rounds to 1.
 METHODS = [
     Method("softmax", by_one_view, lambda e: softmax_odds(e.test.logits(1)), (1, 0), expit),
-    Method("temperature", by_one_view, lambda e: softmax_odds(e.test.logits(1) / temperature(e.calibration)), (1, 0), expit),
+    Method("temperature", by_one_view, lambda e: scaled_odds(e, 1), (1, 0), expit),
     Method("margin", by_one_view, lambda e: e.test.margin(1, 1), (1, 0)),
     Method("entropy", by_one_view, lambda e: negative_entropy(e.test.logits(1)), (1, 0)),
     Method("p-norm", by_one_view, lambda e: best_p_norm(e.calibration, 1)(e.test), (1, 0)),
     Method("neighbours", by_one_view, nearest, (1, 0)),
     Method("ours, one view", by_one_view, lambda e: e.combined(lambda s: s.second(1, 1), 1, 1), (1, 1), as_it_is),
-    Method("ours, answers on a single view", by_one_view, lambda e: e.combined(lambda s: s.second(2, 1), 2, 1), (2, 2), as_it_is),
+    Method("ours, answers on a single view", by_one_view, lambda e: e.combined(lambda s: s.second(2, 1), 2, 1), (2, 2),
+           as_it_is),
     Method("mirror", by_two_views, lambda e: softmax_odds(e.test.logits(2)), (2, 0), expit),
-    Method("mirror, temperature", by_two_views, lambda e: softmax_odds(e.test.logits(2) / temperature(e.calibration, 2)), (2, 0), expit),
+    Method("mirror, temperature", by_two_views, lambda e: scaled_odds(e, 2), (2, 0), expit),
     Method("mirror's p-norm", by_two_views, lambda e: best_p_norm(e.calibration, 2)(e.test), (2, 0)),
     Method("mirror's margin", by_two_views, lambda e: e.test.margin(2, 2), (2, 0)),
     Method("mirror's margin, combined", by_two_views, lambda e: e.combined(no_odds), (2, 0), as_it_is),
     Method("stage2_base", by_two_views, lambda e: e.combined(stage2_base_odds), (2, 2), as_it_is),
     Method("one-vs-rest", by_two_views, lambda e: e.test.second(2, 2), (2, 2), expit),
     Method("ours", by_two_views, lambda e: e.test.ours, (2, 2), as_it_is),
-    Method("ours, with the OOD rejection", by_two_views, lambda e: np.where(e.found["test_familiar"], e.test.ours, -1.0), (2, 2)),
+    Method("ours, with the OOD rejection", by_two_views,
+           lambda e: np.where(e.found["test_familiar"], e.test.ours, -1.0), (2, 2)),
 ]  # fmt: skip
 
 
@@ -607,8 +593,6 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 
 def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
     """All measures of one method on one seed's test split."""
-    import mscnn_helpers as mscnn
-
     correct, confidence = answer.category == labels, answer.confidence
     found = {
         "accuracy": correct.mean(),
@@ -629,8 +613,6 @@ def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
 
 def calibration_errors(confidence: np.ndarray, category: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
     """Expected calibration error of all, and the largest of a predicted category with ENOUGH images."""
-    import mscnn_helpers as mscnn
-
     large = [here for c in np.unique(category) if (here := category == c).sum() >= ENOUGH]
     errors = [
         mscnn.calibration_error(confidence[here], correct[here], bins=15, equal_mass=True)
@@ -645,8 +627,6 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     Beside the calibration errors stands what a perfect confidence would show on as many images: mean and 95 % quantile
     of 100 simulations, in which each answer is correct with exactly the probability that ours claims.
     """
-    import mscnn_helpers as mscnn
-
     category, confidence, _ = ours
     correct, rng = category == found["test_labels"], np.random.default_rng(0)
     simulated = [
@@ -754,10 +734,6 @@ def all_methods(all_answers: list[dict[str, Answers]]) -> list[str]:
 
 def judge(form: Form) -> dict:
     """Measures and differences of all methods over the form's seeds."""
-    from speed import multiply_adds, our_network
-
-    import mscnn_helpers as mscnn
-
     found = [outputs(form, seed) for seed in form.seeds]
     all_answers, labels = [answers(one, form) for one in found], [one["test_labels"] for one in found]
     stage1, stage2_base = (
@@ -882,7 +858,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=(), help="only these; replaces no full figures")
     parser.add_argument("--tables", action="store_true", help="train nothing")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
 
     form = QUICK if options.quick else some_seeds(options.seeds) if options.seeds else FULL
     if options.train:

@@ -30,14 +30,21 @@ And in the decision alone, with the ten as they are:
 import argparse
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import selective
+import tensorflow as tf
 from common import ROOT, markdown, numbers, origin, origin_line, read_json, write
+from scipy.special import expit, softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import mscnn_helpers as mscnn
 
 POLICY = "mixed_bfloat16"
 BLENDS = 100  # a category
@@ -76,8 +83,6 @@ StageScore = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images, the categ
 
 def split_for(form: Form, seed: int):
     """CIFAR-10, of whose train split some images train, and others take the place of the test split."""
-    import mscnn_helpers as mscnn
-
     data = mscnn.load_dataset("cifar10", seed=seed)
     order = np.random.default_rng(seed).permutation(len(data.train))
     train, unseen = (data.train.take(one) for one in np.split(order, [form.train]))
@@ -91,8 +96,6 @@ def base_path(form: Form, seed: int) -> Path:
 
 def trial_of(form: Form, seed: int) -> Trial:
     """The whole model of a seed, trained if it is not there, and loaded afresh, so that an idea may change it."""
-    import mscnn_helpers as mscnn
-
     path = base_path(form, seed)
     data, recipe = split_for(form, seed), mscnn.default_recipe(form.train, form.epochs)
     if not path.is_file():
@@ -110,13 +113,9 @@ def trial_of(form: Form, seed: int) -> Trial:
 
 def by_network(network) -> StageScore:
     """Of one network for all categories, by both views."""
-    import tensorflow as tf
-
     graph = tf.function(lambda images: network(images, training=False), reduce_retracing=True)
 
     def score(images, category):
-        import mscnn_helpers as mscnn
-
         return np.mean([mscnn.log_odds(view, category) for view in selective.both_views(graph, images)], axis=0)
 
     return score
@@ -144,8 +143,6 @@ def stage2_base(trial: Trial) -> StageScore:
 
 def train_ten(trial: Trial, probability: np.ndarray | None = None) -> StageScore:
     """Trains the ten anew from the Stage 2 base network, with negatives drawn by the given probabilities (N, C)."""
-    import mscnn_helpers as mscnn
-
     trainer = mscnn.Stage2Trainer(trial.model, trial.data, trial.recipe)
     trainer.probability = trainer.probability if probability is None else probability
     for c in range(len(trial.data.category_names)):
@@ -159,8 +156,6 @@ def twice_as_many_steps(trial: Trial) -> StageScore:
 
 
 def wider(trial: Trial) -> StageScore:
-    import mscnn_helpers as mscnn
-
     model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_widths=(48, 96, 96))
     model.stage1.set_weights(trial.model.stage1.get_weights())
     mscnn.train_stage2_base(model, trial.data, trial.recipe, trial.seed)
@@ -168,23 +163,19 @@ def wider(trial: Trial) -> StageScore:
     return train_ten(trial)
 
 
-def softmax(network, images: np.ndarray) -> np.ndarray:
+def softmax_of(network, images: np.ndarray) -> np.ndarray:
     """Of the images as they are, (N, C)."""
-    from scipy.special import softmax
-
     return softmax(np.concatenate([np.asarray(network(part)) for part in np.array_split(images, 100)]), axis=1)
 
 
 def negatives_by_both(trial: Trial) -> StageScore:
     images = trial.data.train.images
-    squares = [softmax(network, images) ** 2 for network in (trial.model.stage1, trial.model.stage2_base)]
+    squares = [softmax_of(network, images) ** 2 for network in (trial.model.stage1, trial.model.stage2_base)]
     return train_ten(trial, np.sqrt(np.mean(squares, axis=0)))
 
 
 def negatives_by_cross_fitting(trial: Trial) -> StageScore:
     """Two networks like the base network, each trained on half of the train images, score the other half."""
-    import mscnn_helpers as mscnn
-
     train, probability = trial.data.train, np.zeros((len(trial.data.train), len(trial.data.category_names)))
     halves = np.array_split(np.random.default_rng(trial.seed).permutation(len(train)), 2)
     for number, (fitted, other) in enumerate((halves, halves[::-1])):
@@ -192,16 +183,14 @@ def negatives_by_cross_fitting(trial: Trial) -> StageScore:
         recipe = dataclasses.replace(trial.recipe, epochs=trial.recipe.stage2_base_epochs or trial.recipe.epochs)
         half = dataclasses.replace(trial.data, train=train.take(fitted))
         mscnn.train_classifier(network, half, recipe, trial.seed + 10 + number)
-        probability[other] = softmax(network, train.images[other])
+        probability[other] = softmax_of(network, train.images[other])
     return train_ten(trial, probability)
 
 
 def blends_as_negatives(trial: Trial) -> StageScore:
     """The blends join the train images under no category; Stage 1's softmax makes them hard negatives by itself."""
-    import mscnn_helpers as mscnn
-
     data, rng, blends = trial.data, np.random.default_rng(trial.seed), []
-    probability = softmax(trial.model.stage1, data.train.images)
+    probability = softmax_of(trial.model.stage1, data.train.images)
     for c in range(len(data.category_names)):
         drawn = mscnn.sample_hard_negatives(data.train.labels, probability[:, c], c, 2 * BLENDS, rng)
         own, other = (data.train.images[drawn[half::2]].astype(np.float32) for half in (0, 1))
@@ -213,12 +202,6 @@ def blends_as_negatives(trial: Trial) -> StageScore:
 
 def features_as_input(trial: Trial) -> StageScore:
     """Each of the ten gets a further dense layer, zero at first, on Stage 1's features of both views of the image."""
-    import keras
-    import tensorflow as tf
-
-    import mscnn_helpers as mscnn
-    from mscnn_parts import training as room
-
     model, data = trial.model, trial.data
     usual = selective.pooled_features(model.stage1, data.calibration.images).mean(axis=0)
     more = keras.layers.Dense(len(data.category_names), kernel_initializer="zeros")
@@ -237,11 +220,7 @@ def features_as_input(trial: Trial) -> StageScore:
             logits = self.network(tf.gather(self.images, inputs), training=training)
             return self.head(logits + self.more(tf.gather(self.features, inputs)))
 
-    plain, room.Trainer = room.Trainer, WithFeatures
-    try:
-        trainer = mscnn.Stage2Trainer(model, data, trial.recipe)
-    finally:
-        room.Trainer = plain
+    trainer = mscnn.Stage2Trainer(model, data, trial.recipe, WithFeatures)
     trained = {}
     for c in range(len(data.category_names)):
         more.set_weights([np.zeros_like(one) for one in more.get_weights()])
@@ -287,8 +266,6 @@ def mixed_draw(labels: np.ndarray, probability: np.ndarray, count: int, rng: np.
     Args:
         labels: (M,). probability: Stage 1's, (M, C).
     """
-    import mscnn_helpers as mscnn
-
     categories = probability.shape[1]
     drawn = [mscnn.sample_hard_negatives(labels, probability[:, c], c, count, rng) for c in range(categories)]
     indices, category = np.concatenate(drawn), np.repeat(np.arange(categories), count)
@@ -299,18 +276,11 @@ def mixed_draw(labels: np.ndarray, probability: np.ndarray, count: int, rng: np.
 
 def asked_log_odds(logits, asked):
     """Log-odds of the category that is asked for: float32 (B, C), one-hot (B, C) -> (B,)."""
-    import tensorflow as tf
-
     return tf.reduce_sum(logits * asked, axis=1) - tf.reduce_logsumexp(logits - 1e9 * asked, axis=1)
 
 
 def shared_verifier(trial: Trial) -> StageScore:
     """One CNN trained as the ten are, on all their images, in as many steps; the learning rate falls once."""
-    import keras
-    import tensorflow as tf
-
-    import mscnn_helpers as mscnn
-
     model, data = trial.model, trial.data
     ten = mscnn.Stage2Trainer(model, data, trial.recipe)
     count = ten.HISTORY_POINTS * ten.steps * ten.batch_size
@@ -342,8 +312,6 @@ def whitened_stage2_base(model):
 
 def longer_stage2_base(trial: Trial) -> StageScore:
     """The Stage 2 base network trained anew, on as many images as itself and the ten Stage 2 CNNs together."""
-    import mscnn_helpers as mscnn
-
     recipe = trial.recipe
     of_ten = round(len(trial.data.category_names) * recipe.stage2_fraction * recipe.epochs)
     epochs, network = (recipe.stage2_base_epochs or recipe.epochs) + of_ten, whitened_stage2_base(trial.model)
@@ -371,8 +339,6 @@ SCORES: dict[str, Callable[[Trial], StageScore]] = {
 
 def _first_score(form: Form, seed: int) -> dict[str, np.ndarray]:
     """Stage 1's answers on both splits, and signs for the decision, see `all_signs`."""
-    import mscnn_helpers as mscnn
-
     trial, found = trial_of(form, seed), {}
     model = trial.model
     for name, split in (("calibration", trial.data.calibration), ("unseen", trial.data.test)):
@@ -419,10 +385,6 @@ def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
     Args:
         a_row_each: a row a category; else the common row for all.
     """
-    from scipy.special import expit
-
-    import mscnn_helpers as mscnn
-
     category, labels = first["calibration_category"], first["calibration_labels"]
     seen = first["calibration_margin"], second["calibration"], category == labels
     rows = np.tile(mscnn.fit_shared_calibration(*seen), (labels.max() + 1, 1))
@@ -446,9 +408,6 @@ def all_signs(first: dict, second: dict) -> np.ndarray:
     Both stages' scores; Stage 1's margin of each view, its lead over the third to fifth category and its log-odds;
     the base network's log-odds and margin; the energies of both; the length of Stage 1's features; the category.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     def table(split: str) -> np.ndarray:
         one_hot = np.eye(first["calibration_category"].max() + 1)[first[f"{split}_category"]]
@@ -552,7 +511,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, few images; replaces no full figures")
     parser.add_argument("--seeds", type=numbers, default=(), help="only these: before all have been trained")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     form = QUICK if options.quick else FULL._replace(seeds=options.seeds or FULL.seeds)
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
     figures = origin(f"python benchmarks/verifiers.py{chosen}")

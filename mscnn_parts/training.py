@@ -98,14 +98,17 @@ class Trainer(keras.Model):
         self.network.save_weights(filepath, **kwargs)
 
 
-def compile_classifier(model: keras.Model, recipe: Recipe, steps: int) -> keras.Model:
+def compile_classifier(
+    model: keras.Model, recipe: Recipe, steps: int, optimizer: keras.optimizers.Optimizer | None = None
+) -> keras.Model:
     """Compiles a model for training by the recipe, and returns it.
 
     Args:
         steps: of the whole training, over which the learning rate rises and falls.
+        optimizer: in place of the recipe's.
     """
     model.compile(
-        stage1_optimizer(recipe, steps),
+        optimizer or stage1_optimizer(recipe, steps),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
         metrics=["accuracy"],
         jit_compile=False,  # XLA was slower on CPU wherever it was measured; on GPU it has not been tried
@@ -121,12 +124,15 @@ def train_classifier(
     seed: int = 0,
     log_dir: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    trainer_class: type[Trainer] = Trainer,
+    optimizer: keras.optimizers.Optimizer | None = None,
 ) -> dict[str, list[float]]:
     """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the Stage 2 base network.
 
     Args:
         log_dir: folder for TensorBoard logs; None: none are written.
         callbacks: more of Keras' callbacks; their `model` is a `Trainer`.
+        trainer_class: what takes the steps. optimizer: in place of the recipe's.
 
     Returns:
         The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split) and seconds, one
@@ -142,7 +148,7 @@ def train_classifier(
     one_hot = keras.utils.to_categorical(both.labels, len(data.category_names))
     train, calibration = np.split(np.arange(len(both)), [len(data.train)])
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
-    trainer = compile_classifier(Trainer(network, both.images), recipe, steps)
+    trainer = compile_classifier(trainer_class(network, both.images), recipe, steps, optimizer)
     del both  # the trainer has its own copy
     augmentation, timer = network.get_layer("augmentation"), EpochTimer()
     by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
@@ -219,11 +225,12 @@ class Stage2Trainer:
         model: only the Stage 2 CNNs that are trained change.
         data: train and calibration splits are used.
         recipe: its epochs scale the number of steps.
+        trainer_class: what takes the steps.
     """
 
     HISTORY_POINTS = 5  # points of the history of each category
 
-    def __init__(self, model: MultiStageCNN, data: Dataset, recipe: Recipe):
+    def __init__(self, model: MultiStageCNN, data: Dataset, recipe: Recipe, trainer_class: type[Trainer] = Trainer):
         self.model, self.data = model, data
         self.batch_size = min(256, recipe.batch_size)
         images = recipe.stage2_fraction * recipe.epochs * len(data.train)
@@ -233,7 +240,7 @@ class Stage2Trainer:
         images, self.labels = train_and_calibration(data)
         self.network = model.build_stage2()  # not a clone, which would be frozen where the Stage 2 base network is
         self.head = LogOdds()
-        self.trainer = Trainer(self.network, images, self.head)
+        self.trainer = trainer_class(self.network, images, self.head)
 
         def accuracy(correct, log_odds):
             return tf.cast((log_odds > 0) == (correct > 0.5), tf.float32)

@@ -394,13 +394,6 @@ def test_a_variant_is_compared_seed_by_seed():
     assert "+100.0% (+100.0% to +100.0%) |" in shown
 
 
-@pytest.fixture(autouse=True)
-def module_as_it_was(monkeypatch):
-    """Some variants replace a function of the module, as they may in a process of their own."""
-    for name in ("stage1_optimizer", "learning_rate_schedule", "AlternatingFlip", "Trainer"):
-        patch_rooms(monkeypatch, name, getattr(mscnn, name))
-
-
 EVERY_VARIANT = ablations.VARIANTS | ablations.REGULARIZERS
 
 
@@ -411,7 +404,7 @@ def trained_by(variant: str, tiny_data) -> np.ndarray:
     network = mscnn.MultiStageCNN.for_dataset(data, "float32", **widths).stage2_base
     training = ablations.Training(network, mscnn.Recipe(epochs=3, batch_size=16), steps=6, callbacks=[])
     EVERY_VARIANT[variant](training)
-    mscnn.train_classifier(network, data, training.recipe, callbacks=training.callbacks)
+    training.run(data)
     return np.concatenate([weight.ravel() for weight in network.get_weights()])
 
 
@@ -450,7 +443,7 @@ def test_a_mixture_keeps_its_share_of_each_image():
     images = np.arange(6 * 16 * 16 * 3, dtype=np.float32).reshape(6, 16, 16, 3)
     mixtures = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablations, "mixed", lambda mix: mixtures.update({len(mixtures): mix}))
+        patch.setattr(ablations, "mixed", lambda _, mix: mixtures.update({len(mixtures): mix}))
         ablations.with_mixup(None)
         ablations.with_cutmix(None)
     for number, mix in mixtures.items():
