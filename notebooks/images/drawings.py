@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.special import softmax
 from scipy.stats import binom
 
 HERE = Path(__file__).resolve().parent
@@ -247,25 +248,46 @@ def stage2_copies() -> None:
 
 
 def verifier_batch() -> None:
-    """Some of a batch of the verifier of cat: what the pretrained Stage 1 nearly takes for cats.
+    """Some of a batch of the verifier of ship, from the train split, with the pretrained Stage 1's probabilities.
 
-    From the calibration split: it knows its train images too well to show the point.
+    It shows the four negatives with the largest probability and tells the median of all 128: Stage 1 knows its train
+    images so well that it takes hardly any for a ship.
     """
-    model, data, cat = mscnn.load_model("pretrained"), mscnn.load_dataset("cifar10"), 3
-    some = data.calibration
-    z = model.stage1_logits(some.images).astype(np.float64)  # (N, C)
-    probability = 1 / (1 + np.exp(-mscnn.log_odds(z, np.full(len(z), cat))))
-    drawn = mscnn.sample_hard_negatives(some.labels, probability, cat, 12, np.random.default_rng(0))
-    parts = []
-    for row, (label, color) in enumerate((("positives\nlabel 1", GREEN), ("hard negatives\nlabel 0", RED))):
-        parts.append(text(80, 66 + 126 * row, label, 15, color, bold=True))
-        for k, i in enumerate(drawn[row::2][:6]):
-            x, y = 160 + 98 * k, 24 + 126 * row
-            parts.append(
-                photo(x, y, 78, some.images[i]) + text(x + 39, y + 92, data.category_names[some.labels[i]], 14)
-            )
-            parts.append(text(x + 39, y + 109, f"'cat' {probability[i]:.0%}", 13, GREY) * row)
-    save("verifier_batch", "A batch of the verifier of cat", "Six cats and six images taken for cats.", 274, *parts)
+    model, train, ship = mscnn.load_model("pretrained"), mscnn.load_dataset("cifar10").train, 8
+    probability = softmax(model.stage1_logits(train.images).astype(np.float64), axis=1)[:, ship]
+    batch = mscnn.sample_hard_negatives(train.labels, probability, ship, 256, np.random.default_rng(0))
+    positives, negatives = batch[0::2], np.unique(batch[1::2])
+    negatives = negatives[np.argsort(-probability[negatives])]
+    parts = [text(24, 28, "From a batch of 256 train images for the verifier of ship", 16, anchor="start", bold=True)]
+    rows = (
+        (positives, GREEN, "positives", "'ship' is correct.", "1"),
+        (
+            negatives,
+            RED,
+            "hard negatives",
+            "'ship' is incorrect.\nShown: the four most\nship-like of 128.",
+            "0",
+        ),
+    )
+    for row, (images, color, name, why, label) in enumerate(rows):
+        top = 52 + 172 * row
+        parts.append(box(24, top, 712, 160, color) + text(40, top + 30, name, 17, color, "start", bold=True))
+        parts.append(text(40, top + 58, why, 14, anchor="start"))
+        parts.append(text(40, top + 128, f"label {label}", 15, color, "start", bold=True))
+        for k, i in enumerate(images[:4]):
+            x = 238 + 124 * k
+            parts.append(photo(x, top + 12, 100, train.images[i]))
+            parts.append(text(x + 50, top + 126, mscnn.CIFAR10_NAMES[train.labels[i]], 14, bold=True))
+            parts.append(text(x + 50, top + 145, f"P(ship) {probability[i]:.0%}", 14))
+    typical = np.median(probability[batch[1::2]])
+    note = f"P(ship) by Stage 1, which has learned these images: the median of the 128 negatives is {typical:.0%}."
+    parts.append(text(380, 406, note, 14, GREY))
+    names = ", ".join(mscnn.CIFAR10_NAMES[train.labels[i]] for i in negatives[:4])
+    save(
+        "verifier_batch", "A batch of the verifier of ship",
+        f"Four ships with label 1, and four hard negatives with label 0: {names}. Each with Stage 1's probability of "
+        "ship.", 428, *parts,
+    )  # fmt: skip
 
 
 def frozen_and_free() -> None:
