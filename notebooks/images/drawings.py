@@ -9,11 +9,13 @@ and CIFAR-10's train split. Every drawing has a light panel of its own, so that 
 import base64
 import io
 import sys
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.special import softmax
 from scipy.stats import binom
 
 HERE = Path(__file__).resolve().parent
@@ -21,9 +23,14 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import mscnn_helpers as mscnn
 
-INK, GREY, BLUE, ORANGE, GREEN, RED = "#22303c", "#6b7680", "#2f6fab", "#c8641b", "#2e7d4f", "#b3372f"
+INK, GREY, BLUE, ORANGE, GREEN, RED = "#22303c", "#545f6a", "#24609a", "#a34c0c", "#23683f", "#a32e27"
 PALE = {GREY: "#e9ebed", BLUE: "#dce9f6", ORANGE: "#fbe5d2", GREEN: "#dcefe3", RED: "#f7dedb"}
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+STYLE = (  # a dark page gets a panel that is less glaring
+    ".panel{fill:#fcfbf8;stroke:#d8d5cc}.photo{image-rendering:pixelated}"
+    ".halo{stroke:#fcfbf8;stroke-width:4;stroke-linejoin:round;paint-order:stroke}"
+    "@media (prefers-color-scheme: dark){.panel{fill:#efede7;stroke:#efede7}.halo{stroke:#efede7}}"
+)
 
 
 def text(
@@ -43,21 +50,47 @@ def box(x: float, y: float, width: float, height: float, color: str = BLUE, word
     """A rounded box with centered lines of text, the first in bold."""
     first, *rest = words.split("\n")
     top = y + height / 2 - len(rest) * size * 0.62
-    place = f'x="{x}" y="{y}" width="{width}" height="{height}" rx="8"'
+    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8"'
     shape = f'<rect {place} fill="{PALE[color]}" stroke="{color}" stroke-width="1.6"/>'
     lines = text(x + width / 2, top, first, size, bold=True) if first else ""
-    return shape + lines + text(x + width / 2, top + size * 1.3, "\n".join(rest), size - 2) * bool(rest)
+    return shape + lines + text(x + width / 2, top + size * 1.3, "\n".join(rest), size - 1) * bool(rest)
+
+
+def corners(points: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def area(points: Iterable[tuple[float, float]], fill: str, stroke: str = "none") -> str:
+    return f'<polygon points="{corners(points)}" fill="{fill}" stroke="{stroke}" stroke-linejoin="round"/>'
+
+
+def path(points: Iterable[tuple[float, float]], color: str, width: float = 1.8, more: str = "") -> str:
+    return f'<polyline points="{corners(points)}" fill="none" stroke="{color}" stroke-width="{width}"{more}/>'
 
 
 def arrow(*points: tuple[float, float], color: str = INK) -> str:
-    corners = " ".join(f"{x},{y}" for x, y in points)
-    return f'<polyline points="{corners}" fill="none" stroke="{color}" stroke-width="1.8" marker-end="url(#head)"/>'
+    return path(points, color, more=' marker-end="url(#head)"')
 
 
 def line(x1: float, y1: float, x2: float, y2: float, color: str = GREY, dash: str = "") -> str:
-    return (
-        f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{color}" stroke-width="1.4" stroke-dasharray="{dash}"/>'
-    )
+    return path([(x1, y1), (x2, y2)], color, 1.4, f' stroke-dasharray="{dash}"')
+
+
+def bracket(left: float, right: float, y: float, words: str, color: str = GREY) -> str:
+    """A brace over what lies between two places, with a label above."""
+    brace = path([(left, y + 7), (left, y), (right, y), (right, y + 7)], color, 1.4)
+    return brace + text((left + right) / 2, y - 14, words, 14, color, bold=True)
+
+
+def dot(x: float, y: float, color: str) -> str:
+    return f'<circle class="halo" cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{color}"/>'
+
+
+def lock(x: float, y: float, color: str, shut: bool = True) -> str:
+    """A padlock of 11 x 15 around (x, y)."""
+    shackle = f"M{x - 3.2} {y - 1}v-3a3.2 3.2 0 0 1 6.4 0" + ("v3" if shut else "v0.6")
+    body = f'<rect x="{x - 5.5}" y="{y - 1}" width="11" height="8" rx="2" fill="{color}"/>'
+    return f'<path d="{shackle}" fill="none" stroke="{color}" stroke-width="1.8"/>{body}'
 
 
 def photo(x: float, y: float, size: float, image: np.ndarray) -> str:
@@ -65,17 +98,17 @@ def photo(x: float, y: float, size: float, image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    place = f'x="{x}" y="{y}" width="{size}" height="{size}" style="image-rendering:pixelated"'
-    return f'<image {place} href="data:image/png;base64,{data}"/>'
+    place = f'x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}"'
+    return f'<image {place} class="photo" href="data:image/png;base64,{data}"/>'
 
 
 def save(name: str, title: str, description: str, height: int, *parts: str) -> None:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760" height="{height}" role="img" '
-        f'font-family="{FONT}"><title>{escape(title)}</title><desc>{escape(description)}</desc>'
-        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+        f'font-family="{FONT}"><title>{escape(title)}</title><desc>{escape(description)}</desc><style>{STYLE}</style>'
+        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="6" markerHeight="6" '
         f'orient="auto-start-reverse"><path d="M0 0 10 5 0 10z" fill="{INK}"/></marker></defs>'
-        f'<rect width="760" height="{height}" rx="12" fill="#fcfbf8"/>'
+        f'<rect class="panel" x=".5" y=".5" width="759" height="{height - 1}" rx="12"/>'
     )
     (HERE / f"{name}.svg").write_text("\n".join([head, *parts, "</svg>\n"]), encoding="utf-8")
 
@@ -101,21 +134,30 @@ def two_stages() -> None:
 
 def splits() -> None:
     cards = [
-        ("train", 45_000, BLUE, "seen by the optimizer", "Which weights?"),
-        ("calibration", 2_500, ORANGE, "seen by our choices", "Which epoch,\nwhich threshold?"),
-        ("certification", 2_500, GREEN, "seen by nothing else", "What can be\nguaranteed?"),
-        ("test", 10_000, RED, "seen once, at the end", "How good is it?"),
+        ("train", 45_000, BLUE, "the optimizer", "Which weights?"),
+        ("calibration", 2_500, ORANGE, "our choices", "Which epoch,\nwhich threshold?"),
+        ("certification", 2_500, GREEN, "only the guarantee", "Which error rate\nis guaranteed?"),
+        ("test", 10_000, RED, "only the last number", "How good is it,\nin the end?"),
     ]
-    parts, start = [text(24, 26, "CIFAR-10's 60,000 images, to scale", 14, GREY, "start")], 24.0
+    scale, bar = 712 / 60_000, 24.0
+    edge = bar + 50_000 * scale
+    parts = [bracket(bar, edge - 3, 40, "CIFAR-10's 50,000 train images, which we split in three")]
+    parts.append(bracket(edge + 3, 736, 40, "its test images"))
     for i, (name, count, color, who, question) in enumerate(cards):
-        width, left = 712 * count / 60_000, 24 + 181 * i
-        parts.append(f'<rect x="{start:.1f}" y="42" width="{width:.1f}" height="34" fill="{color}"/>')
-        parts.append(line(round(start + width / 2, 1), 76, left + 84, 112, color))
-        parts.append(box(left, 112, 169, 150, color))
-        parts.append(text(left + 84, 134, name, 17, color, bold=True) + text(left + 84, 158, f"{count:,} images", 14))
-        parts.append(text(left + 84, 184, who, 14) + text(left + 84, 216, question, 15, bold=True))
-        start += width
-    save("splits", "Four splits", "The four splits, their sizes, who sees each, and what each answers.", 280, *parts)
+        width, left, middle = count * scale, 24 + 180 * i, 110 + 180 * i
+        parts.append(area([(bar, 88), (bar + width, 88), (left + 168, 132), (left + 4, 132)], PALE[color]))
+        parts.append(f'<rect x="{bar:.1f}" y="54" width="{width:.1f}" height="34" fill="{color}" stroke="#fcfbf8"/>')
+        parts.append(box(left, 130, 172, 172, color))
+        parts.append(text(middle, 154, name, 18, color, bold=True) + text(middle, 179, f"{count:,} images", 15))
+        parts.append(text(middle, 213, "seen by", 14, GREY) + text(middle, 233, who, 14))
+        parts.append(text(middle, 265, question, 15, bold=True))
+        bar += width
+    save(
+        "splits", "Four splits",
+        "A bar of 60,000 images to scale, and a card for each split: train, 45,000 images, seen by the optimizer; "
+        "calibration, 2,500, seen by our choices; certification, 2,500, seen only by the guarantee; test, 10,000, "
+        "seen only by the last number.", 320, *parts,
+    )  # fmt: skip
 
 
 def feature_maps() -> list[tuple[str, tuple[int, ...]]]:
@@ -125,89 +167,152 @@ def feature_maps() -> list[tuple[str, tuple[int, ...]]]:
     return [("image", (32, 32, 3)), *((name, tuple(cnn.get_layer(name).output.shape[1:])) for name in names)]
 
 
+def slab(x: float, y: float, shape: tuple[int, ...], color: str) -> tuple[str, float]:
+    """A feature map (H, W, channels) as a block centered on (x, y), and half its width.
+
+    Its thickness grows with the square root of the channels.
+    """
+    rows, columns, channels = shape
+    thick, high, dx, dy = 2.2 * channels**0.5, 2.7 * rows, 1.0 * columns, 0.6 * columns
+    left, right = x - (thick + dx) / 2, x + (thick - dx) / 2
+    top, bottom = y - (high - dy) / 2, y + (high + dy) / 2
+    front = area([(left, top), (right, top), (right, bottom), (left, bottom)], PALE[color], color)
+    lid = area([(left, top), (left + dx, top - dy), (right + dx, top - dy), (right, top)], "#ffffff", color)
+    side = area([(right, top), (right + dx, top - dy), (right + dx, bottom - dy), (right, bottom)], PALE[color], color)
+    return f'<g stroke-width="1.5">{front}{lid}{side}</g>', (thick + dx) / 2
+
+
 def stage1_network() -> None:
     does = {
-        "image": "uint8", "whitened": "2×2 kernel,\nfixed", "block1": "2 × conv 3×3,\nmaximum", "block2": "the same",
-        "block3": "the same", "pooled": "mean over\npositions", "logits": "one dense\nlayer",
-    }  # fmt: skip
-    parts, previous = [], None
+        "image": "uint8",
+        "whitened": "one 2 × 2\nconvolution",
+        "pooled": "over all\npositions",
+        "logits": "one dense\nlayer",
+    }
+    label = {"whitened": "whitening", "block1": "block 1", "block2": "block 2", "block3": "block 3", "pooled": "mean"}
+    parts, previous, middle = [], None, 134
     for i, (name, shape) in enumerate(feature_maps()):
-        x, side = 62 + 106 * i, 2.6 * shape[0] if len(shape) == 3 else 0
-        depth = 3 + 9 * np.log2(shape[-1] / 3) / 6.4
-        color = GREY if name in ("image", "whitened") else BLUE
-        left, right, top = x - (side or 14) / 2, x + (side or 14) / 2, 92 - (side or 70 * (shape[-1] / 256) ** 0.4) / 2
-        height = 2 * (92 - top)
-        for k in range(3 if len(shape) == 3 else 1, 0, -1):  # a stack of channels, deeper where there are more
-            shift = (k - 1) * depth / 2
-            parts.append(
-                f'<rect x="{left + shift:.1f}" y="{top - shift:.1f}" width="{right - left:.1f}" height="{height:.1f}" '
-                f'rx="3" fill="{PALE[color]}" stroke="{color}" stroke-width="1.5"/>'
-            )
+        x, color = 66 + 105 * i, GREY if name in ("image", "whitened") else BLUE
+        if len(shape) == 3:
+            drawn, half = slab(x, middle, shape, color)
+        else:  # a column of values; of many only the first and the last
+            half, few = 7, shape[0] <= 10
+            cells = [k - shape[0] / 2 for k in range(shape[0])] if few else [*range(-6, -1), *range(1, 6)]
+            place = [f'x="{x - half}" y="{middle + 9 * k:g}" width="{2 * half}" height="9"' for k in cells]
+            drawn = "".join(f'<rect {at} fill="{PALE[color]}" stroke="{color}" stroke-width="1.2"/>' for at in place)
+            drawn += "" if few else text(x, middle, "⋮", 20, color, bold=True)
         if previous:
-            parts.append(arrow((round(previous + 14, 1), 92), (round(left - 4, 1), 92)))
-        previous = right
-        label = {"whitened": "whitening", "pooled": "mean"}.get(name, name.replace("block", "block "))
-        parts.append(text(x, 158, label, 15, bold=True) + text(x, 180, " × ".join(map(str, shape)), 14, BLUE))
-        parts.append(text(x, 204, does[name], 13, GREY))
-    save("stage1_network", "Stage 1's network", "Feature maps of Stage 1 with their sizes.", 240, *parts)
-
-
-def stage2_copies() -> None:
-    parts = [box(20, 100, 186, 80, BLUE, "base network\nlearns all ten\ncategories once")]
-    for i, name in enumerate(mscnn.CIFAR10_NAMES):
-        x, y = (342, 550)[i // 5], 26 + 48 * (i % 5)
-        parts.append(box(x, y, 190, 38, ORANGE) + text(x + 12, y + 19, name, 15, anchor="start", bold=True))
-        parts.append(text(x + 178, y + 19, "correct?", 14, GREY, "end"))
-    parts.append(arrow((206, 140), (334, 140)) + text(272, 118, "10 copies", 15, bold=True))
-    parts.append(text(272, 160, "each learns\nits own question", 13, GREY))
-    save("stage2_copies", "One base network, ten copies", "Every verifier starts as a copy.", 290, *parts)
-
-
-def verifier_batch() -> None:
-    """Some of a batch of the verifier of cat: what the pretrained Stage 1 nearly takes for cats.
-
-    From the calibration split: it knows its train images too well to show the point.
-    """
-    model, data, cat = mscnn.load_model("pretrained"), mscnn.load_dataset("cifar10"), 3
-    some = data.calibration
-    z = model.stage1_logits(some.images).astype(np.float64)  # (N, C)
-    probability = 1 / (1 + np.exp(-mscnn.log_odds(z, np.full(len(z), cat))))
-    drawn = mscnn.sample_hard_negatives(some.labels, probability, cat, 12, np.random.default_rng(0))
-    parts = []
-    for row, (label, color) in enumerate((("positives\nlabel 1", GREEN), ("hard negatives\nlabel 0", RED))):
-        parts.append(text(80, 66 + 126 * row, label, 15, color, bold=True))
-        for k, i in enumerate(drawn[row::2][:6]):
-            x, y = 160 + 98 * k, 24 + 126 * row
-            parts.append(
-                photo(x, y, 78, some.images[i]) + text(x + 39, y + 92, data.category_names[some.labels[i]], 14)
-            )
-            parts.append(text(x + 39, y + 109, f"'cat' {probability[i]:.0%}", 13, GREY) * row)
-    save("verifier_batch", "A batch of the verifier of cat", "Six cats and six images taken for cats.", 274, *parts)
-
-
-def frozen_and_free() -> None:
-    parts = [text(182, 24, "before", 16, bold=True), text(578, 24, "after retraining ship and truck", 16, bold=True)]
-    common = ("Stage 1", "base network", "OOD score", "shared fit")
-    names = [*common, *mscnn.CIFAR10_NAMES]
-    for side, left in enumerate((20, 416)):
-        for i, name in enumerate(names):
-            free = name in ("ship", "truck")
-            x, y = left + 164 * (i % 2), 44 + 36 * (i // 2)
-            color = ORANGE if free else GREY
-            state = ("free" if free else "frozen") if side == 0 else ("new" if free else "same")
-            parts.append(box(x, y, 160, 31, color) + text(x + 10, y + 16, name, 14, anchor="start", bold=free))
-            parts.append(text(x + 151, y + 16, state, 13, color, "end", bold=free))
-    parts.append(arrow((352, 165), (408, 165)))
+            parts.append(arrow((previous + 6, middle), (x - half - 5, middle)))
+        previous = x + half
+        parts.append(drawn + text(x, 214, label.get(name, name), 15, bold=True))
+        parts.append(text(x, 237, " × ".join(map(str, shape)), 14, BLUE) + text(x, 264, does.get(name, ""), 14))
+    parts.append(bracket(126, 216, 48, "fixed", GREY) + lock(140, 34, GREY))
+    parts.append(bracket(232, 530, 48, "trained", BLUE) + bracket(666, 726, 48, "trained", BLUE))
+    block = "each: convolution 3 × 3, maximum 2 × 2,\nconvolution 3 × 3, with BatchNormalization\nand ReLU after both"
+    parts.append(text(381, 264, block, 14))
     parts.append(
         text(
             380,
-            312,
-            "A name stands for the Stage 2 CNN and its calibration coefficients; 'same' is the same SHA-256.",
-            13,
+            326,
+            "Height and depth show the positions of a feature map, thickness its channels.",
+            14,
             GREY,
         )
     )
-    save("frozen_and_free", "Frozen and free parts", "Two verifiers move, all else keeps its fingerprint.", 332, *parts)
+    shapes = "; ".join(f"{label.get(name, name)}: {' × '.join(map(str, shape))}" for name, shape in feature_maps())
+    save("stage1_network", "Stage 1's network", f"Feature maps from left to right. {shapes}.", 346, *parts)
+
+
+def stage2_copies() -> None:
+    heads = ((104, "base network"), (322, "ten copies"), (592, "ten verifiers"))
+    parts = [text(x, 30, words, 16, bold=True) for x, words in heads]
+    parts.append(
+        text(592, 52, "fine-tuned, each on its own question", 14, GREY) + text(322, 52, "same weights", 14, GREY)
+    )
+    parts.append(
+        box(24, 188, 160, 88, BLUE, "one small CNN\ntrained on all\nten categories")
+        + text(104, 52, "trained once", 14, GREY)
+    )
+    parts.append(path([(184, 232), (222, 232)], INK) + path([(222, 85), (222, 379)], INK))
+    for i, name in enumerate(mscnn.CIFAR10_NAMES):
+        y, article = 70 + 32.7 * i, "an" if name[0] in "aeiou" else "a"
+        parts.append(arrow((222, y + 15), (269, y + 15)) + box(270, y, 104, 29, BLUE))
+        parts.append(text(322, y + 15, "copy", 14) + arrow((374, y + 15), (447, y + 15)))
+        parts.append(box(448, y, 288, 29, ORANGE) + text(462, y + 15, name, 15, anchor="start", bold=True))
+        parts.append(text(722, y + 15, f"Is it {article} {name}?", 14, anchor="end"))
+    save(
+        "stage2_copies", "One base network, ten copies",
+        "A base network is trained once on all ten categories. Its weights are copied ten times, and each copy is "
+        "fine-tuned to verify one category.", 416, *parts,
+    )  # fmt: skip
+
+
+def verifier_batch() -> None:
+    """Some of a batch of the verifier of ship, from the train split, with the pretrained Stage 1's probabilities.
+
+    It shows the four negatives with the largest probability and tells the median of all 128: Stage 1 knows its train
+    images so well that it takes hardly any for a ship.
+    """
+    model, train, ship = mscnn.load_model("pretrained"), mscnn.load_dataset("cifar10").train, 8
+    probability = softmax(model.stage1_logits(train.images).astype(np.float64), axis=1)[:, ship]
+    batch = mscnn.sample_hard_negatives(train.labels, probability, ship, 256, np.random.default_rng(0))
+    positives, negatives = batch[0::2], np.unique(batch[1::2])
+    negatives = negatives[np.argsort(-probability[negatives])]
+    parts = [text(24, 28, "From a batch of 256 train images for the verifier of ship", 16, anchor="start", bold=True)]
+    rows = (
+        (positives, GREEN, "positives", "'ship' is correct.", "1"),
+        (
+            negatives,
+            RED,
+            "hard negatives",
+            "'ship' is incorrect.\nShown: the four most\nship-like of 128.",
+            "0",
+        ),
+    )
+    for row, (images, color, name, why, label) in enumerate(rows):
+        top = 52 + 172 * row
+        parts.append(box(24, top, 712, 160, color) + text(40, top + 30, name, 17, color, "start", bold=True))
+        parts.append(text(40, top + 58, why, 14, anchor="start"))
+        parts.append(text(40, top + 128, f"label {label}", 15, color, "start", bold=True))
+        for k, i in enumerate(images[:4]):
+            x = 238 + 124 * k
+            parts.append(photo(x, top + 12, 100, train.images[i]))
+            parts.append(text(x + 50, top + 126, mscnn.CIFAR10_NAMES[train.labels[i]], 14, bold=True))
+            parts.append(text(x + 50, top + 145, f"P(ship) {probability[i]:.0%}", 14))
+    typical = np.median(probability[batch[1::2]])
+    note = f"P(ship) by Stage 1, which has learned these images: the median of the 128 negatives is {typical:.0%}."
+    parts.append(text(380, 406, note, 14, GREY))
+    names = ", ".join(mscnn.CIFAR10_NAMES[train.labels[i]] for i in negatives[:4])
+    save(
+        "verifier_batch", "A batch of the verifier of ship",
+        f"Four ships with label 1, and four hard negatives with label 0: {names}. Each with Stage 1's probability of "
+        "ship.", 428, *parts,
+    )  # fmt: skip
+
+
+def frozen_and_free() -> None:
+    wide = ("Stage 1", "base network", "OOD statistics", "shared calibration", "ship", "truck")
+    parts = [text(192, 28, "before", 17, bold=True), text(568, 28, "after retraining ship and truck", 17, bold=True)]
+    rows = [(name,) for name in wide[:4]]
+    rows += [mscnn.CIFAR10_NAMES[i : i + 2] for i in range(0, 8, 2)] + [(name,) for name in wide[4:]]
+    for side, left in enumerate((24, 400)):
+        parts.append(text(left, 206, "Stage 2: a CNN and its calibration per category", 14, GREY, "start"))
+        for r, row in enumerate(rows):
+            y, free, width = 52 + 35 * r + 32 * (r > 3), r > 7, (336, 166)[len(row) - 1]
+            color = ORANGE if free else GREY
+            for i, name in enumerate(row):
+                x, shorter = left + 170 * i, len(row) == 2
+                state = (("frozen", "free"), ("= same", "≠ new"))[side][free] + " fingerprint" * side * (not shorter)
+                parts.append(box(x, y, width, 31, color) + text(x + 10, y + 16, name, 14, anchor="start", bold=free))
+                parts.append(text(x + width - 9, y + 16, state, 14, color, "end", bold=free))
+                if side == 0:
+                    parts.append(lock(x + width - (56 if free else 66), y + 15, color, shut=not free))
+    parts.append(arrow((364, 237), (396, 237)))
+    save(
+        "frozen_and_free", "Frozen and free parts",
+        "Before: all parts are frozen but the Stage 2 CNNs and calibrations of ship and truck, which are free. After "
+        "retraining: these two have new fingerprints, all frozen parts the same.", 452, *parts,
+    )  # fmt: skip
 
 
 def risk_coverage_eight() -> None:
@@ -215,60 +320,69 @@ def risk_coverage_eight() -> None:
     correct = np.array([True, True, True, False, True, True, False, True])
     _, risk = mscnn.risk_coverage(np.array(confidence), correct)
     errors = np.cumsum(~correct)
-    parts = [text(24, 24, "sorted by confidence: accept the first k", 14, GREY, "start")]
-    place = [(92 + 84 * k, 300 - 460 * risk[k]) for k in range(8)]
+    place = [(126 + 81 * k, 330 - 540 * risk[k]) for k in range(8)]
+    parts = [text(24, 26, "Eight images, the most confident first", 16, anchor="start", bold=True)]
+    for tick in (0, 0.1, 0.2, 0.3):
+        y = 330 - 540 * tick
+        parts.append(
+            line(88, y, 736, y, INK if tick == 0 else "#e3e0d8") + text(80, y, f"{tick:.0%}", 14, anchor="end")
+        )
     for k, (x, y) in enumerate(place):
-        color = GREEN if correct[k] else RED
-        parts.append(box(x - 36, 40, 72, 52, color, f"{'✓' if correct[k] else '✗'}\n{confidence[k]:.2f}"))
-        parts.append(line(x, 96, x, round(y - 8, 1), PALE[GREY]))
-        parts.append(f'<circle cx="{x}" cy="{y:.1f}" r="5" fill="{BLUE}"/>')
-        parts.append(text(x, y - 18, f"{errors[k]}/{k + 1}" if errors[k] else "0", 14, BLUE, bold=True))
-        parts.append(text(x, 320, f"{k + 1}/8", 14))
-    curve = " ".join(f"{x},{y:.1f}" for x, y in place)
-    parts.append(f'<polyline points="{curve}" fill="none" stroke="{BLUE}" stroke-width="2"/>')
-    parts += [line(56, 300, 716, 300, INK), text(386, 344, "coverage: share accepted", 14)]
-    parts.append(f'<g transform="rotate(-90 34 220)">{text(34, 220, "selective risk", 14)}</g>')
-    save("risk_coverage_eight", "A risk-coverage curve of eight images", "Risk after each accepted image.", 364, *parts)
+        color, mark = (GREEN, "✓") if correct[k] else (RED, "✗")
+        parts.append(box(x - 36, 44, 72, 78, color) + text(x, 62, mark, 20, color, bold=True))
+        parts.append(text(x, 84, "correct" if correct[k] else "incorrect", 14, color))
+        parts.append(text(x, 106, f"{confidence[k]:.2f}", 15, bold=True) + line(x, 124, x, y - 32, "#b9bfc4", "2 4"))
+    parts.append(path(place, BLUE, 2.4))
+    for k, (x, y) in enumerate(place):
+        aside = 12 * (k < 7 and risk[k + 1] > risk[k])  # the curve rises to the right
+        parts.append(f'<g class="halo">{text(x - aside, y - 20, f"{errors[k]}/{k + 1}", 15, BLUE, bold=True)}</g>')
+        parts.append(dot(x, y, BLUE) + text(x, 352, f"{k + 1}/8", 14))
+    parts.append(text(410, 380, "coverage: how many of the eight are accepted", 15))
+    parts.append(f'<g transform="rotate(-90 28 220)">{text(28, 220, "selective risk: errors / accepted", 15)}</g>')
+    save(
+        "risk_coverage_eight", "A risk-coverage curve of eight images",
+        "Eight images sorted by confidence, the fourth and the seventh incorrect. The risk after each: "
+        f"{', '.join(f'{e}/{k}' for k, e in enumerate(errors, start=1))}.", 404, *parts,
+    )  # fmt: skip
 
 
 def certificate() -> None:
     errors, accepted, delta = 2, 200, 0.05
     bound = mscnn.risk_upper_bound(errors, accepted, delta)
-    rates = np.linspace(0, 0.06, 121)
-    chance = binom.cdf(errors, accepted, rates)
-    x, y = 80 + rates * 640 / 0.06, 250 - chance * 200
-    at = 80 + bound * 640 / 0.06
-    inside, beyond = rates <= bound, rates >= bound
-    parts = [line(80, 250, 720, 250, INK), line(80, 50, 80, 250, INK)]
-    area = [(at, 250), (at, 250 - delta * 200), *zip(x[beyond], y[beyond], strict=True), (720, 250)]
-    parts.append(
-        f'<polygon points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in area)}" fill="{PALE[RED]}" stroke="none"/>'
+
+    def at(rate: float, chance: float) -> tuple[float, float]:
+        return 84 + rate * 640 / 0.06, 290 - chance * 220
+
+    right, floor = at(0.06, 0)
+    low, high = (
+        [at(rate, binom.cdf(errors, accepted, rate)) for rate in np.linspace(*ends, 80)]
+        for ends in ((0, bound), (bound, 0.06))
     )
-    for chosen, color in ((inside, BLUE), (beyond, RED)):
-        corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x[chosen], y[chosen], strict=True))
-        parts.append(f'<polyline points="{corners}" fill="none" stroke="{color}" stroke-width="2.4"/>')
-    parts += [
-        line(80, 250 - delta * 200, round(at, 1), 250 - delta * 200, GREY, "4 4"),
-        line(round(at, 1), 90, round(at, 1), 250, INK, "4 4"),
-    ]
-    parts += [text(70, 250 - 200 * p, f"{p:.0%}", 13, anchor="end") for p in (0.05, 0.5, 1)]
-    parts += [text(80 + r * 640 / 0.06, 268, f"{r:.0%}", 13) for r in (0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06)]
-    parts += [
-        text(400, 294, "true risk of what is accepted", 14),
-        text(at + 8, 84, f"bound {bound:.1%}", 15, bold=True, anchor="start"),
-    ]
-    luck = f"Were the true risk higher, at most {errors} errors\nin {accepted} would be a rarer luck than {delta:.0%}."
-    parts.append(text(at + 22, 120, luck, 14, RED, "start"))
+    edge = at(bound, delta)
+    title = f"How likely are at most {errors} errors among {accepted} accepted images?"
+    parts = [text(24, 26, title, 16, anchor="start", bold=True)]
+    for chance in (0.5, 1):
+        y = at(0, chance)[1]
+        parts.append(line(84, y, right, y, "#e3e0d8") + text(74, y, f"{chance:.0%}", 14, anchor="end"))
+    parts.append(area([(edge[0], 64), (right, 64), (right, floor), (edge[0], floor)], PALE[RED]))
+    parts.append(line(84, floor, right, floor, INK) + line(84, 64, 84, floor, INK))
+    parts += [text(at(rate, 0)[0], floor + 19, f"{rate:.0%}", 14) for rate in np.arange(7) / 100]
+    parts.append(line(84, edge[1], *edge, INK, "4 4") + line(edge[0], 64, edge[0], floor, INK, "4 4"))
+    seen = at(errors / accepted, binom.cdf(errors, accepted, errors / accepted))
+    parts.append(path(low, BLUE, 2.6) + path(high, RED, 2.6) + line(seen[0], seen[1], seen[0], floor, GREY, "2 4"))
     parts.append(
-        text(24, 24, f"probability of at most {errors} errors among {accepted} accepted images", 14, GREY, "start")
+        dot(*seen, BLUE) + text(seen[0] + 14, seen[1] - 6, f"measured: {errors / accepted:.0%}", 15, BLUE, "start")
     )
+    parts.append(dot(*edge, INK) + text(74, edge[1], f"{delta:.0%}", 14, anchor="end", bold=True))
+    parts.append(text(edge[0] + 16, 90, f"bound {bound:.1%}", 17, RED, "start", bold=True))
+    luck = f"With a true risk beyond the\nbound, so few errors have a\nprobability below {delta:.0%}."
+    parts.append(text(edge[0] + 16, 119, luck, 15, anchor="start"))
+    parts.append(text(404, floor + 44, "true risk among all images that would be accepted", 15))
     save(
-        "certificate",
-        "The bound of the certificate",
-        "Where the binomial probability falls to delta lies the bound.",
-        314,
-        *parts,
-    )
+        "certificate", "The bound of the certificate",
+        f"The probability of at most {errors} errors among {accepted} accepted images falls as the true risk grows; "
+        f"where it reaches {delta:.0%} lies the bound, {bound:.1%}. Beyond it the area is shaded.", 356, *parts,
+    )  # fmt: skip
 
 
 def colab_badge() -> None:
