@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mscnn_parts.training import RetrainingResult
 
 
-CAM_COLORMAP = "magma"  # perceptually uniform, and readable without colour vision
+CAM_COLORMAP = "magma"  # perceptually uniform, and readable without color vision
 
 
 def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
@@ -82,7 +82,7 @@ def _characters_in(font: str) -> frozenset[str]:
 
     try:
         return frozenset(map(chr, get_font(font).get_charmap()))
-    except Exception:  # of FreeType and of the file system: a font for the colours of emoji, one that has been deleted
+    except Exception:  # of FreeType and of the file system: a font for the colors of emoji, one that has been deleted
         return frozenset()
 
 
@@ -111,9 +111,9 @@ def _warn_of_boxes(script: str) -> None:
     warnings.filterwarnings("ignore", "Glyph .* missing from")
 
 
-def _show_image(axis, image: np.ndarray, title: str = "", colour: str = "black") -> None:
+def _show_image(axis, image: np.ndarray, title: str = "", color: str = "black") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8, color=colour)
+    axis.set_title(title, fontsize=8, color=color)
     axis.set_axis_off()
 
 
@@ -178,8 +178,8 @@ def plot_history(history: dict[str, dict]) -> Figure:
         for column, measure in enumerate(("loss", "accuracy")):
             axis = axes[2 * row + column]
             runs = list(history[stage].values()) if stage == "stage2" else [history[stage]]
-            for key, label, colour in ((measure, "train", "C0"), (f"val_{measure}", "calibration", "C1")):
-                _plot_runs(axis, [run[key] for run in runs if run.get(key)], label, colour)
+            for key, label, color in ((measure, "train", "C0"), (f"val_{measure}", "calibration", "C1")):
+                _plot_runs(axis, [run[key] for run in runs if run.get(key)], label, color)
             axis.set(
                 title=titles[stage],
                 xlabel="epoch" if stage != "stage2" else "fifth of the training",
@@ -191,18 +191,18 @@ def plot_history(history: dict[str, dict]) -> Figure:
     return figure
 
 
-def _plot_runs(axis, runs: list[list[float]], label: str, colour: str) -> None:
+def _plot_runs(axis, runs: list[list[float]], label: str, color: str) -> None:
     for run in runs if len(runs) > 1 else []:
-        axis.plot(range(1, len(run) + 1), run, color=colour, alpha=0.25, linewidth=0.8)
+        axis.plot(range(1, len(run) + 1), run, color=color, alpha=0.25, linewidth=0.8)
     if runs:
         mean = np.mean(runs, axis=0)
-        axis.plot(range(1, len(mean) + 1), mean, color=colour, marker=".", label=label)
+        axis.plot(range(1, len(mean) + 1), mean, color=color, marker=".", label=label)
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """A confusion matrix (C+1, C+1) as a heat map; the colour is the share of the row.
+    """A confusion matrix (C+1, C+1) as a heat map; the color is the share of the row.
 
-    Of many categories only the colours are shown, and not every name.
+    Of many categories only the colors are shown, and not every name.
     """
     import seaborn
 
@@ -338,8 +338,8 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]) -> Figure:
         top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: correct {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         incorrect = trace.verdict not in (OTHER, trace.truth) and trace.truth
-        colour = "dimgrey" if trace.verdict == OTHER else "firebrick" if incorrect else "darkgreen"
-        text.text(0, 0.02, _verdict(trace, bool(incorrect)), fontsize=11, weight="bold", color=colour)
+        color = "dimgrey" if trace.verdict == OTHER else "firebrick" if incorrect else "darkgreen"
+        text.text(0, 0.02, _verdict(trace, bool(incorrect)), fontsize=11, weight="bold", color=color)
     return figure
 
 

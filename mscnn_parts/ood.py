@@ -174,7 +174,7 @@ def synthetic_ood_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndar
     """Images that belong to no category, as many of each kind as are given: uint8 (B, H, W, channels).
 
     Args:
-        images: some of the data set; what is scrambled are 16 patches of each. The first single colours are white,
+        images: some of the data set; what is scrambled are 16 patches of each. The first single colors are white,
             black and gray.
     """
     rng, (height, width) = np.random.default_rng(seed), images.shape[1:3]
@@ -182,28 +182,28 @@ def synthetic_ood_images(images: np.ndarray, seed: int = 0) -> dict[str, np.ndar
     cut = scrambled[:, : height // 4 * 4, : width // 4 * 4]  # what four patches do not fill stays
     patches = cut.reshape(len(cut), 4, height // 4, 4, width // 4, -1).swapaxes(2, 3)  # (B, 4, 4, H/4, W/4, channels)
     flat = patches.reshape(len(cut), 16, *patches.shape[3:])
-    colours = rng.integers(0, 256, (len(images), 1, 1, images.shape[-1]), dtype=np.uint8)
-    colours[:3] = np.array([255, 0, 128], np.uint8)[: len(images), None, None, None]
+    colors = rng.integers(0, 256, (len(images), 1, 1, images.shape[-1]), dtype=np.uint8)
+    colors[:3] = np.array([255, 0, 128], np.uint8)[: len(images), None, None, None]
     mixed = rng.permuted(np.broadcast_to(np.arange(16), (len(cut), 16)), axis=1)  # (B, 16)
     shuffled = np.take_along_axis(flat, mixed[:, :, None, None, None], axis=1).reshape(patches.shape)
     cut[...] = shuffled.swapaxes(2, 3).reshape(cut.shape)
     return {
         "uniform noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
         "Gaussian noise": rng.normal(128, 64, images.shape).clip(0, 255).astype(np.uint8),
-        "one colour": np.broadcast_to(colours, images.shape).copy(),
+        "one color": np.broadcast_to(colors, images.shape).copy(),
         "stripes": _stripes(images.shape, rng),
         "scrambled": scrambled,
     }
 
 
 def _stripes(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Upright, level and slanting stripes of 1 to 8 pixels in two colours, uint8 of a shape (B, H, W, channels)."""
+    """Upright, level and slanting stripes of 1 to 8 pixels in two colors, uint8 of a shape (B, H, W, channels)."""
     count, height, width, channels = shape
     rows, columns = np.indices((height, width))
     across = np.stack([columns, rows, rows + columns])[np.arange(count) % 3]  # (B, H, W)
     odd = (across // rng.integers(1, 9, (count, 1, 1)) % 2).astype(bool)
-    colours = rng.integers(0, 256, (2, count, 1, 1, channels), dtype=np.uint8)
-    return np.where(odd[..., None], *colours)
+    colors = rng.integers(0, 256, (2, count, 1, 1, channels), dtype=np.uint8)
+    return np.where(odd[..., None], *colors)
 
 
 def foreign_photographs(input_shape: Sequence[int]) -> np.ndarray:

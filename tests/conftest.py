@@ -15,19 +15,19 @@ import mscnn_helpers as mscnn
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "mscnn_helpers.py", *sorted((ROOT / "mscnn_parts").glob("*.py"))]
 TINY_NAMES = ("airplane", "cat", "ship", "truck", "dog")
-TINY_COLOURS = np.array([[70, 150, 240], [235, 190, 60], [60, 60, 190], [225, 60, 60], [110, 200, 90]])
+TINY_COLORS = np.array([[70, 150, 240], [235, 190, 60], [60, 60, 190], [225, 60, 60], [110, 200, 90]])
 
 
 def tiny_images(labels: np.ndarray, seed: int) -> np.ndarray:
-    """uint8 (N, 32, 32, 3): a square in its category's colour, anywhere on grey noise.
+    """uint8 (N, 32, 32, 3): a square in its category's color, anywhere on grey noise.
 
-    The colour varies from image to image, so that a good classifier makes a few mistakes, not none.
+    The color varies from image to image, so that a good classifier makes a few mistakes, not none.
     """
     rng = np.random.default_rng(seed)
     images = rng.normal(128, 30, (len(labels), 32, 32, 3))
     for image, label in zip(images, labels, strict=True):
         top, left = rng.integers(0, 15, 2)
-        image[top : top + 18, left : left + 18] += TINY_COLOURS[label] - 128 + rng.normal(0, 42, 3)
+        image[top : top + 18, left : left + 18] += TINY_COLORS[label] - 128 + rng.normal(0, 42, 3)
     return np.clip(images, 0, 255).astype(np.uint8)
 
 
@@ -43,7 +43,7 @@ def gross_strangers(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """What no model may take for one of its categories, uint8 (B, H, W, channels) a kind."""
     some = np.zeros((60, *shape), np.uint8)
     kinds = mscnn.synthetic_ood_images(some, 7)
-    return {kind: kinds[kind] for kind in ("uniform noise", "Gaussian noise", "one colour", "stripes")}
+    return {kind: kinds[kind] for kind in ("uniform noise", "Gaussian noise", "one color", "stripes")}
 
 
 def patch_rooms(monkeypatch, name: str, value: object) -> None:

@@ -192,7 +192,7 @@ def test_cross_fitted_probabilities_are_of_networks_that_have_not_seen_the_image
         asked.append(images)
         return np.full((len(images), 5), 0.2)
 
-    monkeypatch.setattr(verifiers, "softmax", softmax)
+    monkeypatch.setattr(verifiers, "softmax_of", softmax)
     monkeypatch.setattr(verifiers, "train_ten", lambda trial, probability: probability)
     probability = verifiers.negatives_by_cross_fitting(trial)
     assert (probability == 0.2).all() and len(seen) == len(asked) == 2

@@ -1180,7 +1180,7 @@ def test_channel_statistics_are_those_of_the_train_split(tiny_data):
     assert mean.shape == std.shape == (3,)
 
 
-def test_channel_statistics_of_one_colour_can_be_divided_by(tiny_data):
+def test_channel_statistics_of_one_color_can_be_divided_by(tiny_data):
     flat = Split(np.full((10, 32, 32, 3), 9, np.uint8), np.zeros(10, int))
     mean, std = dataclasses.replace(tiny_data, train=flat).channel_statistics()
     assert mean.tolist() == [9, 9, 9]

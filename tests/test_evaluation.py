@@ -325,12 +325,12 @@ def test_made_up_images_show_nothing(shape):
     for kind, one in made_up.items():
         assert one.dtype == np.uint8 and len(one) == len(images)
         np.testing.assert_array_equal(one, again[kind])
-    assert (made_up["one colour"] == made_up["one colour"][:, :1, :1]).all()
-    assert len(np.unique(made_up["one colour"][:, 0, 0], axis=0)) == len(images), "another one for each image"
-    assert (made_up["one colour"][:3, 0, 0, 0] == [255, 0, 128]).all()
-    assert len(mscnn.synthetic_ood_images(images[:1])["one colour"]) == 1
+    assert (made_up["one color"] == made_up["one color"][:, :1, :1]).all()
+    assert len(np.unique(made_up["one color"][:, 0, 0], axis=0)) == len(images), "another one for each image"
+    assert (made_up["one color"][:3, 0, 0, 0] == [255, 0, 128]).all()
+    assert len(mscnn.synthetic_ood_images(images[:1])["one color"]) == 1
     for i, line in enumerate(made_up["stripes"]):
-        assert len(np.unique(line.reshape(-1, shape[-1]), axis=0)) == 2, "two colours"
+        assert len(np.unique(line.reshape(-1, shape[-1]), axis=0)) == 2, "two colors"
         along = [line[:1] == line, line[:, :1] == line, line[1:, :-1] == line[:-1, 1:]][i % 3]
         assert along.all()
     height, width = shape[1] // 4 * 4, shape[2] // 4 * 4

@@ -136,10 +136,10 @@ def test_a_model_does_not_take_the_place_of_what_is_needed(settings, save_model,
 
 
 def test_a_run_among_its_own_images_is_refused(tmp_path):
-    for name, colour in (("ant", 0), ("bee", 200)):
+    for name, color in (("ant", 0), ("bee", 200)):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(20):
-            Image.new("RGB", (8, 8), (colour, i, 0)).save(tmp_path / "pets" / name / f"{i}.png")
+            Image.new("RGB", (8, 8), (color, i, 0)).save(tmp_path / "pets" / name / f"{i}.png")
     for folder in ("pets", "pets/run"):
         with pytest.raises(MSCNNError, match="lies among the images of pets: choose one elsewhere"):
             mscnn.validate_run(Run("01", Settings(dataset=str(tmp_path / "pets"), run_dir=str(tmp_path / folder))))
