@@ -165,23 +165,6 @@ def test_environment_variables_are_read():
     assert all(f'"{name}"' in source for name in named)
 
 
-def test_docker_lines_fit_the_dockerfile():
-    text = DOCS["docker"]
-    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    runs = re.findall(r"^docker run (.*)$", text, re.M)
-    assert len(runs) == 4
-    assert sum("--memory=4g" in line for line in runs) == 1
-    for line in runs:
-        words = shlex.split(line)
-        assert {word.split(":")[1] for word in words if word.startswith("$PWD")} == {"/data", "/mscnn/runs"}
-        assert "mscnn" in words
-    assert "ENV MSCNN_DATA_DIR=/data" in dockerfile
-    assert "WORKDIR /mscnn\n" in dockerfile
-    assert "EXPOSE 8888" in dockerfile
-    assert "USER 1000" in dockerfile
-    assert f"ARG {re.search(r'--build-arg (BASE)=', text)[1]}=" in dockerfile
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What is to be typed
 # ------------------------------------------------------------------------------------------------------------
