@@ -530,7 +530,7 @@ class MultiStageCNN(keras.Model):
     @property
     def ood_statistics(self) -> OODStatistics:
         """What images of the categories look like; NaN until `fit_ood`, scale and thresholds until `calibrate`."""
-        return OODStatistics(*(one.numpy() for one in self._ood_statistics))
+        return OODStatistics(*(variable.numpy() for variable in self._ood_statistics))
 
     @ood_statistics.setter
     def ood_statistics(self, statistics: OODStatistics) -> None:
@@ -590,9 +590,9 @@ class MultiStageCNN(keras.Model):
         decisions = self.decide(split.images)
         labels, in_distribution = checked_labels(decisions.category, split.labels), decisions.in_distribution
         correct = decisions.stage1_category == labels
-        found = threshold_for_risk(decisions.confidence[in_distribution], correct[in_distribution], risk, delta)
-        self.certificate = found._replace(images=len(split))
-        self.threshold, self.threshold_source = found.threshold, f"for at most {risk:.2%} errors"
+        certificate = threshold_for_risk(decisions.confidence[in_distribution], correct[in_distribution], risk, delta)
+        self.certificate = certificate._replace(images=len(split))
+        self.threshold, self.threshold_source = certificate.threshold, f"for at most {risk:.2%} errors"
         return self.certificate
 
     @property

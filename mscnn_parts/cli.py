@@ -125,8 +125,8 @@ def run_notebook(
             extra_arguments=["--log-level=CRITICAL"],  # the kernel's, of the notebook's own prints nothing is lost
         )
     except papermill.PapermillExecutionError as error:
-        told = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
-        raise MSCNNError(f"{told}\n({name}, cell {error.exec_count}; the notebook so far: {target})") from error
+        reason = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
+        raise MSCNNError(f"{reason}\n({name}, cell {error.exec_count}; the notebook so far: {target})") from error
     except NoSuchKernel as error:
         remedy = f"{sys.executable} -m pip install ipykernel"
         raise MSCNNError(f"{name}: Jupyter knows no kernel named {error.name} here. Install it: {remedy}") from error
@@ -221,28 +221,27 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
 def print_result(run: Run) -> None:
     """The end of a run: the report of the 11 categories, the figures that matter, and where to look."""
     metrics = run.read("metrics")
-    one, two = metrics["stage1"], metrics["two_stage"]
+    stage1, two_stage = metrics["stage1"], metrics["two_stage"]
     data = metrics["dataset"]
     print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
-    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two readings in notebook 05.\n")
+    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two_stage readings in notebook 05.\n")
     print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
     if data["fallback"]:
         print(FALLBACK_NOTICE)
-    print(f"Accuracy of Stage 1 {one['accuracy']:.1%}, of all answers {two['accuracy']:.1%}. ", end="")
-    print(f"At threshold {two['threshold']:.4g}: ", end="")
-    accepted = (
-        "nothing is accepted" if two["selective_accuracy"] is None else f"{two['selective_accuracy']:.1%} correct"
-    )
-    print(f"{two['coverage']:.1%} of the images accepted, of these {accepted}.")
+    print(f"Accuracy of Stage 1 {stage1['accuracy']:.1%}, of all answers {two_stage['accuracy']:.1%}. ", end="")
+    print(f"At threshold {two_stage['threshold']:.4g}: ", end="")
+    accuracy = two_stage["selective_accuracy"]
+    accepted = "nothing is accepted" if accuracy is None else f"{accuracy:.1%} correct"
+    print(f"{two_stage['coverage']:.1%} of the images accepted, of these {accepted}.")
     if metrics.get("certificate"):
         print(Certificate(**metrics["certificate"]).text())
-    alone = f"of Stage 1 alone, on a single view and by its softmax, {one['aurc']:.4f}"
-    print(f"Area under the risk-coverage curve: {two['aurc']:.4f}; {alone}.")
+    alone = f"of Stage 1 alone, on a single view and by its softmax, {stage1['aurc']:.4f}"
+    print(f"Area under the risk-coverage curve: {two_stage['aurc']:.4f}; {alone}.")
     if metrics.get("unnoticed"):
         kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in metrics["unnoticed"].items())
         print(f"{OTHER} does not notice everything. Accepted, though they show no category: {kinds}.")
-    if two.get("ood_rejection_rate"):
-        rejected = f"{two['ood_rejection_rate']:.1%} of the test images"
+    if two_stage.get("ood_rejection_rate"):
+        rejected = f"{two_stage['ood_rejection_rate']:.1%} of the test images"
         print(f"Rejected as {OUT_OF_DISTRIBUTION}, though they show a category: {rejected}.")
     if data["sizes"]["calibration"] < 20 * len(data["category_names"]):
         print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
@@ -268,14 +267,15 @@ def command_line() -> argparse.ArgumentParser:
         "--notebooks", choices=("main", "all"), default="main", help="main: 01 to 05; all: 05b, too (default: main)"
     )
     parser.add_argument("--version", action="version", version=f"MSCNN {VERSION}")
-    for one in dataclasses.fields(Settings):
-        says_nothing = one.default is False or one.default == ""  # but 0 does
-        text = one.metadata["help"] + ("" if says_nothing else f" (default: {one.default})")
-        if one.type == "bool":
-            parser.add_argument(f"--{one.name}", action="store_true", help=text)
+    for parameter in dataclasses.fields(Settings):
+        says_nothing = parameter.default is False or parameter.default == ""  # but 0 does
+        text = parameter.metadata["help"] + ("" if says_nothing else f" (default: {parameter.default})")
+        if parameter.type == "bool":
+            parser.add_argument(f"--{parameter.name}", action="store_true", help=text)
         else:
-            kind = {"int": int, "float": float, "str": str}[str(one.type)]
-            parser.add_argument(f"--{one.name}", type=kind, default=one.default, metavar=one.type.upper(), help=text)
+            kind = {"int": int, "float": float, "str": str}[str(parameter.type)]
+            kinds = {"type": kind, "default": parameter.default, "metavar": str(parameter.type).upper()}
+            parser.add_argument(f"--{parameter.name}", **kinds, help=text)
     return parser
 
 

@@ -126,7 +126,7 @@ def split_data(raw: RawData, light_mode: bool, seed: int) -> Dataset:
     """
     least = LEAST if raw.x_held is None else 2
     _check_categories(raw, least + (raw.x_test is None))
-    found = raw.fingerprint
+    source_fingerprint = raw.fingerprint
     train = Split(raw.x_train, raw.y_train.astype(np.int64))
     if raw.x_test is None or raw.y_test is None:
         train, test = _stratified_split(train, round(0.2 * len(train)), seed, (least, 1))
@@ -156,7 +156,7 @@ def split_data(raw: RawData, light_mode: bool, seed: int) -> Dataset:
         flip=raw.flip,
         light_mode=light_mode,
         seed=seed,
-        source_fingerprint=found,
+        source_fingerprint=source_fingerprint,
     )
 
 

@@ -116,11 +116,11 @@ def cross_fitted(stage1: np.ndarray, stage2: np.ndarray, correct: np.ndarray, se
     Returns:
         float64 (N,).
     """
-    halves, found = np.array_split(np.random.default_rng(seed).permutation(len(correct)), 2), np.zeros(len(correct))
+    halves, odds = np.array_split(np.random.default_rng(seed).permutation(len(correct)), 2), np.zeros(len(correct))
     for fitted, scored in (halves, halves[::-1]):
         intercept, weight1, weight2 = fit_shared_calibration(stage1[fitted], stage2[fitted], correct[fitted])
-        found[scored] = intercept + weight1 * stage1[scored] + weight2 * stage2[scored]
-    return found
+        odds[scored] = intercept + weight1 * stage1[scored] + weight2 * stage2[scored]
+    return odds
 
 
 def confidence_log_odds(

@@ -112,18 +112,18 @@ def _download_problem(error: Exception, host: str, folder: Path) -> str:
     cause = error  # the innermost one: requests wraps errors of urllib3, which wraps Python's
     while inner := next((e for e in (*cause.args, getattr(cause, "reason", 0)) if isinstance(e, Exception)), None):
         cause = inner
-    told = re.sub("^<.*?>: ", "", str(cause)) or type(cause).__name__  # without the address of an object
+    reason = re.sub("^<.*?>: ", "", str(cause)) or type(cause).__name__  # without the address of an object
     answer = getattr(error, "response", None)
     if isinstance(error, exceptions.ProxyError) or (answer is not None and answer.status_code == 407):
-        return f"the proxy does not let it through: {told}; check HTTPS_PROXY and NO_PROXY"
+        return f"the proxy does not let it through: {reason}; check HTTPS_PROXY and NO_PROXY"
     if answer is not None:
         later = "; try again later" if answer.status_code in (429, 503) else ""
         return f"{host} answers {answer.status_code} {answer.reason}{later}"
     if isinstance(error, exceptions.SSLError):
-        return f"the certificate of {host} is not trusted: {told}; REQUESTS_CA_BUNDLE names the file of other ones"
+        return f"the certificate of {host} is not trusted: {reason}; REQUESTS_CA_BUNDLE names the file of other ones"
     if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout)):
         return f"no answer from {host}"
     if isinstance(error, PermissionError) or getattr(error, "errno", None):
         reason = getattr(error, "strerror", None) or os.strerror(errno.EACCES)  # pooch leaves it out
         return f"cannot write to {folder}: {reason}; mend that, or set MSCNN_DATA_DIR to another folder"
-    return told
+    return reason

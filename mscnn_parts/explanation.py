@@ -64,7 +64,7 @@ def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "poo
     if dtype != np.uint8 or shape[1:] != network.input_shape[1:]:
         wanted = ", ".join(map(str, network.input_shape[1:]))
         raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).")
-    names = [one.name for one in network.layers]
+    names = [known.name for known in network.layers]
     if layer not in names:
         raise MSCNNError(
             f"{network.name} has no layer '{layer}'.{did_you_mean(layer, names)} Choose among: {', '.join(names)}."
@@ -94,13 +94,13 @@ def trace_decisions(
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
     traces = []
     for i, c in enumerate(decisions.stage1_category):
-        one = images[i : i + 1]
+        image = images[i : i + 1]
         traces.append(
             DecisionTrace(
                 image=images[i],
                 truth="" if labels is None else names[labels[i]],
-                stage1_map=grad_cam(model.stage1, one, lambda z, c=c: z[:, c])[0],
-                stage2_map=grad_cam(model.stage2_cnn(c), one, lambda z, c=c: log_odds_tensor(z, c))[0],
+                stage1_map=grad_cam(model.stage1, image, lambda z, c=c: z[:, c])[0],
+                stage2_map=grad_cam(model.stage2_cnn(c), image, lambda z, c=c: log_odds_tensor(z, c))[0],
                 top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
                 stage2_confidence=float(decisions.stage2_confidence[i]),
                 confidence=float(decisions.confidence[i]),

@@ -98,7 +98,7 @@ def _font_with(characters: str) -> str | None:
         if not name.startswith("Last Resort")  # Matplotlib's, which has a box for every character
     }
     best = min(lacks, key=lambda name: len(lacks[name]))
-    for script in sorted({unicodedata.name(one, "UNKNOWN").split()[0] for one in lacks[best]}):
+    for script in sorted({unicodedata.name(character, "UNKNOWN").split()[0] for character in lacks[best]}):
         _warn_of_boxes(script)
     return best if lacks[best] < wanted else None
 
@@ -278,9 +278,9 @@ def plot_gallery(
     check_categories_within(labels, len(full))
     fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
     for d, c, p, reason, t in zip(*fields, strict=True):
-        said = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
-        said = f"{full[d]}\n{reason}" if reason == OUT_OF_DISTRIBUTION else said
-        captions.append(f"{said}\ntrue: {full[t]}")
+        verdict = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
+        verdict = f"{full[d]}\n{reason}" if reason == OUT_OF_DISTRIBUTION else verdict
+        captions.append(f"{verdict}\ntrue: {full[t]}")
     return plot_images(images, captions, title)
 
 

@@ -131,7 +131,7 @@ class Networks:
         """
         logits = in_batches(stage2_caller(self.stage2_graph, self.stage2[category]), images, batch_size)
         where = np.full(len(images), category)
-        return np.mean([log_odds(one, where) for one in np.split(logits, self.views, axis=1)], axis=0)
+        return np.mean([log_odds(view, where) for view in np.split(logits, self.views, axis=1)], axis=0)
 
     def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
         """Both stages' scores, not yet combined.

@@ -248,12 +248,12 @@ def compare_decisions(
     return [
         Comparison(
             name,
-            int(here.sum()),
-            int((first.category != second.category)[here].sum()),
-            paired_difference(*(one[here] for one in accepted)),
-            paired_difference(*(one[here] for one in incorrect)),
+            int(chosen.sum()),
+            int((first.category != second.category)[chosen].sum()),
+            paired_difference(*(one[chosen] for one in accepted)),
+            paired_difference(*(one[chosen] for one in incorrect)),
         )
-        for name, here in groups
+        for name, chosen in groups
     ]
 
 
@@ -263,21 +263,21 @@ def stage_report_labels(decisions: Decisions, labels: np.ndarray, other: int) ->
     return np.where(decisions.stage1_category == labels, labels, other)
 
 
-def decision_report(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> str:
+def decision_report(labels: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> str:
     """scikit-learn's report over the C categories and OTHER."""
     from sklearn.metrics import classification_report
 
-    truth, decided = one_per_image(truth=truth, decided=decided)
+    labels, decided = one_per_image(labels=labels, decided=decided)
     rows = {"labels": range(len(names) + 1), "target_names": [*names, OTHER]}
-    return str(classification_report(truth, decided, **rows, digits=3, zero_division=0))  # pyright: ignore[reportArgumentType]
+    return str(classification_report(labels, decided, **rows, digits=3, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
-def decision_confusion(truth: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def decision_confusion(labels: np.ndarray, decided: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Confusion matrix with OTHER last, int (C+1, C+1): rows are the truth, columns the decision."""
     from sklearn.metrics import confusion_matrix
 
-    truth, decided = one_per_image(truth=truth, decided=decided)
-    return confusion_matrix(truth, decided, labels=range(len(names) + 1))
+    labels, decided = one_per_image(labels=labels, decided=decided)
+    return confusion_matrix(labels, decided, labels=range(len(names) + 1))
 
 
 def reliability(

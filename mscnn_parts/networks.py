@@ -77,8 +77,8 @@ def feature_extractor(stage1: keras.Model) -> keras.Model:
 
 def set_whitening(networks: Iterable[keras.Model], images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Gives networks the whitening kernel of about 5,000 of the train images, uint8 (N, H, W, channels)."""
-    some = images[:: -(-len(images) // 5000)]  # from all over: images may be sorted by category
-    kernel = whitening_kernel(some, mean, std)
+    sample = images[:: -(-len(images) // 5000)]  # from all over: images may be sorted by category
+    kernel = whitening_kernel(sample, mean, std)
     for network in networks:
         network.get_layer("whitening").kernel.assign(kernel)
 

@@ -93,12 +93,12 @@ def fit_feature_statistics(block1_means: np.ndarray, whitening_strength: np.ndar
     """
     from sklearn.covariance import LedoitWolf
 
-    found = []
+    fitted = []
     for features in (block1_means, whitening_strength):
         covariance = LedoitWolf(store_precision=False).fit(features).covariance_
         ridge = 1e-6 * max(np.trace(covariance), 1e-6) * np.eye(len(covariance))  # for channels that are always 0
-        found += [features.mean(axis=0, dtype=float), np.linalg.inv(covariance + ridge)]
-    return OODStatistics(*found, scale=np.full((2, 4), np.nan), thresholds=np.full(3, np.nan))
+        fitted += [features.mean(axis=0, dtype=float), np.linalg.inv(covariance + ridge)]
+    return OODStatistics(*fitted, scale=np.full((2, 4), np.nan), thresholds=np.full(3, np.nan))
 
 
 def fit_ood_scale(statistics: OODStatistics, terms: np.ndarray) -> OODStatistics:
@@ -144,8 +144,8 @@ def fit_ood(model: MultiStageCNN, data: Dataset, images: int = 5000) -> None:
             model is calibrated; else `calibrate` does so.
     """
     model.certificate = None
-    some = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
-    outputs = model.stage1_outputs(some)
+    sample = data.train.images[:: -(-len(data.train) // images)]  # from all over: they may be sorted by category
+    outputs = model.stage1_outputs(sample)
     model.ood_statistics = fit_feature_statistics(outputs.block1_means, outputs.whitening_strength)
     if model.is_calibrated:
         fit_model_scale(model, model.scores(data.calibration.images))
@@ -214,14 +214,14 @@ def foreign_photographs(input_shape: Sequence[int]) -> np.ndarray:
     """
     from importlib.resources import as_file, files
 
-    found = []
+    photographs = []
     for name in ("china.jpg", "flower.jpg"):
         with as_file(files("sklearn.datasets.images") / name) as path:
-            found.append(read_image(path, input_shape))
-    return np.stack(found)
+            photographs.append(read_image(path, input_shape))
+    return np.stack(photographs)
 
 
 def unnoticed(verdicts: dict[str, Decisions], share: float = 0.05) -> dict[str, float]:
     """The kinds of images of no category of which more than `share` is accepted, and how many are: 0 to 1."""
-    accepted = {kind: float((found.reasons() == ACCEPTED).mean()) for kind, found in verdicts.items()}
-    return {kind: one for kind, one in accepted.items() if one > share}
+    accepted = {kind: float((decisions.reasons() == ACCEPTED).mean()) for kind, decisions in verdicts.items()}
+    return {kind: share_accepted for kind, share_accepted in accepted.items() if share_accepted > share}

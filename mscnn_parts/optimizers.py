@@ -98,7 +98,7 @@ class Muon(keras.optimizers.SGD):
         self.kernel_gain = kernel_gain
 
     def build(self, variables):
-        self.exclude_from_weight_decay([one for one in variables if len(one.shape) == 4])
+        self.exclude_from_weight_decay([variable for variable in variables if len(variable.shape) == 4])
         super().build(variables)
 
     def update_step(self, gradient, variable, learning_rate):

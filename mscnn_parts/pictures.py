@@ -157,8 +157,8 @@ def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np
                 unreadable.append(str(error))
     if unreadable:
         more = f"\nand {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
-        told = "\n".join(unreadable[:10])
-        raise MSCNNError(f"{told}{more}\n{len(unreadable)} bad in {folder}: mend or remove, then start again.")
+        listed = "\n".join(unreadable[:10])
+        raise MSCNNError(f"{listed}{more}\n{len(unreadable)} bad in {folder}: mend or remove, then start again.")
     return np.stack(images), np.asarray(labels), left_out
 
 
@@ -182,7 +182,7 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
     from PIL import Image, ImageOps
 
     if isinstance(picture, (list, tuple)):
-        images = [read_image(one, input_shape) for one in picture]
+        images = [read_image(element, input_shape) for element in picture]
         return np.stack(images) if images else np.zeros((0, *input_shape), np.uint8)
     if not isinstance(picture, (str, os.PathLike, np.ndarray, Image.Image)):
         raise MSCNNError(f"The image is a {type(picture).__name__}: give a path, a Pillow image or an array.")

@@ -79,15 +79,15 @@ class Run:
             return self.model_path
         starts = (project_root(), current_folder(), self.folder)
         places = [with_keras_suffix(path, wanted) for path in places_of(wanted, *starts)]
-        found = next(
+        existing = next(
             (place for place in places if os.path.isfile(place)), None
         )  # False, too, without the right to look
-        if found is None:
+        if existing is None:
             raise MSCNNError(
                 f"No model file '{wanted}': looked for {' and '.join(map(str, places))}. "
                 "Give the path of a .keras file of a finished run, or pretrained."
             )
-        return found
+        return existing
 
     def latest_model(self) -> Path:
         """The finished model of this run; where there is none yet, the one that `load_model` names.
@@ -170,7 +170,7 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     Raises:
         MSCNNError: a parameter is wrong, or there is neither an earlier notebook nor `load_model`.
     """
-    given = {one.name: namespace[one.name] for one in dataclasses.fields(Settings) if one.name in namespace}
+    given = {field.name: namespace[field.name] for field in dataclasses.fields(Settings) if field.name in namespace}
     if notebook == NOTEBOOKS[0]:
         return Run(notebook, Settings(**given))
     given = {name: value for name, value in given.items() if value != ""}
@@ -178,7 +178,7 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     earlier = run.read("metrics").get("parameters") or _parameters_of_model(run)
     if given.keys() & set(THRESHOLD_PARAMETERS):
         earlier = {name: value for name, value in earlier.items() if name not in THRESHOLD_PARAMETERS}
-    known = [one.name for one in dataclasses.fields(Settings)]
+    known = [field.name for field in dataclasses.fields(Settings)]
     return Run(notebook, Settings(**{**{name: earlier[name] for name in known if name in earlier}, **given}))
 
 
@@ -226,7 +226,7 @@ def _check_injected_parameters() -> None:
     """Raises MSCNNError if papermill has set what is no parameter, of which papermill itself only warns."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     cells = shell.user_ns.get("In", []) if shell else []
-    names = [one.name for one in dataclasses.fields(Settings)]
+    names = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in injected_names(cells) if name not in names]
     if unknown:
         hint = did_you_mean(unknown[0], names)
@@ -330,6 +330,6 @@ def _settled(text: str, place: Path | None, *starts: Path) -> str:
 
 def same_data(one: str, other: str) -> bool:
     """Whether two values of `dataset` lead to the same folder or file."""
-    found = [find_data(name)[0] for name in (one, other)]
-    first, second = (path and os.path.realpath(path) for path in found)
+    places = [find_data(name)[0] for name in (one, other)]
+    first, second = (path and os.path.realpath(path) for path in places)
     return first is not None and first == second

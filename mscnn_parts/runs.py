@@ -50,8 +50,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("tensorflow", "keras", "numpy", "scikit-learn")
-    found = {name: version(name) for name in names if name != "tensorflow"}
-    return {"python": platform.python_version(), "tensorflow": tf.__version__, **found}
+    installed = {name: version(name) for name in names if name != "tensorflow"}
+    return {"python": platform.python_version(), "tensorflow": tf.__version__, **installed}
 
 
 def commit() -> str | None:

@@ -53,7 +53,7 @@ def categories_from(chosen: str | int | Iterable[str | int], names: Sequence[str
     if isinstance(chosen, str) and not chosen.strip() and chosen not in names:
         return tuple(range(len(names)))
     items = _items_of(chosen, names) if isinstance(chosen, str) else _listed(chosen)
-    return tuple(sorted({_category_index(one, names) for one in items}))
+    return tuple(sorted({_category_index(item, names) for item in items}))
 
 
 def _listed(chosen: Any) -> list[str | int]:
@@ -64,13 +64,13 @@ def _listed(chosen: Any) -> list[str | int]:
         items = list(chosen) if several else [chosen]
     except TypeError:  # a tensor without axes only looks like several
         items = [chosen]
-    for one in items:
-        if isinstance(one, bool) or not isinstance(one, (str, int, np.integer)):
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (str, int, np.integer)):
             raise MSCNNError(
-                f"{one!r} is no category: give names or indices, such as ship,truck or 8,9. "
+                f"{item!r} is no category: give names or indices, such as ship,truck or 8,9. "
                 "A name that looks like a number, True or None goes in quotes: '\"01\"'."
             )
-    return [one if isinstance(one, str) else int(one) for one in items]  # pyright: ignore[reportArgumentType]
+    return [item if isinstance(item, str) else int(item) for item in items]  # pyright: ignore[reportArgumentType]
 
 
 _ITEM = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,]*?)\s*(?:,|\Z)""", re.DOTALL)
@@ -84,7 +84,7 @@ def _items_of(text: str, names: Sequence[str]) -> list[str | int]:
     inside = text.strip()
     bracketed = inside[0] + inside[-1] in ("[]", "()", "{}")
     parts = _ITEM.findall(inside[1:-1] if bracketed else inside)
-    items = [one for one in (_item(part, names, bracketed) for part in parts) if one != ""]  # a comma too many: no harm
+    items = [item for item in (_item(part, names, bracketed) for part in parts) if item != ""]  # a comma too many
     if not items:
         raise MSCNNError(f"No category in '{text}': name some of {', '.join(names)}, or leave it empty for all.")
     return items
@@ -107,19 +107,19 @@ def _category_index(one: str | int, names: Sequence[str]) -> int:
         return names.index(one)
     number = one if isinstance(one, int) else int(one) if re.fullmatch(r"-?\d{1,18}", one) else None
     if number is not None:
-        found = {category for category, name in enumerate(names) if number in _numbers_from(name)}
+        matching = {category for category, name in enumerate(names) if number in _numbers_from(name)}
         if str(number) not in names and 0 <= number < len(names):
-            found.add(number)
-        if not found:
+            matching.add(number)
+        if not matching:
             raise MSCNNError(f"Category index {number} is out of range: use 0 to {len(names) - 1}.")
     else:
-        found = {category for category, name in enumerate(names) if name.strip().lower() == str(one).strip().lower()}
-    if len(found) == 1:
-        return found.pop()
-    if found:
-        could = " or ".join(repr(names[category]) for category in sorted(found))
+        matching = {category for category, name in enumerate(names) if name.strip().lower() == str(one).strip().lower()}
+    if len(matching) == 1:
+        return matching.pop()
+    if matching:
+        could = " or ".join(repr(names[category]) for category in sorted(matching))
         raise MSCNNError(
-            f"Category {one} could be {could}: give the name in quotes, as in '[\"{names[min(found)]}\"]'."
+            f"Category {one} could be {could}: give the name in quotes, as in '[\"{names[min(matching)]}\"]'."
         )
     raise MSCNNError(f"Unknown category '{one}'.{did_you_mean(str(one), names)} Choose among: {', '.join(names)}.")
 
@@ -142,10 +142,10 @@ def did_you_mean(text: str, names: Iterable[str]) -> str:
 
 def check_threshold(threshold: float | Sequence[float] | np.ndarray) -> float | Sequence[float] | np.ndarray:
     """Returns the threshold, or thresholds, or raises MSCNNError if one is not a confidence from 0 to 1."""
-    for one in np.ravel(threshold):
-        number = np.issubdtype(type(one), np.number)
-        if not (number and 0 <= one <= 1):  # so that NaN is refused, too
-            shown = f"{one:g}" if number else repr(str(one))
+    for value in np.ravel(threshold):
+        number = np.issubdtype(type(value), np.number)
+        if not (number and 0 <= value <= 1):  # so that NaN is refused, too
+            shown = f"{value:g}" if number else repr(str(value))
             raise MSCNNError(f"threshold is {shown}: it is a confidence, so use 0 to 1 (default 0.7).")
     return threshold
 
@@ -200,10 +200,10 @@ class Settings:
             if type(getattr(self, name)) is int:
                 object.__setattr__(self, name, float(getattr(self, name)))
         kinds = {"int": int, "bool": bool, "str": str, "float": float}
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if type(value) is not kinds[str(one.type)]:
-                raise MSCNNError(f"{one.name} is {value!r}: it has to be of type {one.type}.")
+        for parameter in dataclasses.fields(self):
+            value = getattr(self, parameter.name)
+            if type(value) is not kinds[str(parameter.type)]:
+                raise MSCNNError(f"{parameter.name} is {value!r}: it has to be of type {parameter.type}.")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 0:
                 raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")

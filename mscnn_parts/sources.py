@@ -122,10 +122,10 @@ def _cifar10() -> RawData:
             content = (folder / name).read_bytes()
         except OSError as error:
             raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}. Mend that.") from error
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != expected:  # before it is unpickled: a pickle can run code
+        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if digest != expected:  # before it is unpickled: a pickle can run code
             raise MSCNNError(
-                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {found}, "
+                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {digest}, "
                 f"published is {expected}. Delete it and start again."
             )
         batch = pickle.loads(content, encoding="bytes")
@@ -164,13 +164,13 @@ def _download_cifar10() -> Path:
         return target
     except (FileNotFoundError, MSCNNError) as error:
         folders = _cifar10_folders()
-        told = [f"{folder} cannot be read: Permission denied." for folder in folders if not may_read(folder)]
-        told += [
+        problems = [f"{folder} cannot be read: Permission denied." for folder in folders if not may_read(folder)]
+        problems += [
             f"{folder} is incomplete: it lacks {', '.join(lacking)}."
             for folder, lacking in folders.items()
             if len(lacking) < len(CIFAR10_MD5)
         ]
-        raise FileNotFoundError(" ".join([*told, str(error)])) from error
+        raise FileNotFoundError(" ".join([*problems, str(error)])) from error
 
 
 def _digits() -> RawData:

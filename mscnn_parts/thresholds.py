@@ -191,4 +191,4 @@ def guarantee_text(certificate: Certificate | None, threshold: float | np.ndarra
 
 def _span(threshold: float | np.ndarray, form: str) -> str:
     """A threshold, or the least and the largest of several."""
-    return " to ".join(f"{one:{form}}" for one in sorted({np.min(threshold), np.max(threshold)}))
+    return " to ".join(f"{value:{form}}" for value in sorted({np.min(threshold), np.max(threshold)}))

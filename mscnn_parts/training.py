@@ -307,8 +307,8 @@ def train_stage2(
 
 def keeps_stage2(model: MultiStageCNN, settings: Settings) -> bool:
     """Whether notebook 03 leaves Stage 2 as it is: only some categories of a finished model are to be retrained."""
-    some = len(categories_from(settings.stage2_categories, model.category_names)) < len(model.category_names)
-    return settings.stage2_only and some and model.is_calibrated
+    only_some = len(categories_from(settings.stage2_categories, model.category_names)) < len(model.category_names)
+    return settings.stage2_only and only_some and model.is_calibrated
 
 
 class RetrainingResult(NamedTuple):
