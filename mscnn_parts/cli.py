@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mscnn_parts.commands import COMMANDS
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import code_folder, current_folder, make_folder, notebooks_folder, project_root, write_atomically
@@ -255,7 +256,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=name,
         description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
-        "by running the notebooks 01 to 05 into a run folder.",
+        "by running the notebooks 01 to 05 into a run folder. Two commands take a finished model, see their --help:\n"
+        f"{name} decide MODEL PICTURES..., and {name} info MODEL.",
         epilog="examples:\n"
         f"  a first look, minutes       {name} --epochs 5 --light_mode\n"
         f"  then retrain two of it      {name} --epochs 5 --light_mode --stage2_only --stage2_categories ship,truck\n"
@@ -295,10 +297,22 @@ def _with_underscores(argument: str) -> str:
     return re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
 
 
+def _run_command(name: str, *arguments: str) -> int:
+    try:
+        return COMMANDS[name](arguments)
+    except MSCNNError as error:
+        _print_anyway(f"error: {error}", error=True)
+        return 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["run"]:
+        del arguments[0]
+    if arguments and arguments[0] in COMMANDS:
+        return _run_command(*arguments)
     command_line().parse_args([*map(_with_underscores, arguments)])  # --help answers here, without TensorFlow
     import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
     from mscnn_parts.runs import validate_run

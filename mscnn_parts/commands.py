@@ -1,0 +1,162 @@
+"""Commands for a finished model: decide on pictures, and say what the model is."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from mscnn_parts.files import path_from, write_atomically
+from mscnn_parts.pictures import IMAGE_SUFFIXES, read_image
+from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
+
+BATCH = 256  # pictures in memory at a time
+COLUMNS = ("path", "decision", "reason", "confidence", "stage1", "ood_score", "error")
+
+
+def pictures_in(places: Iterable[str]) -> Iterator[Path]:
+    """The picture files that are named: a file, all pictures in a folder and below it, or `-` for a list on stdin.
+
+    Raises:
+        MSCNNError: a folder holds no picture.
+    """
+    for place in places:
+        if place == "-":
+            yield from pictures_in(line.strip() for line in sys.stdin if line.strip())
+            continue
+        path = path_from(place, Path())
+        if not path.is_dir():
+            yield path
+            continue
+        found = sorted(one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
+        if not found:
+            raise MSCNNError(f"There is no picture in {path}: files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        yield from found
+
+
+def decide_on_files(model: MultiStageCNN, paths: Iterable[Path], threshold: float | None = None) -> Iterator[dict]:
+    """A row of COLUMNS for each picture, in order; what cannot be read is a row with an error."""
+    names, remaining = [*model.category_names, OTHER], iter(paths)
+    while batch := list(itertools.islice(remaining, BATCH)):
+        rows, images = [], []
+        for path in batch:
+            rows.append(dict.fromkeys(COLUMNS) | {"path": str(path)})
+            try:
+                images.append(read_image(path, model.image_shape))
+            except MSCNNError as error:
+                rows[-1]["error"] = str(error)
+        readable = [row for row in rows if row["error"] is None]
+        if readable:
+            decisions = model.decide(np.stack(images), threshold)
+            reasons = decisions.reasons()
+            for i, row in enumerate(readable):
+                row |= {
+                    "decision": names[decisions.category[i]],
+                    "reason": str(reasons[i]),
+                    "confidence": round(float(decisions.confidence[i]), 4),
+                    "stage1": names[decisions.stage1_category[i]],
+                    "ood_score": round(float(decisions.ood_score[i]), 4),
+                }
+        yield from rows
+
+
+def _write_rows(rows: Iterable[dict], file: IO[str], suffix: str) -> int:
+    """Writes rows as CSV, or as JSON lines if the suffix says so; returns how many have an error."""
+    table = csv.DictWriter(file, COLUMNS)
+    if suffix == ".csv":
+        table.writeheader()
+    errors = 0
+    for row in rows:
+        errors += row["error"] is not None
+        if suffix == ".csv":
+            table.writerow(row)
+        else:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return errors
+
+
+def _line(row: dict) -> str:
+    if row["error"]:
+        return row["error"]  # which names the path
+    return f"{row['path']}: {row['decision']} ({row['reason']}; {row['stage1']}? {row['confidence']:.1%})"
+
+
+def decide(arguments: Sequence[str]) -> int:
+    """`mscnn decide MODEL PATHS... [--csv FILE] [--threshold T]`. Returns 1 if a picture could not be read."""
+    parser = argparse.ArgumentParser(prog="mscnn decide", description="Decides on pictures with a finished model.")
+    parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
+    parser.add_argument("paths", nargs="+", help="pictures, folders of pictures, or - for a list on standard input")
+    parser.add_argument("--csv", help="write a table instead: .csv, or .jsonl for JSON lines")
+    parser.add_argument("--threshold", type=float, help="in place of the model's own")
+    given = parser.parse_args(arguments)
+    if given.threshold is not None:
+        check_threshold(given.threshold)
+    suffix = Path(given.csv or "table.csv").suffix
+    if suffix not in (".csv", ".jsonl"):
+        raise MSCNNError(f"--csv is {given.csv}: give a name that ends in .csv or .jsonl.")
+    from tqdm import tqdm
+
+    import mscnn_helpers as mscnn
+
+    model = mscnn.load_model(given.model)
+    pictures = list(pictures_in(given.paths))
+    rows = tqdm(decide_on_files(model, pictures, given.threshold), total=len(pictures), disable=None, unit="picture")
+    if not given.csv:
+        errors = 0
+        for row in rows:
+            errors += row["error"] is not None
+            tqdm.write(_line(row), file=sys.stdout)
+        return int(errors > 0)
+    errors = []
+
+    def write(partial: Path) -> None:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            errors.append(_write_rows(rows, file, suffix))
+
+    write_atomically(path_from(given.csv, Path()), write)
+    print(f"{len(pictures)} pictures, {errors[0]} not read: {given.csv}")
+    return int(errors[0] > 0)
+
+
+def info(arguments: Sequence[str]) -> int:
+    """`mscnn info MODEL`: the model's card."""
+    parser = argparse.ArgumentParser(prog="mscnn info", description="Says what a finished model is.")
+    parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
+    given = parser.parse_args(arguments)
+    import mscnn_helpers as mscnn
+
+    model = mscnn.load_model(given.model)
+    print(card(model))
+    return 0
+
+
+def card(model: MultiStageCNN) -> str:
+    """What a model is, printable: data, categories, networks, threshold, guarantee, fingerprints."""
+    from mscnn_parts.thresholds import threshold_text
+
+    config, names = model.get_config(), model.category_names
+    mode = "light mode, " if config["light_mode"] else ""
+    weights = sum(array.size for array in model.stage1.get_weights())
+    small = sum(array.size for array in model.stage2_base.get_weights())
+    lines = {
+        "data": f"{model.dataset} ({mode}seed {config['seed']}), fingerprint {model.data_fingerprint[:16]}",
+        "categories": f"{len(names)}: {', '.join(names)}",
+        "images": " × ".join(map(str, model.image_shape)),
+        "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 CNNs {small:,}; {model.policy}",
+        "threshold": threshold_text(model) if model.is_calibrated else "not calibrated yet: run notebook 03",
+    }
+    parts = [f"  {name:24} {value[:16]}" for name, value in model.fingerprints().items()]
+    return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), "fingerprints", *parts])
+
+
+COMMANDS = {"decide": decide, "info": info}

@@ -1,0 +1,90 @@
+"""`mscnn decide` and `mscnn info`."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from conftest import patch_rooms
+from PIL import Image
+
+import mscnn_helpers as mscnn
+from mscnn_parts import commands
+
+
+@pytest.fixture
+def pictures(tmp_path, tiny_data):
+    """A folder with three pictures, one of them in a folder below, a text and a damaged picture."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.PNG", "below/c.png")):
+        Image.fromarray(tiny_data.test.images[i]).save(folder / name, "PNG")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "below/damaged.jpg").write_text("no picture either")
+    return folder
+
+
+def test_a_table_has_a_row_for_each_picture(trained_model_path, pictures, tmp_path, tiny_data):
+    table = tmp_path / "table.csv"
+    assert mscnn.main(["decide", str(trained_model_path), str(pictures), "--csv", str(table)]) == 1, "one is damaged"
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"].rpartition("/")[2] for row in rows] == ["a.png", "b.PNG", "c.png", "damaged.jpg"]
+    assert "cannot be read" in rows[3]["error"] and not rows[3]["decision"]
+    expected = mscnn.load_model(trained_model_path).decide(tiny_data.test.images[:3])
+    assert [float(row["confidence"]) for row in rows[:3]] == expected.confidence.round(4).tolist()
+    assert [row["reason"] for row in rows[:3]] == expected.reasons().tolist()
+
+
+def test_json_lines_by_suffix_and_a_threshold(trained_model_path, pictures, tmp_path):
+    table = tmp_path / "table.jsonl"
+    good = [str(pictures / "a.png"), str(pictures / "b.PNG")]
+    assert mscnn.main(["decide", str(trained_model_path), *good, "--csv", str(table), "--threshold", "1"]) == 0
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert [row["decision"] for row in rows] == ["OTHER", "OTHER"]
+
+
+def test_pictures_are_named_on_standard_input(trained_model_path, pictures, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures / 'a.png'}\n\n{pictures / 'below/c.png'}\n"))
+    assert mscnn.main(["decide", str(trained_model_path), "-"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [str(pictures / "a.png"), str(pictures / "below/c.png")]
+
+
+def test_pictures_are_read_a_batch_at_a_time(trained_model_path, pictures, monkeypatch):
+    patch_rooms(monkeypatch, "BATCH", 2)
+    model, seen = mscnn.load_model(trained_model_path), []
+    decide = model.decide
+    monkeypatch.setattr(
+        type(model), "decide", lambda self, images, threshold: (seen.append(len(images)), decide(images))[1]
+    )
+    rows = list(commands.decide_on_files(model, [pictures / "a.png"] * 5))
+    assert seen == [2, 2, 1] and len(rows) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("decide nowhere.keras PICTURES", "There is no model file at "),
+        ("decide MODEL EMPTY", "There is no picture in "),
+        ("decide MODEL PICTURES --csv table.xlsx", "--csv is table.xlsx: give a name that ends in .csv or .jsonl."),
+        ("decide MODEL PICTURES --threshold 2", "threshold is 2: it is a confidence"),
+        ("info nowhere.keras", "There is no model file at "),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(trained_model_path, pictures, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"MODEL": trained_model_path, "PICTURES": pictures, "EMPTY": tmp_path / "empty"}
+    assert mscnn.main([str(places.get(one, one)) for one in arguments.split()]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {message}") and "\n" not in error
+
+
+def test_the_card_says_what_the_model_is(trained_model_path, capsys):
+    assert mscnn.main(["info", str(trained_model_path)]) == 0
+    told, model = capsys.readouterr().out, mscnn.load_model(trained_model_path)
+    for fact in (model.dataset, *model.category_names, model.data_fingerprint[:16], mscnn.threshold_text(model)):
+        assert fact in told
+    assert all(f"{name:24} {value[:16]}" in told for name, value in model.fingerprints().items())
+    assert np.prod(model.stage1.get_weights()[-1].shape) == len(model.category_names)
