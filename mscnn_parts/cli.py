@@ -273,7 +273,8 @@ def command_line() -> argparse.ArgumentParser:
         says_nothing = parameter.default is False or parameter.default == ""  # but 0 does
         text = parameter.metadata["help"] + ("" if says_nothing else f" (default: {parameter.default})")
         if parameter.type == "bool":
-            parser.add_argument(f"--{parameter.name}", action="store_true", help=text)
+            action = argparse.BooleanOptionalAction if parameter.default else "store_true"
+            parser.add_argument(f"--{parameter.name}", action=action, default=parameter.default, help=text)
         else:
             kind = {"int": int, "float": float, "str": str}[str(parameter.type)]
             kinds = {"type": kind, "default": parameter.default, "metavar": str(parameter.type).upper()}
@@ -293,8 +294,9 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, Sequence[str]]:
 
 
 def _with_underscores(argument: str) -> str:
-    """`--light-mode` means `--light_mode`."""
-    return re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
+    """`--light-mode` means `--light_mode`; only `--no-` begins with hyphens."""
+    name = re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), argument)
+    return re.sub("^--no_", "--no-", name)
 
 
 def _run_command(name: str, *arguments: str) -> int:

@@ -177,6 +177,7 @@ def check_matches(model: MultiStageCNN, data: Dataset) -> None:
         "data set": (model.dataset, data.name),
         "image shape": (model.image_shape, data.input_shape),
         "list of categories": (", ".join(model.category_names), ", ".join(data.category_names)),
+        "mirroring of images": (model.flip, data.flip),
     }
     for what, (mine, given) in pairs.items():
         if mine != given:

@@ -66,6 +66,12 @@ def commit() -> str | None:
         return None
 
 
+def _load_data(settings: Settings, name: str) -> Dataset:
+    """A data set as the parameters ask for it."""
+    data = load_dataset(name, settings.light_mode, settings.seed)
+    return dataclasses.replace(data, flip=data.flip and settings.mirror)
+
+
 def validate_run(run: Run) -> Dataset:
     """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
 
@@ -74,7 +80,7 @@ def validate_run(run: Run) -> Dataset:
             missing or of other data, a model of other data in the run folder, or a folder that cannot be written.
     """
     check_places(run)
-    data = load_dataset(run.settings.dataset, run.settings.light_mode, run.settings.seed)
+    data = _load_data(run.settings, run.settings.dataset)
     run.settings.mode(data.category_names)
     if run.settings.target_risk:
         check_certification_size(len(data.certification), run.settings.target_risk)
@@ -163,15 +169,15 @@ def continue_run_data(run: Run) -> Dataset:
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
     run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
-    for name in ("dataset", "light_mode", "seed"):
+    for name in ("dataset", "light_mode", "mirror", "seed"):
         given = getattr(settings, name)
-        if asked[name] != given and not (name == "dataset" and same_data(asked[name], given)):
+        if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
             raise MSCNNError(
                 f"{run.folder} was begun with {name}={asked[name]!r}, this notebook has {getattr(settings, name)!r}: "
                 f"run {NOTEBOOKS[0]} with the same parameters first, or use another run_dir."
             )
     name = known["name"] if settings.dataset == "auto" else settings.dataset
-    data = dataclasses.replace(load_dataset(name, settings.light_mode, settings.seed), fallback=known["fallback"])
+    data = dataclasses.replace(_load_data(settings, name), fallback=known["fallback"])
     if data.fingerprint != known["fingerprint"]:
         raise MSCNNError(f"The images of {data.name} are not those that {NOTEBOOKS[0]} has read: run it again.")
     check_replaces_no_other(run, data)

@@ -189,6 +189,7 @@ class Settings:
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
     )
     dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
+    mirror: bool = _parameter(True, "mirror images, in training and decisions, if the data set allows it")
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
 

@@ -188,7 +188,7 @@ def test_command_lines_parse():
 def test_options_exist():
     options = {f"--{one.name}" for one in dataclasses.fields(mscnn.Settings)}
     named = {one.split()[0] for one in inline_code(ENGLISH) if one.startswith("--")}
-    assert named - options == {"--gpus", "--user", "--notebooks", "--csv"}  # the first two are Docker's
+    assert named - options == {"--gpus", "--user", "--notebooks", "--csv", "--no-mirror"}  # the first two are Docker's
 
 
 @both

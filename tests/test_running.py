@@ -363,13 +363,8 @@ def test_help_and_version_answer_without_tensorflow():
 
 def test_there_is_no_other_option():
     options = {option for action in mscnn.command_line()._actions for option in action.option_strings}
-    assert options == {
-        "-h",
-        "--help",
-        "--version",
-        "--notebooks",
-        *(f"--{one.name}" for one in dataclasses.fields(Settings)),
-    }
+    parameters = {f"--{field.name}" for field in dataclasses.fields(Settings)}
+    assert options == {"-h", "--help", "--version", "--notebooks", "--no-mirror", *parameters}
 
 
 def test_help_names_every_option_its_default_and_examples_that_work(capsys, monkeypatch):
@@ -435,6 +430,23 @@ def test_other_data_than_the_run_folder_s_is_refused(begun, name, value):
     run = mscnn.open_run("03_stage2_training", {"run_dir": begun.settings.run_dir, name: value})
     with pytest.raises(MSCNNError, match=f"was begun with {name}="):
         mscnn.continue_run_data(run)
+
+
+def test_images_are_not_mirrored_where_that_is_turned_off(settings, tmp_path):
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, mirror=False))
+    data = mscnn.begin_run_data(run)
+    assert data.flip is False and mscnn.load_dataset(settings.dataset).flip is True
+    again = mscnn.open_run("02_stage1_training", {"run_dir": settings.run_dir})
+    assert mscnn.continue_run_data(again).flip is False
+    small = {"stage1_widths": (4, 4), "stage2_widths": (4, 4)}
+    model = mscnn.MultiStageCNN.for_dataset(data, **small)
+    assert model.scores(data.test.images[:3]).logits.shape[0] == 1, "one view"
+    with pytest.raises(MSCNNError, match="The model is for another mirroring of images: False"):
+        mscnn.check_matches(model, mscnn.load_dataset(settings.dataset))
+    assert parse(["--no-mirror"])[0].mirror is parse(["--no_mirror"])[0].mirror is False
+    mscnn.MultiStageCNN.for_dataset(mscnn.load_dataset("digits"), **small).save(tmp_path / "m.keras")
+    alone = {"run_dir": str(tmp_path / "new"), "load_model": str(tmp_path / "m.keras")}
+    assert mscnn.open_run("05_evaluation_and_cam", alone).settings.mirror is False
 
 
 def test_without_notebook_01_a_model_says_what_it_was_trained_on(settings, tmp_path):
