@@ -225,7 +225,7 @@ def print_result(run: Run) -> None:
     stage1, two_stage = metrics["stage1"], metrics["two_stage"]
     data = metrics["dataset"]
     print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
-    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two_stage readings in notebook 05.\n")
+    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two readings in notebook 05.\n")
     print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
     if data["fallback"]:
         print(FALLBACK_NOTICE)
@@ -234,6 +234,10 @@ def print_result(run: Run) -> None:
     accuracy = two_stage["selective_accuracy"]
     accepted = "nothing is accepted" if accuracy is None else f"{accuracy:.1%} correct"
     print(f"{two_stage['coverage']:.1%} of the images accepted, of these {accepted}.")
+    retrained = run.read("history").get("retraining", {}).get("results", {})
+    if retrained:
+        told = [f"{name} {'kept' if result['kept'] else 'rolled back'}" for name, result in retrained.items()]
+        print(f"Retrained: {', '.join(told)}.")
     if metrics.get("certificate"):
         print(Certificate(**metrics["certificate"]).text())
     alone = f"of Stage 1 alone, on a single view and by its softmax, {stage1['aurc']:.4f}"
@@ -266,7 +270,10 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--notebooks", choices=("main", "all"), default="main", help="main: 01 to 05; all: 05b, too (default: main)"
+        "--notebooks",
+        default="main",
+        metavar="STR",
+        help="main: 01 to 05; all: 05b, too; 04,05: these (default: main)",
     )
     parser.add_argument("--version", action="version", version=f"MSCNN {VERSION}")
     for parameter in dataclasses.fields(Settings):
@@ -289,8 +296,20 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, Sequence[str]]:
         MSCNNError: a value is wrong. SystemExit: an option is; argparse has printed how it is used.
     """
     values = vars(command_line().parse_args([*map(_with_underscores, arguments)]))
-    notebooks = ALL_NOTEBOOKS if values.pop("notebooks") == "all" else NOTEBOOKS
+    notebooks = _chosen_notebooks(values.pop("notebooks"))
     return Settings(**values), notebooks
+
+
+def _chosen_notebooks(text: str) -> Sequence[str]:
+    """The notebooks that `--notebooks` asks for, in their order."""
+    if text in ("main", "all"):
+        return NOTEBOOKS if text == "main" else ALL_NOTEBOOKS
+    numbers = [number.strip() for number in text.split(",")]
+    known = {name.partition("_")[0]: name for name in ALL_NOTEBOOKS}
+    for number in numbers:
+        if number not in known:
+            raise MSCNNError(f"--notebooks is {text}: use main, all, or numbers among {', '.join(known)}.")
+    return [name for number, name in known.items() if number in numbers]
 
 
 def _with_underscores(argument: str) -> str:
@@ -324,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings, notebooks = parse(arguments)
         run = Run("total", settings)
+        if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
+            print(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
         if settings.dataset != "auto" or os.path.isdir(run.folder) or find_cifar10():
             validate_run(run)  # refused before a notebook takes the place of an older one
         # Else there is none, and a download that fails would be tried twice.

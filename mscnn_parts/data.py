@@ -22,6 +22,9 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"<Split of {len(self.labels):,} images>"
+
     def __len__(self) -> int:  # of images, where a tuple would count its two fields
         return len(self.labels)
 
@@ -29,7 +32,7 @@ class Split(NamedTuple):
         return Split(self.images[indices], self.labels[indices])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """A data set in four splits.
 
@@ -49,6 +52,10 @@ class Dataset:
     light_mode: bool = False
     seed: int = 0  # of the splits
     source_fingerprint: str = ""  # of the data as it was found, whatever the seed and light_mode
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {size:,}" for name, size in self.describe()["sizes"].items())
+        return f"<Dataset {self.name}: {sizes}; {len(self.category_names)} categories of {self.input_shape}>"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ def validated_images(images: Images, shape: Sequence[int]) -> np.ndarray:
         raise MSCNNError(
             f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
             f"uint8 (B, {', '.join(map(str, shape))}). load_dataset() gives that, and read_image() one of them: "
-            "image[None] makes a batch of it."
+            "image[None] makes a batch of it. Images of other sizes are resized if they stand in a list."
         )
     return images
 

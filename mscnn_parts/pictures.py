@@ -196,6 +196,8 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
         with contextlib.ExitStack() as stack:
             opened = picture if isinstance(picture, Image.Image) else stack.enter_context(Image.open(name))
             flat = _drop_alpha(_upright(opened)).convert("RGB" if channels == 3 else "L")
+    except IsADirectoryError as error:
+        raise MSCNNError(f"{name} is a folder: give the path of a picture file.") from error
     except FileNotFoundError as error:
         raise MSCNNError(f"There is no image at {name}: give the path of a picture file.") from error
     except Exception as error:  # a damaged file fails in many ways: each of Pillow's readers has its own

@@ -184,7 +184,9 @@ class Settings:
     )
     target_coverage: float = _parameter(0.0, "accept this share of the images, such as 0.9; sets the threshold; 0: off")
     light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
-    load_model: str = _parameter("", "model file to start from; pretrained: the one that comes with the project")
+    load_model: str = _parameter(
+        "", "model file to start from, pretrained: the one of the project; trained further without stage2_only"
+    )
     save_model: str = _parameter(
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
     )

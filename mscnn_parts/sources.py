@@ -96,7 +96,7 @@ def _read_dataset(name: str) -> RawData:
         return read_image_folder(path)
     if path is not None and path.suffix.lower() == ".npz":
         return _npz(path)
-    if path is not None or len(Path(name).parts) > 1 or name.endswith(".npz"):
+    if path is not None or ("/" in name or os.sep in name) or name.endswith(".npz"):
         raise MSCNNError(
             f"No image folder or .npz file '{name}': looked in {' and '.join(str(place.parent) for place in places)}. "
             "Check the path."

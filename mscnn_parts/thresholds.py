@@ -32,7 +32,7 @@ class Certificate(NamedTuple):
         return (
             f"Guaranteed with probability {1 - self.delta:.0%}: at threshold {self.threshold:.4f} at most "
             f"{self.risk:.2%} of the accepted are incorrect. "
-            f"On the certification split {self.errors} of {self.accepted:,} were."
+            f"Of {self.accepted:,} accepted images, {self.errors} were."
         )
 
 

@@ -24,7 +24,7 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, Settings
 from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html, parse
 from mscnn_parts.lab import make_working_copies
-from mscnn_parts.run_folder import make_run_folders
+from mscnn_parts.run_folder import ALL_NOTEBOOKS, make_run_folders
 
 
 @pytest.fixture
@@ -359,6 +359,15 @@ def test_help_and_version_answer_without_tensorflow():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and told in done.stdout
         assert not re.search(r"\| +(tensorflow|keras|scipy|matplotlib)$", done.stderr, re.M)
+
+
+def test_notebooks_are_chosen_by_number():
+    assert parse(["--notebooks", "all"])[1] == ALL_NOTEBOOKS
+    assert list(parse(["--notebooks", "05b,04"])[1]) == [ALL_NOTEBOOKS[3], ALL_NOTEBOOKS[5]]
+    with pytest.raises(
+        MSCNNError, match=r"--notebooks is 5: use main, all, or numbers among 01, 02, 03, 04, 05, 05b\."
+    ):
+        parse(["--notebooks", "5"])
 
 
 def test_there_is_no_other_option():
