@@ -1412,7 +1412,8 @@ def test_whatever_pillow_raises_names_the_file(tmp_path, kind):
         path.mkdir()
     else:
         path.write_bytes({"text": text, "cut": good[:60], "empty": b""}[kind])
-    with pytest.raises(MSCNNError, match=r"odd\.png cannot be read as an image: ."):
+    problem = "is a folder: give the path of a picture" if kind == "folder" else "cannot be read as an image: ."
+    with pytest.raises(MSCNNError, match=rf"odd\.png {problem}"):
         mscnn.read_image(path)
 
 

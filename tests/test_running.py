@@ -365,7 +365,7 @@ def test_notebooks_are_chosen_by_number():
     assert parse(["--notebooks", "all"])[1] == ALL_NOTEBOOKS
     assert list(parse(["--notebooks", "05b,04"])[1]) == [ALL_NOTEBOOKS[3], ALL_NOTEBOOKS[5]]
     with pytest.raises(
-        MSCNNError, match=r"--notebooks is 5: use main, all, or numbers among 01, 02, 03, 04, 05, 05b\."
+        MSCNNError, match="--notebooks is 5: use main, all, or numbers among 01, 02"
     ):
         parse(["--notebooks", "5"])
 
