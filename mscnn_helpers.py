@@ -597,7 +597,7 @@ class MultiStageCNN(keras.Model):
 
     @property
     def threshold(self) -> float | np.ndarray:
-        """Confidence below which an image is OTHER: one for all, or one a category, (C,).
+        """Confidence below which an image is OTHER: one for all, or one per category, (C,).
 
         Setting it makes it one that was given.
         """

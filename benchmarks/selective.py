@@ -22,7 +22,7 @@ The definitions and sources of the measures stand in the module, section Evaluat
     temperature       softmax at a temperature fitted on calibration (temperature scaling, Guo et al. 2017)
     mirror            test-time augmentation: logits averaged over the image and its mirror image; by softmax, by
                       softmax at a fitted temperature, by p-norm, by margin, and by that margin combined as ours
-                      without a verifier (a logistic regression of one sign, a row a category)
+                      without a verifier (a logistic regression of one sign, a row per category)
     dropout           Monte-Carlo dropout: mean softmax of ten passes with dropout before the dense layer (Gal &
                       Ghahramani 2016), by a Stage 1 of its own, which was trained with it; in the full form for three
                       of the seeds
@@ -433,7 +433,7 @@ def temperature(calibration: Split, views: int = 1) -> float:
 def combined(
     second: Callable[[Split], np.ndarray], calibration: Split, test: Split, views: int = 2, answer: int = 2
 ) -> np.ndarray:
-    """Stage 1's margin and a verifier's log-odds, combined as the model does it: a row a category, (N,).
+    """Stage 1's margin and a verifier's log-odds, combined as the model does it: a row per category, (N,).
 
     Args:
         views: how many Stage 1's margin is of. answer: how many it answers by.

@@ -383,7 +383,7 @@ def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
     """Confidences by rows that are fitted on the calibration split as the model does it, (N,).
 
     Args:
-        a_row_each: a row a category; else the common row for all.
+        a_row_each: a row per category; else the common row for all.
     """
     category, labels = first["calibration_category"], first["calibration_labels"]
     seen = first["calibration_margin"], second["calibration"], category == labels

@@ -59,7 +59,7 @@ def _let_output_fail() -> None:
 
 
 class _Progress(logging.Handler):
-    """Turns papermill's log into one line a code cell, and passes on what the cells print.
+    """Turns papermill's log into one line per code cell, and passes on what the cells print.
 
     Args:
         title: the notebook's name.

@@ -143,7 +143,7 @@ def apply_threshold(
     """The decision by confidence: the category where it reaches the threshold, else `other`; (B,).
 
     Args:
-        threshold: one for all, or one a category, (C,). other: C.
+        threshold: one for all, or one per category, (C,). other: C.
     """
     return np.where(confidence >= np.broadcast_to(threshold, other)[category], category, other)
 

@@ -88,7 +88,7 @@ class DecisionTrace(NamedTuple):
 def trace_decisions(
     model: MultiStageCNN, images: np.ndarray, labels: np.ndarray | None = None, threshold: float | None = None
 ) -> list[DecisionTrace]:
-    """Explains the decisions on uint8 images (B, H, W, channels), one trace an image."""
+    """Explains the decisions on uint8 images (B, H, W, channels), one trace per image."""
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
     labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)

@@ -161,7 +161,7 @@ def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3) -> Figure:
 
 
 def plot_history(history: dict[str, dict]) -> Figure:
-    """Loss and accuracy by epoch, train and calibration, a row a stage.
+    """Loss and accuracy by epoch, train and calibration, a row per stage.
 
     Args:
         history: `{"stage1": {"loss": [...], "accuracy": [...], "val_loss": [...], "val_accuracy": [...]},
@@ -323,7 +323,7 @@ def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
 
 
 def plot_decision_traces(traces: Sequence[DecisionTrace]) -> Figure:
-    """One row an image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
+    """One row per image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
     figure, axes = _axes(max(1, len(traces)), 4, 2.3, 2.0)
     for axis in axes:
         axis.set_axis_off()

@@ -29,7 +29,7 @@ def build_cnn(
 ) -> keras.Model:
     """A small CNN from uint8 images (B, H, W, channels) to float32 logits (B, categories).
 
-    Whitening, then a block a width: 3x3 convolution, pooling, 3x3 convolution. The outputs of the blocks
+    Whitening, then a block per width: 3x3 convolution, pooling, 3x3 convolution. The outputs of the blocks
     are named `block1`, `block2`, ...; the last is averaged over its area and goes through ONE dense layer,
     so that a Class Activation Map can be read off its kernel.
 

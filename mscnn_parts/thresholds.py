@@ -165,7 +165,7 @@ def checked_thresholds(value: float | Sequence[float] | np.ndarray, count: int) 
         MSCNNError: one is no confidence, or there are neither one nor `count` of them.
     """
     if np.shape(check_threshold(value)) not in ((), (count,)):
-        raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one a category, ({count},).")
+        raise MSCNNError(f"Thresholds are {np.shape(value)}: give one for all, or one per category, ({count},).")
     values = np.array(value, np.float64)
     return values if values.ndim else float(values)
 

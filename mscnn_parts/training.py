@@ -136,7 +136,7 @@ def train_classifier(
 
     Returns:
         The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split) and seconds, one
-        value an epoch.
+        value per epoch.
 
     Raises:
         MSCNNError: the network is frozen.
@@ -254,7 +254,7 @@ class Stage2Trainer:
         )
 
     def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
-        """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value a round."""
+        """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value per round."""
         timer = EpochTimer()
         _seed(self.network, seed)
         self.network.set_weights(start.get_weights())

@@ -626,7 +626,7 @@ def test_a_keras_that_is_set_up_otherwise_is_named(tmp_path, tiny_data, monkeypa
 
 
 def test_thresholds_of_another_number_cannot_be_set(untrained_model):
-    with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one a category, \(5,\)"):
+    with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one per category, \(5,\)"):
         untrained_model.threshold = [0.5, 0.6, 0.7]
     assert untrained_model.threshold == 0.7
 
@@ -830,7 +830,7 @@ def test_a_refused_certificate_changes_nothing(certified, tiny_data):
 
 
 def test_thresholds_of_another_number_are_refused(trained_model, tiny_data):
-    with pytest.raises(MSCNNError, match=r"Thresholds are \(7,\): give one for all, or one a category"):
+    with pytest.raises(MSCNNError, match=r"Thresholds are \(7,\): give one for all, or one per category"):
         trained_model.decide(tiny_data.test.images, np.full(7, 0.5))
 
 

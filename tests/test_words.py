@@ -16,7 +16,7 @@ RETIRED = set(
     coverage_at_error stage_truth with_interval draw_stage2_images both_splits new_stage2 stage2_of void_calibration
     recipe_for stage2_share muon_for stage2_muon_for orthogonalised as_matrix Triangle EpochSeconds SmallCropsFirst
     KeepBestWeights steps_per_call ROUNDS start_data continue_data checked_data open_model in_notebook_of_a_person
-    stage2_is_kept _write_whole _parted _flattened DOWNLOAD_PATIENCE LIGHT_FLOOR MAP_COLORS side_by_side
+    stage2_is_kept _write_whole _parted _flattened DOWNLOAD_PATIENCE LIGHT_FLOOR MAP_COLOURS side_by_side
     images_in_a_row Retraining companion train_companion companion_epochs like_nothing_known novelty familiar
     load_model_for sigmoid brier_score
     """,
