@@ -364,9 +364,7 @@ def test_help_and_version_answer_without_tensorflow():
 def test_notebooks_are_chosen_by_number():
     assert parse(["--notebooks", "all"])[1] == ALL_NOTEBOOKS
     assert list(parse(["--notebooks", "05b,04"])[1]) == [ALL_NOTEBOOKS[3], ALL_NOTEBOOKS[5]]
-    with pytest.raises(
-        MSCNNError, match="--notebooks is 5: use main, all, or numbers among 01, 02"
-    ):
+    with pytest.raises(MSCNNError, match="--notebooks is 5: use main, all, or numbers among 01, 02"):
         parse(["--notebooks", "5"])
 
 
