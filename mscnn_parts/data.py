@@ -13,7 +13,7 @@ import numpy as np
 from mscnn_parts.files import digest_of
 from mscnn_parts.settings import OTHER, MSCNNError
 
-IMAGE_SIZE = 32  # pixels; other sizes are resized when they are loaded
+IMAGE_SIZE = 32  # pixels, if nothing else is asked for; images are resized when they are loaded
 
 
 class Split(NamedTuple):
@@ -109,14 +109,14 @@ class RawData:
         return digest_of(self.names, *labels, *(x for x in (self.x_train, self.x_test, self.x_held) if x is not None))
 
 
-def _resized(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, h, w, channels) -> (N, 32, 32, channels), a thousand images at a time."""
-    if images.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
+def _resized(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (N, h, w, channels) -> (N, size, size, channels), a thousand images at a time."""
+    if images.shape[1:3] == (size, size):
         return images
     import tensorflow as tf
 
     chunks = [images[i : i + 1000] for i in range(0, len(images), 1000)]
-    resize = functools.partial(tf.image.resize, size=(IMAGE_SIZE, IMAGE_SIZE), antialias=True)
+    resize = functools.partial(tf.image.resize, size=(size, size), antialias=True)
     return np.concatenate([np.clip(np.round(resize(chunk)), 0, 255).astype(np.uint8) for chunk in chunks])
 
 
@@ -124,7 +124,7 @@ LIGHT_MODE_MINIMUM = (1500, 300, 500)  # light mode keeps at least so many train
 LEAST = 4  # images of a category: two to train on, one each for calibration and certification
 
 
-def split_data(raw: RawData, light_mode: bool, seed: int) -> Dataset:
+def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE) -> Dataset:
     """Stratified, seeded splits: 90 % train, 5 % calibration, 5 % certification, and the test images.
 
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
@@ -154,7 +154,7 @@ def split_data(raw: RawData, light_mode: bool, seed: int) -> Dataset:
     else:
         held = len(rest) // 2
     calibration, certification = _stratified_split(rest, held, seed)
-    splits = [Split(_resized(s.images), s.labels) for s in (train, calibration, certification, test)]
+    splits = [Split(_resized(s.images, size), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(
         raw.name,
         raw.source,

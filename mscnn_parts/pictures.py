@@ -62,7 +62,7 @@ SYSTEM_ENTRIES = re.compile(r"[.@$]|__|(thumbs\.db|desktop\.ini)$", re.IGNORECAS
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
 
 
-def read_image_folder(folder: Path) -> RawData:
+def read_image_folder(folder: Path, size: int = IMAGE_SIZE) -> RawData:
     """Images in `train/<category>/*`, `val/...` and `test/...`, or without a split in `<category>/*`.
 
     A validation split with two images or more of each category is held out for calibration and certification. What is
@@ -74,16 +74,16 @@ def read_image_folder(folder: Path) -> RawData:
     if len(names) < 2:
         raise MSCNNError(f"{train} needs a folder for each of at least two categories; it has {len(names)}.")
     left_out = [entry for entry in _entries(train) if not entry.is_dir()]
-    x_train, y_train, unread = _read_categories(train, names)
+    x_train, y_train, unread = _read_categories(train, names, size)
     raw, left_out = RawData(folder.name, str(folder), names, x_train, y_train), left_out + unread
     if train != folder:
         held = splits["val"] if splits["val"] and _holds_enough(splits["val"], names) else None
         left_out += [entry for entry in _entries(folder) if entry not in (train, held, test)]
         if held:
-            raw.x_held, raw.y_held, unread = _read_categories(held, names)
+            raw.x_held, raw.y_held, unread = _read_categories(held, names, size)
             left_out += unread + [entry for entry in _entries(held) if entry.name not in names]
         if test:
-            raw.x_test, raw.y_test, unread = _read_categories(test, names)
+            raw.x_test, raw.y_test, unread = _read_categories(test, names, size)
             left_out += unread + [entry for entry in _entries(test) if entry.name not in names]
     if left_out:
         print(f"Not read in {folder}: {_in_kinds(left_out)}.", flush=True)
@@ -134,8 +134,8 @@ def _in_kinds(entries: Sequence[Path]) -> str:
     return f"{len(entries)} ({told}), such as {shown}"
 
 
-def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[Path]]:
-    """Images uint8 (N, 32, 32, 3), labels (N,), and what else lies in the categories' folders.
+def _read_categories(folder: Path, names: Sequence[str], size: int) -> tuple[np.ndarray, np.ndarray, list[Path]]:
+    """Images uint8 (N, size, size, 3), labels (N,), and what else lies in the categories' folders.
 
     Raises:
         MSCNNError: a category has no images, or some cannot be read; all of these are named.
@@ -151,7 +151,7 @@ def _read_categories(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, np
             )
         for file in files:
             try:
-                images.append(read_image(file))
+                images.append(read_image(file, (size, size, 3)))
                 labels.append(label)
             except MSCNNError as error:
                 unreadable.append(str(error))

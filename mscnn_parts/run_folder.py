@@ -164,8 +164,8 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """A notebook's hold on the run folder, by the parameters among its variables: `open_run("...", globals())`.
 
     Notebook 01 sets all parameters. Each later one takes from the run folder what it does not set itself, or sets to an
-    empty text; where notebook 01 has not run, data set, light mode, mirroring and seed are those of the model that
-    `load_model` names. A threshold or target takes the place of all three that were set before.
+    empty text; where notebook 01 has not run, data set, light mode, image size, mirroring and seed are those of
+    the model that `load_model` names. A threshold or target takes the place of all three that were set before.
 
     Raises:
         MSCNNError: a parameter is wrong, or there is neither an earlier notebook nor `load_model`.
@@ -183,7 +183,7 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
 
 
 def _parameters_of_model(run: Run) -> dict[str, Any]:
-    """What the model that `load_model` names was trained on: data set, light mode, mirroring and seed."""
+    """What the model that `load_model` names was trained on, as parameters of its data."""
     if not run.settings.load_model:
         raise MSCNNError(
             f'{run.folder} holds no run yet: run notebook {NOTEBOOKS[0]} first, or set load_model = "pretrained" above.'
@@ -197,7 +197,7 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
         name = config["dataset"]
         raise MSCNNError(f"{path} was trained on {name}: add dataset = the path of these images to the parameters.")
     known = {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
-    return known | {"mirror": config["flip"]}
+    return known | {"mirror": config["flip"], "image_size": config["image_shape"][0]}
 
 
 def model_config(path: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def commit() -> str | None:
 
 def _load_data(settings: Settings, name: str) -> Dataset:
     """A data set as the parameters ask for it."""
-    data = load_dataset(name, settings.light_mode, settings.seed)
+    data = load_dataset(name, settings.light_mode, settings.seed, settings.image_size)
     return dataclasses.replace(data, flip=data.flip and settings.mirror)
 
 
@@ -169,7 +169,7 @@ def continue_run_data(run: Run) -> Dataset:
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
     run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
-    for name in ("dataset", "light_mode", "mirror", "seed"):
+    for name in ("dataset", "light_mode", "image_size", "mirror", "seed"):
         given = getattr(settings, name)
         if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
             raise MSCNNError(

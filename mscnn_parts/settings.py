@@ -160,6 +160,12 @@ def check_seed(seed: int) -> None:
         raise MSCNNError(f"seed is {seed}: it has to be below {2**31}.")
 
 
+def check_image_size(size: int) -> None:
+    """Raises MSCNNError unless images can be brought to that size: 0, for the network's own, or 16 to 512 pixels."""
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not (size == 0 or 16 <= size <= 512):
+        raise MSCNNError(f"image_size is {size!r}: use 16 to 512 pixels, or 0 for the network's own.")
+
+
 def _parameter(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -191,6 +197,7 @@ class Settings:
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
     )
     dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
+    image_size: int = _parameter(0, "pixels that images are brought to, 16 to 512; 0: the network's own, 32")
     mirror: bool = _parameter(True, "mirror images, in training and decisions, if the data set allows it")
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
@@ -211,6 +218,7 @@ class Settings:
             if getattr(self, name) < 0:
                 raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
         check_seed(self.seed)
+        check_image_size(self.image_size)
         check_threshold(self.threshold)
         for name in ("target_risk", "target_coverage"):
             if not 0 <= getattr(self, name) < 1:

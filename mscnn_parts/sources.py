@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mscnn_parts.data import Dataset, RawData, split_data
+from mscnn_parts.data import IMAGE_SIZE, Dataset, RawData, split_data
 from mscnn_parts.downloads import data_folder, download, may_read
 from mscnn_parts.files import current_folder, places_of, project_root, write_atomically
 from mscnn_parts.pictures import as_uint8, read_image_folder
-from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, check_seed, did_you_mean
+from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, check_image_size, check_seed, did_you_mean
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_NAMES = (
@@ -55,8 +55,10 @@ FASHION_MD5 = {  # zalandoresearch/fashion-mnist, README
 BUILT_IN = ("cifar10", "digits", "mnist", "fashion_mnist")  # names of data sets; `./digits` is a folder
 
 
-def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0) -> Dataset:
+def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0, image_size: int = 0) -> Dataset:
     """Loads a data set and splits it; see `Settings.dataset` for the names.
+
+    All images are brought to `image_size` pixels in height and width; 0 means 32.
 
     `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
     `fallback=True`. A named data set never falls back.
@@ -74,17 +76,18 @@ def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int 
         raise MSCNNError(f"dataset is {name!r}: give its name, or the path of a .npz file or an image folder.")
     if not isinstance(light_mode, (bool, np.bool_)):
         raise MSCNNError(f"light_mode is {light_mode!r}: it has to be True or False.")
-    name = str(name)
+    check_image_size(image_size)
+    name, size = str(name), int(image_size or IMAGE_SIZE)
     if name != "auto":
-        return split_data(_read_dataset(name), light_mode, seed)
+        return split_data(_read_dataset(name, size), light_mode, seed, size)
     try:
-        return split_data(_cifar10(), light_mode, seed)
+        return split_data(_cifar10(), light_mode, seed, size)
     except FileNotFoundError as reason:
         print(f"{'!' * 88}\n{FALLBACK_NOTICE}.\n{reason}\n{'!' * 88}")
-        return dataclasses.replace(split_data(_digits(), light_mode, seed), fallback=True)
+        return dataclasses.replace(split_data(_digits(), light_mode, seed, size), fallback=True)
 
 
-def _read_dataset(name: str) -> RawData:
+def _read_dataset(name: str, size: int) -> RawData:
     builtin = dict(zip(BUILT_IN, (_cifar10, _digits, _mnist, _fashion_mnist), strict=True))
     if name in builtin:
         try:
@@ -93,7 +96,7 @@ def _read_dataset(name: str) -> RawData:
             raise MSCNNError(str(error)) from error
     path, places = find_data(name)
     if path is not None and path.is_dir():
-        return read_image_folder(path)
+        return read_image_folder(path, size)
     if path is not None and path.suffix.lower() == ".npz":
         return _npz(path)
     if path is not None or ("/" in name or os.sep in name) or name.endswith(".npz"):

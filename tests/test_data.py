@@ -1029,7 +1029,7 @@ def numbers(split: Split) -> np.ndarray:
 @pytest.fixture
 def split(monkeypatch):
     """`split_data`, with the images left as small as they are."""
-    patch_rooms(monkeypatch, "_resized", lambda images: images)
+    patch_rooms(monkeypatch, "_resized", lambda images, size: images)
     return split_data
 
 
@@ -1461,3 +1461,21 @@ def test_what_is_no_picture_is_named(picture):
 def test_a_picture_has_three_sizes(shape):
     with pytest.raises(MSCNNError, match=r"input_shape is \(32, 32.*: use \(height, width, 1\) or"):
         mscnn.read_image(np.zeros((8, 8, 3), np.uint8), shape)
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_images_are_brought_to_the_size_that_is_asked_for(tmp_path, size):
+    for name in ("one", "two"):
+        for i in range(8):
+            put(tmp_path / "pictures" / name / f"{i}.png")
+    data = mscnn.load_dataset(tmp_path / "pictures", image_size=size)
+    assert data.input_shape == (size, size, 3)
+    digits = mscnn.load_dataset("digits", light_mode=True, image_size=size)
+    assert digits.test.images.shape[1:] == (size, size, 1)
+    assert mscnn.load_dataset("digits", light_mode=True).input_shape == (32, 32, 1)
+
+
+@pytest.mark.parametrize("size", [-1, 15, 513, 32.0, True, "32"])
+def test_another_size_is_refused(size):
+    with pytest.raises(MSCNNError, match="use 16 to 512 pixels, or 0 for the network's own"):
+        mscnn.load_dataset("digits", image_size=size)

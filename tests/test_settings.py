@@ -211,6 +211,7 @@ def test_documented_defaults():
         "load_model": "",
         "save_model": "multistage_cnn_model",
         "dataset": "auto",
+        "image_size": 0,
         "mirror": True,
         "seed": 0,
         "run_dir": "runs/latest",
