@@ -4,10 +4,10 @@
     python benchmarks/selective.py --quick         two seeds and a pool of three in light mode: some five minutes
     python benchmarks/selective.py --train 0,1     only train what is missing for these seeds; can be interrupted
     python benchmarks/selective.py --seeds 0,1     these seeds alone: ensembles of their own networks, no dropout
-    python benchmarks/selective.py --tables        only verifier what has been trained, and write the tables
+    python benchmarks/selective.py --tables        only ask what has been trained, and write the tables
 
 Trained models are kept in runs/selective, whole runs where quality.py keeps them, and not trained twice. For each seed
-all methods verifier answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
+all methods rank answers of the same frozen Stage 1, on the same test split, which is used for nothing else; what a
 method has to fit or to choose, it fits on the same calibration split. Those from softmax to temperature, and
 neighbours rank its answers on a single view; mirror, Stage 2 base network, one-vs-rest and ours those by two, at the
 image and its mirror image. Ensembles give answers of their own, and are also asked about those by two views.
@@ -851,7 +851,7 @@ def replaces(command: str, known: str) -> bool:
 
 
 def main() -> None:
-    """Trains what is missing, verifiers, and writes selective.json."""
+    """Trains what is missing, measures, and writes selective.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="light mode, two seeds; replaces no full figures")
     parser.add_argument("--train", type=numbers, default=(), help="seeds: only train what is missing for them")

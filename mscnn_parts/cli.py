@@ -110,7 +110,10 @@ def run_notebook(
     target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
     make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)]  # papermill formats them
-    declared = papermill.inspect_notebook(paths[0])  # the rest comes from the run folder
+    declared, given = papermill.inspect_notebook(paths[0]), dataclasses.asdict(settings)
+    # The rest comes from the run folder; where notebook 01 does not run, what was asked for is said to each.
+    changed = {f.name for f in dataclasses.fields(settings) if given[f.name] != f.default}
+    changed = set() if NOTEBOOKS[0] in notebooks else changed
     logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
@@ -119,7 +122,7 @@ def run_notebook(
         papermill.execute_notebook(
             input_path=paths[0],
             output_path=paths[1],
-            parameters={name: value for name, value in dataclasses.asdict(settings).items() if name in declared},
+            parameters={name: value for name, value in given.items() if name in declared or name in changed},
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
@@ -222,6 +225,9 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
 def print_result(run: Run) -> None:
     """The end of a run: the report of the 11 categories, the figures that matter, and where to look."""
     metrics = run.read("metrics")
+    if "two_stage" not in metrics:
+        print(f"Notebook 05, which evaluates, has not run. Where to look: {run.folder}")
+        return
     stage1, two_stage = metrics["stage1"], metrics["two_stage"]
     data = metrics["dataset"]
     print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")

@@ -191,13 +191,14 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
     path = run.starting_model()
     try:
         config = model_config(path or Path())
+        known = {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
+        known |= {"mirror": config["flip"], "image_size": config["image_shape"][0]}
     except Exception:  # a broken file fails in many ways; `load_model` says which
         return {}
-    if config["dataset"] not in BUILT_IN and run.settings.dataset == "auto":
+    if known.get("dataset") not in BUILT_IN and run.settings.dataset == "auto":
         name = config["dataset"]
         raise MSCNNError(f"{path} was trained on {name}: add dataset = the path of these images to the parameters.")
-    known = {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
-    return known | {"mirror": config["flip"], "image_size": config["image_shape"][0]}
+    return known
 
 
 def model_config(path: Path) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
 
     asked = []
 
-    def load(name, light_mode, seed):
+    def load(name, light_mode, seed, image_size):
         asked.append(name)
         return dataclasses.replace(digits, fallback=name == "auto")
 
@@ -335,7 +335,7 @@ def test_the_command_line_without_options_is_the_defaults():
 
 @pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
 def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
-    value = {"int": 7, "float": 0.25, "str": "some text", "bool": True}[one.type]
+    value = {"int": 48, "float": 0.25, "str": "some text", "bool": True}[one.type]
     given = [f"--{one.name}"] if one.type == "bool" else [f"--{one.name}", str(value)]
     parsed, _ = parse(given)
     assert getattr(parsed, one.name) == value
@@ -359,6 +359,17 @@ def test_help_and_version_answer_without_tensorflow():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and told in done.stdout
         assert not re.search(r"\| +(tensorflow|keras|scipy|matplotlib)$", done.stderr, re.M)
+
+
+def test_without_notebook_01_each_gets_what_was_asked_for(project):
+    patched = Settings(threshold=0.5)
+    folder = project("one", "print('threshold', threshold)")
+    source = folder.parent.parent / "notebooks/one.ipynb"
+    notebook = nbformat.read(source, 4)
+    notebook.cells[0].source = "run_dir: str = 'runs/latest'  # nothing else"
+    nbformat.write(notebook, source)
+    mscnn.run_all(patched, ("one",))
+    assert "threshold 0.5" in outputs(folder / "notebooks" / "one.ipynb")
 
 
 def test_notebooks_are_chosen_by_number():
