@@ -494,7 +494,7 @@ class MultiStageCNN(keras.Model):
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
         """Log-odds that the images show `category`, by its Stage 2 CNN: float64 (B,)."""
-        return self._networks.stage2_log_odds(images, category, batch_size)
+        return self._networks.stage2_log_odds(validated_images(images, self.image_shape), category, batch_size)
 
     def scores(self, images: Images, batch_size: int = 512) -> StageScores:
         """Both stages' scores of uint8 images (B, H, W, channels), not yet combined."""

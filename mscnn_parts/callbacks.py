@@ -12,6 +12,12 @@ from mscnn_parts.layers import RandomFlipCrop
 SMALL_CROP = 0.75  # of height and width: little more than half of the work
 
 
+def in_notebook() -> bool:
+    """Whether a kernel runs this, which can show a bar."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
 class EpochTimer(keras.callbacks.Callback):
     """Records how long each epoch takes, its validation included, in seconds."""
 
@@ -25,33 +31,19 @@ class EpochTimer(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.begun)
 
 
-class ProgressBar(keras.callbacks.Callback):
-    """In a notebook a bar with the time left, one output that is replaced as the training goes on; elsewhere nothing.
+class ProgressBar:
+    """In a notebook a bar with the time left, one output that is replaced as the work goes on; elsewhere nothing.
 
     Args:
-        title: what is trained.
-        total: how often `advance` will be called; None: the bar counts the steps of a `fit`.
+        title: of the work. total: its steps.
     """
 
-    def __init__(self, title: str, total: int | None = None):
-        super().__init__()
+    def __init__(self, title: str, total: int):
         self.title, self.total, self.begun, self.shown, self.output = title, total, time.time(), 0.0, None
 
-    def on_train_begin(self, logs=None):
-        self.total, self.begun = self.params["epochs"] * self.params["steps"], time.time()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.earlier = epoch * self.params["steps"]
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.advance(self.earlier + batch + 1)
-
     def advance(self, done: int) -> None:
-        """Shows that so many of `total` are done, twice a second at most."""
-        if time.time() < self.shown + 0.5 and done < self.total:
-            return
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if not hasattr(shell, "kernel"):
+        """Shows that so many steps are done, twice a second at most."""
+        if not in_notebook() or (time.time() < self.shown + 0.5 and done < self.total):
             return
         from IPython.display import HTML, display
 
@@ -62,6 +54,23 @@ class ProgressBar(keras.callbacks.Callback):
             self.output = display(bar, display_id=True)
         else:
             self.output.update(bar)
+
+
+class ShowProgress(keras.callbacks.Callback):
+    """Shows the steps of a training by a `ProgressBar`."""
+
+    def __init__(self, title: str):
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, logs=None):
+        self.bar = ProgressBar(self.title, self.params["epochs"] * self.params["steps"])
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.earlier = epoch * self.params["steps"]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.advance(self.earlier + batch + 1)
 
 
 class AlternatingFlip(keras.callbacks.Callback):

@@ -340,17 +340,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del arguments[0]
     if arguments and arguments[0] in COMMANDS:
         return _run_command(*arguments)
-    command_line().parse_args([*map(_with_underscores, arguments)])  # --help answers here, without TensorFlow
-    import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
-    from mscnn_parts.runs import validate_run
-
     in_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
     usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        settings, notebooks = parse(arguments)
+        settings, notebooks = parse(arguments)  # --help answers here, without TensorFlow
+        import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
+        from mscnn_parts.runs import validate_run
+
         run = Run("total", settings)
         if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
-            print(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
+            _print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
         if settings.dataset != "auto" or os.path.isdir(run.folder) or find_cifar10():
             validate_run(run)  # refused before a notebook takes the place of an older one
         # Else there is none, and a download that fails would be tried twice.

@@ -168,7 +168,6 @@ def continue_run_data(run: Run) -> Dataset:
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
-    run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
     for name in ("dataset", "light_mode", "image_size", "mirror", "seed"):
         given = getattr(settings, name)
         if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
@@ -181,6 +180,7 @@ def continue_run_data(run: Run) -> Dataset:
     if data.fingerprint != known["fingerprint"]:
         raise MSCNNError(f"The images of {data.name} are not those that {NOTEBOOKS[0]} has read: run it again.")
     check_replaces_no_other(run, data)
+    run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
     if data.fallback:
         print(FALLBACK_NOTICE)
     return data

@@ -12,7 +12,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.callbacks import AlternatingFlip, EpochTimer, ProgressBar, ProgressiveCrops, RestoreBestWeights
+from mscnn_parts.callbacks import (
+    AlternatingFlip,
+    EpochTimer,
+    ProgressBar,
+    ProgressiveCrops,
+    RestoreBestWeights,
+    ShowProgress,
+    in_notebook,
+)
 from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
@@ -153,11 +161,12 @@ def train_classifier(
     augmentation, timer = network.get_layer("augmentation"), EpochTimer()
     by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
+    progress = [ShowProgress(network.name)] if in_notebook() else []  # a hook after each step is not free
     try:
         history = trainer.fit(
             batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
             validation_data=batches(one_hot, 500, calibration),
-            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), ProgressBar(network.name), *logs],
+            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted
         augmentation.reset()

@@ -857,3 +857,10 @@ def test_decide_takes_paths_pillow_images_and_lists_as_well_as_arrays(model, tin
     assert len(model.decide([]).confidence) == 0
     with pytest.raises(MSCNNError, match="There is no image at"):
         model.decide(str(tmp_path / "absent.png"))
+
+
+def test_a_verifier_refuses_images_of_another_kind_as_decide_does(model, tiny_data):
+    images = tiny_data.test.images[:2]
+    for spoiled in (images[:, :16], images.astype(np.float32), images[0]):
+        with pytest.raises(MSCNNError, match="this model takes uint8"):
+            model.stage2_log_odds(spoiled, 0)

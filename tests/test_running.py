@@ -445,9 +445,11 @@ def test_a_threshold_takes_the_place_of_a_target_and_is_passed_on(begun):
 
 @pytest.mark.parametrize("name, value", [("seed", 0), ("light_mode", True), ("dataset", "digits")])
 def test_other_data_than_the_run_folder_s_is_refused(begun, name, value):
-    run = mscnn.open_run("03_stage2_training", {"run_dir": begun.settings.run_dir, name: value})
+    values = {"run_dir": begun.settings.run_dir, name: value, "threshold": 0.9}
+    run, before = mscnn.open_run("03_stage2_training", values), begun.read("metrics")
     with pytest.raises(MSCNNError, match=f"was begun with {name}="):
         mscnn.continue_run_data(run)
+    assert run.read("metrics") == before, "what is refused leaves nothing behind"
 
 
 def test_images_are_not_mirrored_where_that_is_turned_off(settings, tmp_path):
