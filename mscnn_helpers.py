@@ -13,7 +13,7 @@ detection, or classification with a reject option. An image whose OOD score is t
 This module defines the Keras model, `MultiStageCNN`, and hands on what the notebooks use. Everything else has a room in
 `mscnn_parts`, in this order, from which each uses only those before it:
 
-    settings · files · checks
+    settings · files · checks · quiet
     data · downloads · pictures · sources · decision · thresholds · ood · metrics
     kernels · layers · networks
     inference · model_files
@@ -50,62 +50,26 @@ if __name__ == "__main__":  # before Keras is imported, so that --help answers a
 
     sys.exit(main())
 
-import contextlib
 import functools
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-
-@contextlib.contextmanager
-def _silent_afterwards():
-    """Lets TensorFlow's C++ side, which reads its log level once, say nothing after its import but what is fatal."""
-    variable = "TF_CPP_MIN_LOG_LEVEL"
-    if variable in os.environ:
-        yield
-        return
-    os.environ[variable] = "3"
-    try:
-        yield
-    finally:
-        del os.environ[variable]
-
-
-@contextlib.contextmanager
-def _without_native_logs():
-    """Holds back what it prints to stderr while it is imported, which no level changes, and shows it if that fails."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # it is closed: nothing is printed
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
+from mscnn_parts.quiet import quiet_import
 
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":  # before Keras looks for it, in its own words
     raise ImportError(f"KERAS_BACKEND is {os.environ['KERAS_BACKEND']}: this project needs tensorflow. Unset it.")
 
-with _silent_afterwards(), _without_native_logs():
+with quiet_import():
     import keras
     import tensorflow as tf
 
-from mscnn_parts.callbacks import SMALL_CROP, AlternatingFlip, EpochTimer, ProgressiveCrops, RestoreBestWeights
+from mscnn_parts.callbacks import RestoreBestWeights
 from mscnn_parts.checks import checked_labels
-from mscnn_parts.cli import command_line, main, print_result, run_all, run_notebook
-from mscnn_parts.data import IMAGE_SIZE, LEAST, LIGHT_MODE_MINIMUM, Dataset, Split, train_and_calibration
+from mscnn_parts.cli import command_line, main, print_result, run_all
+from mscnn_parts.data import Dataset, Split
 from mscnn_parts.decision import (
     ACCEPTED,
     CATEGORY_PRECISION,
@@ -126,9 +90,9 @@ from mscnn_parts.decision import (
     log_odds,
     margin,
 )
-from mscnn_parts.downloads import DOWNLOAD_TIMEOUT, data_folder
+from mscnn_parts.downloads import data_folder
 from mscnn_parts.explanation import DecisionTrace, class_activation_map, grad_cam, trace_decisions
-from mscnn_parts.explorer import threshold_explorer
+from mscnn_parts.explorer import ThresholdExplorer
 from mscnn_parts.figures import (
     CAM_COLORMAP,
     make_legible,
@@ -144,14 +108,13 @@ from mscnn_parts.figures import (
     plot_samples,
     plot_thresholds,
 )
-from mscnn_parts.files import FROM_HERE, path_from, places_of, project_root, write_atomically
+from mscnn_parts.files import project_root, write_atomically
 from mscnn_parts.inference import Networks, validated_images
-from mscnn_parts.kernels import gradient_of_kernel, images_per_row, pack_rows, short_rows_convolution
+from mscnn_parts.kernels import gradient_of_kernel, images_per_row, pack_rows
 from mscnn_parts.layers import (
     RANDOM_FLIP,
     Conv2D,
     FusedBatchNormalization,
-    LogOdds,
     RandomFlipCrop,
     WhiteningConv,
     log_odds_tensor,
@@ -197,15 +160,10 @@ from mscnn_parts.networks import (
     STAGE2_WIDTHS,
     build_cnn,
     fastest_policy,
-    feature_extractor,
     set_whitening,
     whitening_kernel,
 )
 from mscnn_parts.ood import (
-    FEW_IMAGES,
-    FEW_REJECTION_RATE,
-    ID_REJECTION_RATE,
-    OWN_REJECTION_RATE,
     OODStatistics,
     combine,
     fit_feature_statistics,
@@ -221,7 +179,6 @@ from mscnn_parts.ood import (
 from mscnn_parts.optimizers import (
     Muon,
     Recipe,
-    WarmupLinearDecay,
     default_recipe,
     kernel_matrix,
     learning_rate_schedule,
@@ -229,12 +186,10 @@ from mscnn_parts.optimizers import (
     stage1_optimizer,
     stage2_optimizer,
 )
-from mscnn_parts.pictures import IMAGE_SUFFIXES, SPLIT_FOLDERS, SYSTEM_ENTRIES, Images, read_image
-from mscnn_parts.run_folder import NOTEBOOKS, Run, check_places, injected_names, open_run, settled
+from mscnn_parts.pictures import IMAGE_SUFFIXES, Images, read_image
+from mscnn_parts.run_folder import NOTEBOOKS, Run, injected_names, open_run, settled
 from mscnn_parts.runs import (
     begin_run_data,
-    check_replaces_no_other,
-    commit,
     continue_run_data,
     device_name,
     load_run_model,
@@ -250,19 +205,13 @@ from mscnn_parts.settings import (
     MSCNNError,
     Settings,
     categories_from,
-    check_seed,
-    check_threshold,
 )
 from mscnn_parts.sources import (
-    BUILT_IN,
-    CIFAR10_ARCHIVE_MD5,
     CIFAR10_MD5,
     CIFAR10_NAMES,
     CIFAR10_URL,
     FASHION_MD5,
     FASHION_NAMES,
-    KERAS_DATA_URL,
-    MNIST_SHA256,
     load_dataset,
 )
 from mscnn_parts.thresholds import (
@@ -288,7 +237,6 @@ from mscnn_parts.training import (
     keeps_stage2,
     retrain_stage2,
     sample_hard_negatives,
-    steps_per_execution,
     train_classifier,
     train_stage1,
     train_stage2,
@@ -297,37 +245,31 @@ from mscnn_parts.training import (
 )
 
 __all__ = [
-    "ACCEPTED", "BUILT_IN", "CAM_COLORMAP", "CATEGORY_PRECISION", "CIFAR10_ARCHIVE_MD5", "CIFAR10_MD5",
-    "CIFAR10_NAMES", "CIFAR10_URL", "DOWNLOAD_TIMEOUT", "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES",
-    "FEW_IMAGES", "FEW_REJECTION_RATE", "FROM_HERE", "ID_REJECTION_RATE", "IMAGE_SIZE", "IMAGE_SUFFIXES",
-    "KERAS_DATA_URL", "LEAST", "LIGHT_MODE_MINIMUM", "LOW_CONFIDENCE", "MNIST_SHA256", "NOTEBOOKS", "OTHER",
-    "OUT_OF_DISTRIBUTION", "OWN_REJECTION_RATE", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION",
-    "SMALL_CROP", "SPLIT_FOLDERS", "STAGE1_WIDTHS", "STAGE2_WIDTHS", "SYSTEM_ENTRIES", "USER_SET",
-    "AlternatingFlip", "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions", "EpochTimer",
-    "FusedBatchNormalization", "LogOdds", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics",
-    "ProgressiveCrops", "RandomFlipCrop", "Recipe", "RestoreBestWeights", "RetrainingResult", "Run", "Settings",
-    "Split", "Stage1Outputs", "Stage2Trainer", "StageScores", "Trainer", "WarmupLinearDecay", "WhiteningConv",
-    "apply_threshold", "augrc", "aurc", "batches", "begin_run_data", "build_cnn", "calibration_error",
-    "calibration_losses", "categories_from", "category_metrics", "check_certification_size", "check_matches",
-    "check_places", "check_replaces_no_other", "check_seed", "check_threshold", "class_activation_map",
-    "command_line", "commit", "compare_decisions", "compile_classifier", "confidence_log_odds", "continue_run_data",
-    "coverage_at_risk", "cross_fitted", "data_folder", "decision_confusion", "decision_report", "default_recipe",
-    "device_name", "e_aurc", "evaluate", "failure_metrics", "fastest_policy", "feature_extractor",
-    "fit_calibration", "fit_category_calibration", "fit_feature_statistics", "fit_ood", "fit_ood_scale",
-    "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel",
-    "images_per_row", "injected_names", "keeps_stage2", "kernel_matrix", "learning_rate_schedule", "load_dataset",
-    "load_model", "load_run_model", "log_loss_by_category", "log_odds", "log_odds_tensor", "main", "make_legible",
-    "margin", "model_data", "ood_score", "ood_terms", "open_run", "orthogonalize", "pack_rows", "paired_difference",
-    "parts_of", "path_from", "places_of", "plot_augmentation", "plot_confusion", "plot_decision_traces",
-    "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage",
-    "plot_samples", "plot_thresholds", "print_result", "project_root", "read_image", "reliability",
-    "retrain_stage2", "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all", "run_notebook",
-    "sample_hard_negatives", "selective_metrics", "set_threshold", "settled", "short_rows_convolution",
-    "stage1_optimizer", "stage2_optimizer", "stage_report_labels", "steps_per_execution", "synthetic_ood_images",
-    "threshold_explorer", "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk", "threshold_text",
-    "thresholds_by_category", "trace_decisions", "train_and_calibration", "train_classifier", "train_stage1",
-    "train_stage2", "train_stage2_base", "unnoticed", "validate_run", "versions", "weakest_categories",
-    "whitening_kernel", "write_atomically",
+    "ACCEPTED", "CAM_COLORMAP", "CATEGORY_PRECISION", "CIFAR10_MD5", "CIFAR10_NAMES", "CIFAR10_URL",
+    "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES", "IMAGE_SUFFIXES", "LOW_CONFIDENCE", "NOTEBOOKS", "OTHER",
+    "OUT_OF_DISTRIBUTION", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION", "STAGE1_WIDTHS",
+    "STAGE2_WIDTHS", "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions",
+    "FusedBatchNormalization", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics", "RandomFlipCrop", "Recipe",
+    "RestoreBestWeights", "RetrainingResult", "Run", "Settings", "Split", "Stage1Outputs", "Stage2Trainer",
+    "StageScores", "ThresholdExplorer", "Trainer", "WhiteningConv", "apply_threshold", "augrc", "aurc", "batches",
+    "begin_run_data", "build_cnn", "calibration_error", "calibration_losses", "categories_from", "category_metrics",
+    "check_certification_size", "check_matches", "class_activation_map", "command_line", "compare_decisions",
+    "compile_classifier", "confidence_log_odds", "continue_run_data", "coverage_at_risk", "cross_fitted",
+    "data_folder", "decision_confusion", "decision_report", "default_recipe", "device_name", "e_aurc", "evaluate",
+    "failure_metrics", "fastest_policy", "fit_calibration", "fit_category_calibration", "fit_feature_statistics",
+    "fit_ood", "fit_ood_scale", "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam",
+    "gradient_of_kernel", "images_per_row", "injected_names", "keeps_stage2", "kernel_matrix",
+    "learning_rate_schedule", "load_dataset", "load_model", "load_run_model", "log_loss_by_category", "log_odds",
+    "log_odds_tensor", "main", "make_legible", "margin", "model_data", "ood_score", "ood_terms", "open_run",
+    "orthogonalize", "pack_rows", "paired_difference", "parts_of", "plot_augmentation", "plot_confusion",
+    "plot_decision_traces", "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining",
+    "plot_risk_coverage", "plot_samples", "plot_thresholds", "print_result", "project_root", "read_image",
+    "reliability", "retrain_stage2", "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all",
+    "sample_hard_negatives", "selective_metrics", "set_threshold", "settled", "stage1_optimizer",
+    "stage2_optimizer", "stage_report_labels", "synthetic_ood_images", "threshold_for_costs",
+    "threshold_for_coverage", "threshold_for_risk", "threshold_text", "thresholds_by_category", "trace_decisions",
+    "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed", "validate_run",
+    "versions", "weakest_categories", "whitening_kernel",
 ]  # fmt: skip
 
 

@@ -30,11 +30,14 @@ def text_of(path: Path) -> str:
     return FENCED.sub("", text)
 
 
+def anchor_of(heading: str) -> str:
+    """The anchor that GitHub gives to a heading: lower case, hyphens for spaces, no other signs."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub gives to headings: lower case, hyphens for spaces, no other signs."""
     headings = re.findall(r"^#+ (.+)$", text_of(path), re.M)
-    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings]
-    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+    return {anchor_of(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings}
 
 
 def links(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import nbformat
 from badges import COLAB, settings
 from bs4 import BeautifulSoup, Tag
+from links import anchor_of
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
@@ -75,7 +76,7 @@ def notebooks_first(text: str) -> str:
 def anchor_headings(soup: BeautifulSoup) -> None:
     """Gives each heading the anchor that GitHub gives it."""
     for heading in soup.select("h1, h2, h3, h4"):
-        heading["id"] = re.sub(r"[^\w\- ]", "", heading.get_text().lower()).replace(" ", "-")
+        heading["id"] = anchor_of(heading.get_text())
 
 
 def own_address(address: str, source: Path) -> tuple[Path, str] | None:

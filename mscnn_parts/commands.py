@@ -70,19 +70,14 @@ def decide_on_files(model: MultiStageCNN, paths: Iterable[Path], threshold: floa
         yield from rows
 
 
-def _write_rows(rows: Iterable[dict], file: IO[str], suffix: str) -> int:
-    """Writes rows as CSV, or as JSON lines if the suffix says so; returns how many have an error."""
+def _write_rows(rows: Iterable[dict], file: IO[str], suffix: str) -> None:
+    """Writes rows as CSV, or as JSON lines if the suffix says so."""
+    if suffix == ".jsonl":
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return
     table = csv.DictWriter(file, COLUMNS)
-    if suffix == ".csv":
-        table.writeheader()
-    errors = 0
-    for row in rows:
-        errors += row["error"] is not None
-        if suffix == ".csv":
-            table.writerow(row)
-        else:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return errors
+    table.writeheader()
+    table.writerows(rows)
 
 
 def _line(row: dict) -> str:
@@ -110,22 +105,27 @@ def decide(arguments: Sequence[str]) -> int:
 
     model = mscnn.load_model(given.model)
     pictures = list(pictures_in(given.paths))
-    rows = tqdm(decide_on_files(model, pictures, given.threshold), total=len(pictures), disable=None, unit="picture")
-    if not given.csv:
-        errors = 0
-        for row in rows:
+    errors = 0
+
+    def rows() -> Iterator[dict]:
+        nonlocal errors
+        found = decide_on_files(model, pictures, given.threshold)
+        for row in tqdm(found, total=len(pictures), disable=None, unit="picture"):
             errors += row["error"] is not None
+            yield row
+
+    if not given.csv:
+        for row in rows():
             tqdm.write(_line(row), file=sys.stdout)
         return int(errors > 0)
-    errors = []
 
     def write(partial: Path) -> None:
         with open(partial, "w", newline="", encoding="utf-8") as file:
-            errors.append(_write_rows(rows, file, suffix))
+            _write_rows(rows(), file, suffix)
 
     write_atomically(path_from(given.csv, Path()), write)
-    print(f"{len(pictures)} pictures, {errors[0]} not read: {given.csv}")
-    return int(errors[0] > 0)
+    print(f"{len(pictures)} pictures, {errors} not read: {given.csv}")
+    return int(errors > 0)
 
 
 def info(arguments: Sequence[str]) -> int:

@@ -13,7 +13,13 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 640, 230, 50, 28  # of the drawing, in pixels; the
 
 
 class ThresholdExplorer:
-    """What `threshold_explorer` shows: HTML with a slider, or its drawing alone where scripts do not run."""
+    """A slider over images by confidence: what a threshold accepts, and how much of that is correct.
+
+    Shown by a notebook as HTML; where scripts do not run, its drawing alone.
+
+    Args:
+        confidence: float (N,) in 0..1. correct: bool (N,). threshold: where the slider starts.
+    """
 
     def __init__(self, confidence: np.ndarray, correct: np.ndarray, threshold: float):
         self.confidence, self.correct = checked_pair(confidence, correct, share=True)
@@ -59,15 +65,6 @@ class ThresholdExplorer:
         parts.append(_text(LEFT + 8, 44, "Stage 1 is incorrect", fill="#d62728"))
         parts.append(_text(WIDTH, HEIGHT - 8, "confidence", "end"))
         return f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{self!r}">{"".join(parts)}</svg>'
-
-
-def threshold_explorer(confidence: np.ndarray, correct: np.ndarray, threshold: float) -> ThresholdExplorer:
-    """A slider over images by confidence: what a threshold accepts, and how much of that is correct.
-
-    Args:
-        confidence: float (N,) in 0..1. correct: bool (N,). threshold: where the slider starts.
-    """
-    return ThresholdExplorer(confidence, correct, threshold)
 
 
 def _up(height):

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,12 @@ def make_folder(folder: Path, problem: str, parameter: str) -> None:
 
 def with_keras_suffix(path: Path, name: str) -> Path:
     return path if name.endswith(".keras") else path.with_name(path.name + ".keras")
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """What a `.keras` file says of its model, which is not built for that. Raises what a broken file raises."""
+    with zipfile.ZipFile(path) as file:
+        return json.loads(file.read("config.json"))
 
 
 def jsonable(value: Any) -> Any:

@@ -40,4 +40,6 @@ if __name__ == "__main__":
     differing = make_working_copies(notebooks_folder(), place, "--fresh" in sys.argv[1:])
     print(f"Working copies of the notebooks: {place}")
     if differing:
-        print(f"Yours, kept as they are: {', '.join(differing)}. make lab FRESH=1 starts with new copies.")
+        print(
+            f"Different from the project's, and kept: {', '.join(differing)}. make lab FRESH=1 starts with new copies."
+        )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +13,7 @@ import keras
 import numpy as np
 
 from mscnn_parts.downloads import keras_home
-from mscnn_parts.files import notebooks_folder, path_from
+from mscnn_parts.files import notebooks_folder, path_from, read_model_config
 from mscnn_parts.settings import PRETRAINED, MSCNNError
 
 if TYPE_CHECKING:
@@ -59,8 +57,7 @@ def _check_format(path: Path) -> None:
     """Raises MSCNNError for a model file of another version; what is damaged is told by Keras."""
     written = FORMAT
     with contextlib.suppress(Exception):  # a broken file fails in many ways: zip, zlib, JSON
-        with zipfile.ZipFile(path) as file:
-            found = json.loads(file.read("config.json"))
+        found = read_model_config(path)
         written = found["config"].get("format", 1) if found["class_name"] == "MultiStageCNN" else FORMAT
     if written < FORMAT:
         raise MSCNNError(f"{path} was written by MSCNN 0.1: load it with tag v0.1.0, or train anew.")
@@ -177,7 +174,6 @@ def check_matches(model: MultiStageCNN, data: Dataset) -> None:
         "data set": (model.dataset, data.name),
         "image shape": (model.image_shape, data.input_shape),
         "list of categories": (", ".join(model.category_names), ", ".join(data.category_names)),
-        "mirroring of images": (model.flip, data.flip),
     }
     for what, (mine, given) in pairs.items():
         if mine != given:
@@ -185,6 +181,11 @@ def check_matches(model: MultiStageCNN, data: Dataset) -> None:
                 f"The model is for another {what}: {mine}; the data has {given}. "
                 "Choose the data set that the model was trained on, or train a new model."
             )
+    if model.flip != data.flip:
+        raise MSCNNError(
+            f"The model was trained with mirror {model.flip}, and the data has {data.flip}: set mirror as it was "
+            "(--mirror, --no-mirror), or train a new model."
+        )
     if model.data_fingerprint not in ("", data.fingerprint):
         raise MSCNNError(
             f"The model was trained on other splits of {data.name} (seed, light_mode or files differ): its train "

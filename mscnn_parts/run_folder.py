@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from mscnn_parts.files import (
     path_from,
     places_of,
     project_root,
+    read_model_config,
     with_keras_suffix,
     write_atomically,
 )
@@ -120,6 +120,10 @@ class Run:
         """Takes entries out of `metrics.json` or `history.json`, because they no longer hold."""
         self.overwrite(name, {key: value for key, value in self.read(name).items() if key not in entries})
 
+    def remove_test_results(self) -> None:
+        """Takes out what notebook 05 has measured of a model that has changed since."""
+        self.remove("metrics", "stage1", "two_stage", "report", "certificate", "categories", "unnoticed")
+
     def overwrite(self, name: str, record: dict) -> None:
         """Writes `metrics.json` or `history.json` anew, whole."""
         text = json.dumps(jsonable(record), indent=2, ensure_ascii=False)
@@ -190,21 +194,15 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
         )
     path = run.starting_model()
     try:
-        config = model_config(path or Path())
+        config = read_model_config(path or Path())["config"]
         known = {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
         known |= {"mirror": config["flip"], "image_size": config["image_shape"][0]}
     except Exception:  # a broken file fails in many ways; `load_model` says which
         return {}
     if known.get("dataset") not in BUILT_IN and run.settings.dataset == "auto":
-        name = config["dataset"]
+        name = known["dataset"]
         raise MSCNNError(f"{path} was trained on {name}: add dataset = the path of these images to the parameters.")
     return known
-
-
-def model_config(path: Path) -> dict[str, Any]:
-    """What a model file says of its model, which is not built for that. Raises what a broken file raises."""
-    with zipfile.ZipFile(path) as file:
-        return json.loads(file.read("config.json"))["config"]
 
 
 def injected_names(cells: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import tensorflow as tf
 
 from mscnn_parts.data import Dataset
-from mscnn_parts.files import code_folder
+from mscnn_parts.files import code_folder, read_model_config
 from mscnn_parts.model_files import check_matches, load_model
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
@@ -20,7 +20,6 @@ from mscnn_parts.run_folder import (
     Run,
     check_places,
     make_run_folders,
-    model_config,
     now_text,
     remove_results,
     same_data,
@@ -123,7 +122,7 @@ def model_data(run: Run) -> dict:
         MSCNNError: the file is no model of this project, damaged, or not to be read.
     """
     try:
-        config = model_config(run.model_path)
+        config = read_model_config(run.model_path)["config"]
         record = {"name": config["dataset"], "category_names": config["category_names"]}
     except Exception as error:  # a broken file fails in many ways: zip, zlib, JSON
         raise MSCNNError(
@@ -196,6 +195,8 @@ def load_run_model(run: Run, data: Dataset, path: Path, notebook: str) -> MultiS
     """
     if not path.is_file():
         raise MSCNNError(f"There is no model at {path} yet: run notebook {notebook} first.")
+    if run.settings.load_model and path == run.model_path:
+        print(f"Going on with this run's own model, {path}, not with {run.settings.load_model}.")
     model = load_model(path)
     check_matches(model, data)
     if not (run.settings.target_risk or run.settings.target_coverage):

@@ -361,10 +361,10 @@ def test_a_script_without_a_font_gives_one_note(monkeypatch):
 
 def test_the_threshold_explorer_counts_and_needs_no_kernel():
     confidence, correct = np.array([0.2, 0.6, 0.7, 0.9]), np.array([False, True, False, True])
-    explorer = mscnn.threshold_explorer(confidence, correct, 0.7)
+    explorer = mscnn.ThresholdExplorer(confidence, correct, 0.7)
     assert repr(explorer) == "threshold 0.7000: 50.0% accepted, 50.0% of them correct"
     page = explorer._repr_html_()
     assert repr(explorer) in page and page.count("<polyline") == 2
     assert '{"right": [0.6, 0.9], "wrong": [0.2, 0.7]}' in page
     assert "http" not in page, "it works offline"
-    assert "nothing to measure" in repr(mscnn.threshold_explorer(confidence, correct, 1.0))
+    assert "nothing to measure" in repr(mscnn.ThresholdExplorer(confidence, correct, 1.0))

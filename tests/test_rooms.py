@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SOURCES
 
 FLOORS = """
-settings files checks
+settings files checks quiet
 data downloads pictures sources decision thresholds ood metrics
 kernels layers networks
 inference model_files

@@ -461,7 +461,9 @@ def test_images_are_not_mirrored_where_that_is_turned_off(settings, tmp_path):
     small = {"stage1_widths": (4, 4), "stage2_widths": (4, 4)}
     model = mscnn.MultiStageCNN.for_dataset(data, **small)
     assert model.scores(data.test.images[:3]).logits.shape[0] == 1, "one view"
-    with pytest.raises(MSCNNError, match="The model is for another mirroring of images: False"):
+    with pytest.raises(
+        MSCNNError, match="The model was trained with mirror False, and the data has True: set mirror as it was"
+    ):
         mscnn.check_matches(model, mscnn.load_dataset(settings.dataset))
     assert parse(["--no-mirror"])[0].mirror is parse(["--no_mirror"])[0].mirror is False
     mscnn.MultiStageCNN.for_dataset(mscnn.load_dataset("digits"), **small).save(tmp_path / "m.keras")
@@ -490,6 +492,13 @@ def test_a_model_of_own_images_asks_for_them(settings, trained_model_path):
     values = {"run_dir": settings.run_dir, "load_model": str(trained_model_path)}
     with pytest.raises(MSCNNError, match="was trained on tiny: add dataset = the path of these images"):
         mscnn.open_run("05_evaluation_and_cam", values)
+
+
+def test_what_was_measured_of_an_older_model_goes(begun):
+    measured = ("stage1", "two_stage", "report", "certificate", "categories", "unnoticed")
+    begun.write("metrics", **dict.fromkeys(measured, 1))
+    begun.remove_test_results()
+    assert not begun.read("metrics").keys() & set(measured) and begun.read("metrics")["parameters"]
 
 
 def test_working_copies_keep_what_a_reader_has_changed(tmp_path):
