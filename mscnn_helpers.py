@@ -66,36 +66,28 @@ with quiet_import():
     import keras
     import tensorflow as tf
 
-from mscnn_parts.callbacks import RestoreBestWeights
 from mscnn_parts.checks import checked_labels
-from mscnn_parts.cli import command_line, main, print_result, run_all
+from mscnn_parts.cli import main
 from mscnn_parts.data import Dataset, Split
 from mscnn_parts.decision import (
     ACCEPTED,
-    CATEGORY_PRECISION,
     LOW_CONFIDENCE,
     OUT_OF_DISTRIBUTION,
-    PRIOR_MEAN,
-    SHARED_PRECISION,
     Decisions,
     Stage1Outputs,
     StageScores,
     apply_threshold,
-    confidence_log_odds,
     cross_fitted,
     decide_on,
-    fit_calibration,
     fit_category_calibration,
     fit_shared_calibration,
     log_odds,
     margin,
 )
-from mscnn_parts.downloads import data_folder
-from mscnn_parts.explanation import DecisionTrace, class_activation_map, grad_cam, trace_decisions
+from mscnn_parts.explanation import class_activation_map, grad_cam, trace_decisions
 from mscnn_parts.explorer import ThresholdExplorer
 from mscnn_parts.figures import (
     CAM_COLORMAP,
-    make_legible,
     plot_augmentation,
     plot_confusion,
     plot_decision_traces,
@@ -108,38 +100,26 @@ from mscnn_parts.figures import (
     plot_samples,
     plot_thresholds,
 )
-from mscnn_parts.files import project_root, write_atomically
+from mscnn_parts.files import write_atomically
 from mscnn_parts.inference import Networks, validated_images
-from mscnn_parts.kernels import gradient_of_kernel, images_per_row, pack_rows
+from mscnn_parts.kernels import gradient_of_kernel
 from mscnn_parts.layers import (
-    RANDOM_FLIP,
     Conv2D,
-    FusedBatchNormalization,
-    RandomFlipCrop,
-    WhiteningConv,
     log_odds_tensor,
     serializable,
 )
 from mscnn_parts.metrics import (
-    Comparison,
-    augrc,
     aurc,
-    calibration_error,
     category_metrics,
     compare_decisions,
-    coverage_at_risk,
     decision_confusion,
     decision_report,
-    e_aurc,
     evaluate,
     failure_metrics,
     format_difference,
     log_loss_by_category,
-    paired_difference,
     reliability,
-    risk_at_coverage,
     risk_coverage,
-    selective_metrics,
     stage_report_labels,
 )
 from mscnn_parts.model_files import (
@@ -147,7 +127,6 @@ from mscnn_parts.model_files import (
     check_assignable,
     check_free,
     check_keras,
-    check_matches,
     checked_target,
     load_model,
     network_ids,
@@ -161,18 +140,14 @@ from mscnn_parts.networks import (
     build_cnn,
     fastest_policy,
     set_whitening,
-    whitening_kernel,
 )
 from mscnn_parts.ood import (
     OODStatistics,
     combine,
-    fit_feature_statistics,
     fit_model_scale,
     fit_ood,
-    fit_ood_scale,
     foreign_photographs,
     ood_score,
-    ood_terms,
     synthetic_ood_images,
     unnoticed,
 )
@@ -180,59 +155,42 @@ from mscnn_parts.optimizers import (
     Muon,
     Recipe,
     default_recipe,
-    kernel_matrix,
     learning_rate_schedule,
     orthogonalize,
     stage1_optimizer,
-    stage2_optimizer,
 )
-from mscnn_parts.pictures import IMAGE_SUFFIXES, Images, read_image
-from mscnn_parts.run_folder import NOTEBOOKS, Run, injected_names, open_run, settled
+from mscnn_parts.pictures import Images, read_image
+from mscnn_parts.run_folder import NOTEBOOKS, Run, open_run
 from mscnn_parts.runs import (
     begin_run_data,
     continue_run_data,
     device_name,
     load_run_model,
-    model_data,
     set_threshold,
-    validate_run,
     versions,
 )
 from mscnn_parts.settings import (
-    FALLBACK_NOTICE,
     OTHER,
-    PRETRAINED,
     MSCNNError,
-    Settings,
     categories_from,
 )
 from mscnn_parts.sources import (
-    CIFAR10_MD5,
-    CIFAR10_NAMES,
-    CIFAR10_URL,
-    FASHION_MD5,
-    FASHION_NAMES,
     load_dataset,
 )
 from mscnn_parts.thresholds import (
     USER_SET,
     Certificate,
-    check_certification_size,
     checked_thresholds,
     guarantee_text,
-    risk_upper_bound,
     threshold_for_costs,
     threshold_for_coverage,
     threshold_for_risk,
-    threshold_text,
     thresholds_by_category,
 )
 from mscnn_parts.training import (
-    RetrainingResult,
     Stage2Trainer,
     Trainer,
     batches,
-    calibration_losses,
     compile_classifier,
     keeps_stage2,
     retrain_stage2,
@@ -245,31 +203,22 @@ from mscnn_parts.training import (
 )
 
 __all__ = [
-    "ACCEPTED", "CAM_COLORMAP", "CATEGORY_PRECISION", "CIFAR10_MD5", "CIFAR10_NAMES", "CIFAR10_URL",
-    "FALLBACK_NOTICE", "FASHION_MD5", "FASHION_NAMES", "IMAGE_SUFFIXES", "LOW_CONFIDENCE", "NOTEBOOKS", "OTHER",
-    "OUT_OF_DISTRIBUTION", "PRETRAINED", "PRIOR_MEAN", "RANDOM_FLIP", "SHARED_PRECISION", "STAGE1_WIDTHS",
-    "STAGE2_WIDTHS", "Certificate", "Comparison", "Conv2D", "Dataset", "DecisionTrace", "Decisions",
-    "FusedBatchNormalization", "MSCNNError", "MultiStageCNN", "Muon", "OODStatistics", "RandomFlipCrop", "Recipe",
-    "RestoreBestWeights", "RetrainingResult", "Run", "Settings", "Split", "Stage1Outputs", "Stage2Trainer",
-    "StageScores", "ThresholdExplorer", "Trainer", "WhiteningConv", "apply_threshold", "augrc", "aurc", "batches",
-    "begin_run_data", "build_cnn", "calibration_error", "calibration_losses", "categories_from", "category_metrics",
-    "check_certification_size", "check_matches", "class_activation_map", "command_line", "compare_decisions",
-    "compile_classifier", "confidence_log_odds", "continue_run_data", "coverage_at_risk", "cross_fitted",
-    "data_folder", "decision_confusion", "decision_report", "default_recipe", "device_name", "e_aurc", "evaluate",
-    "failure_metrics", "fastest_policy", "fit_calibration", "fit_category_calibration", "fit_feature_statistics",
-    "fit_ood", "fit_ood_scale", "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam",
-    "gradient_of_kernel", "images_per_row", "injected_names", "keeps_stage2", "kernel_matrix",
-    "learning_rate_schedule", "load_dataset", "load_model", "load_run_model", "log_loss_by_category", "log_odds",
-    "log_odds_tensor", "main", "make_legible", "margin", "model_data", "ood_score", "ood_terms", "open_run",
-    "orthogonalize", "pack_rows", "paired_difference", "parts_of", "plot_augmentation", "plot_confusion",
-    "plot_decision_traces", "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining",
-    "plot_risk_coverage", "plot_samples", "plot_thresholds", "print_result", "project_root", "read_image",
-    "reliability", "retrain_stage2", "risk_at_coverage", "risk_coverage", "risk_upper_bound", "run_all",
-    "sample_hard_negatives", "selective_metrics", "set_threshold", "settled", "stage1_optimizer",
-    "stage2_optimizer", "stage_report_labels", "synthetic_ood_images", "threshold_for_costs",
-    "threshold_for_coverage", "threshold_for_risk", "threshold_text", "thresholds_by_category", "trace_decisions",
-    "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed", "validate_run",
-    "versions", "weakest_categories", "whitening_kernel",
+    "ACCEPTED", "CAM_COLORMAP", "LOW_CONFIDENCE", "NOTEBOOKS", "OTHER", "OUT_OF_DISTRIBUTION", "Certificate",
+    "Conv2D", "Dataset", "Decisions", "MSCNNError", "MultiStageCNN", "Muon", "Recipe", "Run", "Split",
+    "Stage2Trainer", "ThresholdExplorer", "Trainer", "apply_threshold", "aurc", "batches", "begin_run_data",
+    "build_cnn", "categories_from", "category_metrics", "class_activation_map", "compare_decisions",
+    "compile_classifier", "continue_run_data", "cross_fitted", "decision_confusion", "decision_report",
+    "default_recipe", "device_name", "evaluate", "failure_metrics", "fastest_policy", "fit_ood",
+    "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel",
+    "keeps_stage2", "learning_rate_schedule", "load_dataset", "load_model", "load_run_model",
+    "log_loss_by_category", "log_odds", "main", "margin", "ood_score", "open_run", "orthogonalize",
+    "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery", "plot_history",
+    "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
+    "plot_thresholds", "read_image", "reliability", "retrain_stage2", "risk_coverage", "sample_hard_negatives",
+    "set_threshold", "stage1_optimizer", "stage_report_labels", "synthetic_ood_images", "threshold_for_costs",
+    "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category", "trace_decisions",
+    "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed", "versions",
+    "weakest_categories",
 ]  # fmt: skip
 
 

@@ -4,9 +4,9 @@
     python benchmarks/ablations.py --regularizers  only what is said to rank right above wrong: a quarter of an hour
     python benchmarks/ablations.py --quick         one seed, little training: minutes; shows that it works
 
-The network is that of Stage 2, which has all the layers of Stage 1 at a seventh of its work. It is trained by the
-recipe for full data, scaled down: on 10,000 of CIFAR-10's train images, in 12 epochs and batches of 128. 20,000 others
-of the train split verifier it: nothing here sees the test split. Each variant leaves one ablation out, or adds one
+The network is that of Stage 2, which has all the layers of Stage 1 at a seventh of its multiply-adds. It is trained by
+the recipe for full data, scaled down: on 10,000 of CIFAR-10's train images, in 12 epochs and batches of 128. 20,000
+others of the train split test it: nothing here sees the test split. Each variant leaves one ablation out, or adds one
 that the recipe does without, and is compared with the recipe seed by seed. The regularizers have a table of their own,
 with the recipe as it was when they were measured.
 """
@@ -21,6 +21,7 @@ import tensorflow as tf
 from common import in_fresh_process, markdown, origin, origin_line, read_json, spread, write
 
 import mscnn_helpers as mscnn
+from mscnn_parts.layers import RANDOM_FLIP, FusedBatchNormalization, RandomFlipCrop
 
 BATCH = 128  # so that 10,000 images are enough steps
 
@@ -67,7 +68,7 @@ def with_identity(training: Training) -> None:
 
 
 def normalizations(network) -> list:
-    return [layer for layer in network.layers if isinstance(layer, mscnn.FusedBatchNormalization)]
+    return [layer for layer in network.layers if isinstance(layer, FusedBatchNormalization)]
 
 
 def without_fast_statistics(training: Training) -> None:
@@ -113,12 +114,12 @@ def with_less_label_smoothing(training: Training) -> None:
 class RandomFlip(keras.callbacks.Callback):
     """Leaves it to chance whether an image is mirrored, after the module has told the epoch."""
 
-    def __init__(self, augmentation: mscnn.RandomFlipCrop):
+    def __init__(self, augmentation: RandomFlipCrop):
         super().__init__()
         self.augmentation = augmentation
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.augmentation.epoch.assign(mscnn.RANDOM_FLIP)
+        self.augmentation.epoch.assign(RANDOM_FLIP)
 
 
 def without_alternating_flip(training: Training) -> None:
@@ -198,7 +199,7 @@ def with_averaged_weights(training: Training) -> None:
 
 
 def with_sharpness_aware_steps(training: Training) -> None:
-    """Each step by the gradient at a near point uphill, at twice the work (SAM, Foret et al. 2021)."""
+    """Each step by the gradient at a near point uphill, at twice the multiply-adds (SAM, Foret et al. 2021)."""
 
     class SharpnessAware(mscnn.Trainer):
         def train_step(self, data):
@@ -316,7 +317,7 @@ VARIANTS: dict[str, Callable[[Training], None]] = {
 REGULARIZERS: dict[str, Callable[[Training], None]] = {
     "the recipe": recipe_as_it_is,
     "with averaged weights": with_averaged_weights,
-    "with sharpness-aware steps, at twice the work": with_sharpness_aware_steps,
+    "with sharpness-aware steps, at twice the multiply-adds": with_sharpness_aware_steps,
     "with mixup": with_mixup,
     "with CutMix": with_cutmix,
     "with Cutout": with_cutout,
@@ -366,22 +367,22 @@ def rows_of(runs_of: dict[str, list[dict]]) -> list[str]:
     return markdown(["training", "accuracy", "against the recipe, points", "AURC", "against the recipe"], rows)
 
 
-def table(found: dict) -> str:
+def table(results: dict) -> str:
     """Its section of RESULTS.md."""
     lines = [
         "## Ingredients", "",
         "Written by `python benchmarks/ablations.py`. The Stage 2 base network, trained by the recipe for full data,",
-        "scaled down to 10,000 of CIFAR-10's train images, and judged by 20,000 others (see the script's first lines):",
+        "scaled down to 10,000 of CIFAR-10's train images, and tested on 20,000 others (see the script's first lines):",
         "what Stage 1 would gain or lose on all images can differ. A lower AURC is better. Median over",
         "the seeds, in brackets minimum and maximum; differences are taken seed by seed. No variant is tuned anew, so",
         "a difference says what the recipe loses without an ablation, not what the best recipe without it would.", "",
-        *rows_of(found["variants"]),
-        "What is better here and not in the recipe: whole images and SiLU take longer; at equal work the former keep",
-        "but a little of their gain. Without label smoothing, or with less, the ranking is better here; on all data,",
-        "and by the margin in place of the softmax, that is not settled.", "",
-        origin_line(found),
+        *rows_of(results["variants"]),
+        "What is better here and not in the recipe: whole images and SiLU take longer; at equal multiply-adds the",
+        "former keep little of their gain. Without label smoothing, or with less, the ranking is better here; on all",
+        "data, and by the margin in place of the softmax, that is not settled.", "",
+        origin_line(results),
     ]  # fmt: skip
-    if regularizers := found.get("regularizers"):
+    if regularizers := results.get("regularizers"):
         lines += [
             "", "What is said to help in ranking correct answers above incorrect ones, in the same trial:", "",
             *rows_of(regularizers["variants"]), origin_line(regularizers),
@@ -391,13 +392,13 @@ def table(found: dict) -> str:
 
 def measure(variants: dict[str, Callable], command: str, quick: bool) -> dict:
     """All variants, in turn for each seed."""
-    found = {**origin(command), "variants": {name: [] for name in variants}}
+    results = {**origin(command), "variants": {name: [] for name in variants}}
     policy = mscnn.fastest_policy()  # one for all
     for seed in (0,) if quick else (0, 1, 2):
-        for name, runs in found["variants"].items():
+        for name, runs in results["variants"].items():
             runs.append(in_fresh_process(train, name, seed, policy, quick))  # it may change the module
             print(f"seed {seed}, {name}: {runs[-1]['accuracy']:.2%}", flush=True)
-    return found
+    return results
 
 
 def main() -> None:
@@ -409,15 +410,15 @@ def main() -> None:
     quick, known = " --quick" * options.quick, read_json("ablations", {})
     if options.regularizers and not known:
         parser.error("there is no ablations.json to add them to: leave out --regularizers")
-    found = known
+    results = known
     if not options.regularizers:
-        found = measure(VARIANTS, f"python benchmarks/ablations.py{quick}", options.quick)
+        results = measure(VARIANTS, f"python benchmarks/ablations.py{quick}", options.quick)
     if options.regularizers or "regularizers" not in known:
         own = measure(REGULARIZERS, f"python benchmarks/ablations.py --regularizers{quick}", options.quick)
-        found = {**found, "regularizers": own}
-    print(table(found))
+        results = {**results, "regularizers": own}
+    print(table(results))
     if not options.quick or not known:
-        write("ablations", found, table(found))
+        write("ablations", results, table(results))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import mscnn_helpers as mscnn
+from mscnn_parts.downloads import data_folder
+from mscnn_parts.model_files import check_matches
+from mscnn_parts.ood import ood_terms
 
 OVERLAPPING = {  # CIFAR-100's labels, in the order of the alphabet: big cats, wild dogs, large vehicles
     "bus": 13, "fox": 34, "leopard": 42, "lion": 43, "pickup_truck": 58, "streetcar": 81, "tank": 85, "tiger": 88,
@@ -70,7 +73,7 @@ FORMS = ("runs", "pretrained")  # the parts of ood.json
 
 def cifar100() -> tuple[np.ndarray, np.ndarray]:
     """CIFAR-100's test images, uint8 (10000, 32, 32, 3), and labels (10000,); Keras downloads what is not there."""
-    path = mscnn.data_folder() / "cifar100_test.npz"
+    path = data_folder() / "cifar100_test.npz"
     if not path.is_file():
         _, (images, labels) = keras.datasets.cifar100.load_data()
         return images, labels.ravel()
@@ -102,9 +105,7 @@ def terms_of(model, images: np.ndarray, decisions) -> np.ndarray:
     """The four terms of the OOD score, float64 (N, 4), each in its calibration images' standard deviations."""
     views, (mean, deviation) = model.stage1_outputs(images), model.ood_statistics.scale
     odds = logit(np.clip(decisions.confidence, 1e-15, 1 - 1e-15))
-    signs = mscnn.ood_terms(
-        decisions.stage1_logits, odds, views.block1_means, views.whitening_strength, model.ood_statistics
-    )
+    signs = ood_terms(decisions.stage1_logits, odds, views.block1_means, views.whitening_strength, model.ood_statistics)
     return (signs - mean) / deviation
 
 
@@ -135,14 +136,14 @@ def scores(model, train_features: np.ndarray, weights: np.ndarray, images: np.nd
     }
 
 
-def shares_of_other(found: dict[str, np.ndarray], cuts: dict[str, float], threshold: float) -> dict[str, float]:
+def shares_of_other(results: dict[str, np.ndarray], cuts: dict[str, float], threshold: float) -> dict[str, float]:
     """The share that becomes OTHER, by several rules.
 
     Args:
-        found: scores. cuts: the least of a baseline's score that is accepted. threshold: that of the confidence.
+        results: scores. cuts: the least of a baseline's score that is accepted. threshold: that of the confidence.
     """
-    unsure, rejected = found["confidence"] < threshold, found["ood_score"] < 0
-    rules = {name: found[name] < cut for name, cut in cuts.items()}
+    unsure, rejected = results["confidence"] < threshold, results["ood_score"] < 0
+    rules = {name: results[name] < cut for name, cut in cuts.items()}
     rules |= {"confidence": unsure, "ours": unsure | rejected, "out of distribution": rejected}
     return {name: float(rule.mean()) for name, rule in rules.items()}
 
@@ -151,7 +152,7 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     """One model's AUROC by kind and score, and the shares by kind."""
     data = mscnn.load_dataset("cifar10", seed=seed)
     model = mscnn.load_model(path)
-    mscnn.check_matches(model, data)
+    check_matches(model, data)
     train = data.train.images if most is None else data.train.images[: 10 * most]
     train_features = pooled_features(model.stage1, train).mean(axis=0)
     weights = fitted_weights(model, data.calibration.images)
@@ -162,12 +163,12 @@ def measure(path: str, seed: int, most: int | None) -> dict:
     cuts = {name: mscnn.threshold_for_coverage(tuning[name], share) for name in ("softmax", "neighbours")}
     result = {"auroc": {}, "other": {"CIFAR-10, the test split": shares_of_other(known, cuts, model.threshold)}}
     for kind, images in unknown_images(data.test.images).items():
-        found = scores(model, train_features, weights, images[:most])
-        truth = np.concatenate([np.ones(len(known["softmax"])), np.zeros(len(found["softmax"]))])
+        results = scores(model, train_features, weights, images[:most])
+        truth = np.concatenate([np.ones(len(known["softmax"])), np.zeros(len(results["softmax"]))])
         result["auroc"][kind] = {
-            name: float(roc_auc_score(truth, np.concatenate([known[name], found[name]]))) for name in known
+            name: float(roc_auc_score(truth, np.concatenate([known[name], results[name]]))) for name in known
         }
-        result["other"][kind] = shares_of_other(found, cuts, model.threshold)
+        result["other"][kind] = shares_of_other(results, cuts, model.threshold)
         print(f"seed {seed}, {kind}: OOD score {result['auroc'][kind]['ood_score']:.1%}", flush=True)
     return result
 
@@ -190,8 +191,8 @@ def tables(figures: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def table(found: dict[str, dict]) -> str:
-    """Its section of RESULTS.md; `found`: the figures of FORMS, those that have been measured."""
+def table(results: dict[str, dict]) -> str:
+    """Its section of RESULTS.md; `results`: the figures of FORMS, those that have been measured."""
     lines = [
         "## Out of distribution", "",
         "Written by `python benchmarks/ood.py` (see its first lines for the kinds of images, which of them were",
@@ -200,7 +201,7 @@ def table(found: dict[str, dict]) -> str:
         "thresholds that accept as many calibration images as ours; by both stages' confidence alone, at the model's",
         "threshold; by the model, which also rejects by its OOD score; and the share that this score alone rejects. In",
         "the first row of a second table an OTHER is the price.", "",
-        *(line for name in FORMS if name in found for line in tables(found[name])),
+        *(line for name in FORMS if name in results for line in tables(results[name])),
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -224,8 +225,8 @@ def main() -> None:
     figures["models"] = [in_fresh_process(measure, path, seed, most) for seed, path in paths.items()]
     print("\n".join(tables(figures)))
     if not options.quick:
-        found = {**read_json("ood", {}), FORMS[options.pretrained]: figures}
-        write("ood", found, table(found))
+        results = {**read_json("ood", {}), FORMS[options.pretrained]: figures}
+        write("ood", results, table(results))
         targets.main()
 
 

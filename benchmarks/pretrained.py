@@ -24,6 +24,8 @@ import ml_dtypes
 from common import ROOT, commit, commit_of_run
 
 import mscnn_helpers as mscnn
+from mscnn_parts.model_files import check_matches
+from mscnn_parts.settings import PRETRAINED
 
 RISK = 0.01
 ALLOWED_CHANGE = 0.001  # share of the decisions on the test split
@@ -112,8 +114,8 @@ As loaded the model decides at threshold {record["threshold"]:g}, where nothing 
 `model.threshold = model.certificate.threshold` takes the certified one.
 {record["certified_coverage"]:.1%} of the test images are accepted there.
 
-AURC, the area under the risk-coverage curve: accept the surest image, then the next, and so on; the mean of the error
-rates on the way.
+AURC, the area under the risk-coverage curve: accept the most confident image, then the next, and so on; the mean of
+the error rates on the way.
 
 Kernels of convolutions are stored in 16 bits: against float32 this changed {changed} of the decisions on the test set,
 when the model was made.
@@ -168,7 +170,7 @@ def finished_run(run_dir: Path) -> Source:
 
 def pretrained_as_it_is() -> Source:
     """The committed model, which learns anew what is known."""
-    card = json.loads((ROOT / "notebooks" / mscnn.PRETRAINED).with_suffix(".json").read_text(encoding="utf-8"))
+    card = json.loads((ROOT / "notebooks" / PRETRAINED).with_suffix(".json").read_text(encoding="utf-8"))
     told = {name: card[name] for name in ("seed", "run", "trained_at")}
     told["command"] = "python benchmarks/pretrained.py --renew"
     data, model = mscnn.load_dataset("cifar10", seed=card["seed"]), mscnn.load_model("pretrained")
@@ -183,9 +185,9 @@ def main() -> None:
     sources.add_argument("run_dir", type=Path, nargs="?", help="folder of a finished run")
     sources.add_argument("--renew", action="store_true", help="keep the model's weights and calibration")
     options = parser.parse_args()
-    made, target = commit(), ROOT / "notebooks" / mscnn.PRETRAINED
+    made, target = commit(), ROOT / "notebooks" / PRETRAINED
     source = pretrained_as_it_is() if options.renew else finished_run(options.run_dir)
-    mscnn.check_matches(source.model, source.data)
+    check_matches(source.model, source.data)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         whole, small = Path(folder) / "whole.keras", Path(folder) / "small.keras"

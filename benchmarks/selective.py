@@ -69,6 +69,10 @@ from sklearn.metrics import brier_score_loss
 from speed import multiply_adds, our_network
 
 import mscnn_helpers as mscnn
+from mscnn_parts.decision import confidence_log_odds, fit_category_calibration
+from mscnn_parts.metrics import augrc, calibration_error, coverage_at_risk, e_aurc, risk_at_coverage
+from mscnn_parts.model_files import check_matches
+from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -275,14 +279,14 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """One seed's outputs on its calibration and test split, and the certification split's for ours."""
     data = mscnn.load_dataset("cifar10", form.light, seed=seed)
     model = mscnn.load_model(whole_path(form, seed))
-    mscnn.check_matches(model, data)
+    check_matches(model, data)
     pool = [
         mscnn.load_model(whole_path(form, one)).stage1 if one in form.seeds
         else keras.models.load_model(single_path(form, one, dropout=False), compile=False)
         for one in others(form, seed)
     ]  # fmt: skip
     train_features = pooled_features(model.stage1, data.train.images)[0]
-    found = {}
+    results = {}
     for name, split in (("calibration", data.calibration), ("test", data.test)):
         stage1, stage2_base = (both_views(tf.function(one), split.images) for one in (model.stage1, model.stage2_base))
         decisions, stage2 = model.decide(split.images), []
@@ -293,19 +297,21 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
                 logits = both_views(model.stage2_cnn(c), split.images[here])
                 odds[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
             stage2.append(odds)
-        found |= {
+        results |= {
             f"{name}_labels": split.labels, f"{name}_stage1": stage1, f"{name}_stage2_base": stage2_base,
             f"{name}_one_stage2": stage2[0], f"{name}_stage2": stage2[1],
-            f"{name}_ours": decisions.confidence, f"{name}_familiar": decisions.in_distribution,
+            f"{name}_ours": decisions.confidence, f"{name}_in_distribution": decisions.in_distribution,
             f"{name}_distance": neighbour_distance(train_features, pooled_features(model.stage1, split.images)[0]),
         }  # fmt: skip
     # Only of the test split: a network of another seed has been trained on some of this seed's calibration images.
-    found["test_pool"] = np.stack([found["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)])
+    results["test_pool"] = np.stack(
+        [results["test_stage1"][0], *(both_views(one, data.test.images)[0] for one in pool)]
+    )
     certified = model.decide(data.certification.images)
     in_distribution = certified.in_distribution
-    found["certification_ours"] = certified.confidence[in_distribution]
-    found["certification_right"] = (certified.stage1_category == data.certification.labels)[in_distribution]
-    return found
+    results["certification_ours"] = certified.confidence[in_distribution]
+    results["certification_correct"] = (certified.stage1_category == data.certification.labels)[in_distribution]
+    return results
 
 
 def _dropout_outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
@@ -325,16 +331,16 @@ def kept(path: Path, sources: list[Path], compute: Callable, *arguments) -> dict
         return [sha256(one) for one in sources if one.is_file()]
 
     if path.is_file():
-        with np.load(path) as found:
-            if np.array_equal(found.get("sources"), digests()):
-                return dict(found)
+        with np.load(path) as results:
+            if np.array_equal(results.get("sources"), digests()):
+                return dict(results)
     print(path.stem, flush=True)
     asked = commit()
-    found = {**in_fresh_process(compute, *arguments), "sources": digests(), "commit": asked}
+    results = {**in_fresh_process(compute, *arguments), "sources": digests(), "commit": asked}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **found)
+    np.savez_compressed(partial := path.with_name(f"partial_{path.name}"), **results)
     partial.replace(path)
-    return found
+    return results
 
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
@@ -389,8 +395,8 @@ class Split(NamedTuple):
         return (self.one_stage2 if answer == 1 else self.stage2)[:views].mean(axis=0)
 
 
-def split_of(found: dict[str, np.ndarray], name: str) -> Split:
-    return Split(*(found.get(f"{name}_{field}") for field in Split._fields))
+def split_of(results: dict[str, np.ndarray], name: str) -> Split:
+    return Split(*(results.get(f"{name}_{field}") for field in Split._fields))
 
 
 def softmax_odds(logits: np.ndarray, category: np.ndarray | None = None) -> np.ndarray:
@@ -441,8 +447,8 @@ def combined(
     one, two = calibration.margin(views, answer), second(calibration)
     category, correct = calibration.category(answer), calibration.correct(answer)
     common, everyone = mscnn.fit_shared_calibration(one, two, correct), range(calibration.stage1.shape[-1])
-    rows = mscnn.fit_category_calibration(category, one, two, correct, common, everyone)
-    odds = mscnn.confidence_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
+    rows = fit_category_calibration(category, one, two, correct, common, everyone)
+    odds = confidence_log_odds(rows, test.category(answer), test.margin(views, answer), second(test))
     return expit(odds)
 
 
@@ -456,9 +462,9 @@ def stage2_base_odds(split: Split) -> np.ndarray:
     return np.mean([softmax_odds(view, split.category(2)) for view in split.stage2_base], axis=0)
 
 
-def softmax_of_pool(found: dict[str, np.ndarray], size: int) -> np.ndarray:
+def softmax_of_pool(results: dict[str, np.ndarray], size: int) -> np.ndarray:
     """Mean softmax of so many Stage 1 networks, the seed's own among them, (N, C)."""
-    return softmax(found["test_pool"][:size], axis=-1).mean(axis=0)
+    return softmax(results["test_pool"][:size], axis=-1).mean(axis=0)
 
 
 def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarray:
@@ -472,9 +478,9 @@ def probability_odds(probability: np.ndarray, category: np.ndarray) -> np.ndarra
 class Evidence:
     """What a method is given of one seed: the calibration split to fit and to choose, the test split to answer."""
 
-    def __init__(self, found: dict[str, np.ndarray]):
-        self.found = found
-        self.calibration, self.test = (split_of(found, name) for name in ("calibration", "test"))
+    def __init__(self, results: dict[str, np.ndarray]):
+        self.results = results
+        self.calibration, self.test = (split_of(results, name) for name in ("calibration", "test"))
 
     def combined(self, second: Callable[[Split], np.ndarray], views: int = 2, answer: int = 2) -> np.ndarray:
         return combined(second, self.calibration, self.test, views, answer)
@@ -542,7 +548,7 @@ METHODS = [
     Method("one-vs-rest", by_two_views, lambda e: e.test.second(2, 2), (2, 2), expit),
     Method("ours", by_two_views, lambda e: e.test.ours, (2, 2), as_it_is),
     Method("ours, with the OOD rejection", by_two_views,
-           lambda e: np.where(e.found["test_familiar"], e.test.ours, -1.0), (2, 2)),
+           lambda e: np.where(e.results["test_in_distribution"], e.test.ours, -1.0), (2, 2)),
 ]  # fmt: skip
 
 
@@ -560,32 +566,32 @@ def ensembles(size: int) -> tuple[Method, Method, Method]:
     name = f"ensemble of {size}"
 
     def logits(e: Evidence) -> np.ndarray:
-        return e.found["test_pool"][:size].mean(axis=0)  # (N, C)
+        return e.results["test_pool"][:size].mean(axis=0)  # (N, C)
 
     def predict(e: Evidence) -> np.ndarray:
         return logits(e).argmax(axis=1)
 
     def ours(e: Evidence) -> np.ndarray:
-        return probability_odds(softmax_of_pool(e.found, size), by_two_views(e))
+        return probability_odds(softmax_of_pool(e.results, size), by_two_views(e))
 
     return (
         Method(f"{name}, margin", predict, lambda e: mscnn.margin(logits(e), predict(e)), (size, 0)),
         Method(f"{name}, our answers", by_two_views, ours, (size, 0), expit),
-        by_softmax(name, lambda e: softmax_of_pool(e.found, size), size),
+        by_softmax(name, lambda e: softmax_of_pool(e.results, size), size),
     )
 
 
-def methods_of(found: dict[str, np.ndarray], form: Form) -> list[Method]:
+def methods_of(results: dict[str, np.ndarray], form: Form) -> list[Method]:
     """The methods that one seed has the networks for."""
     of_pool = [method for kind in zip(*map(ensembles, form.sizes), strict=True) for method in kind]
-    dropout = [by_softmax("dropout", lambda e: e.test.dropout, 1)] if "test_dropout" in found else []
+    dropout = [by_softmax("dropout", lambda e: e.test.dropout, 1)] if "test_dropout" in results else []
     return [*METHODS, *of_pool, *dropout]
 
 
-def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
+def answers(results: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
     """What each method says of one seed's test split."""
-    evidence = Evidence(found)
-    return {method.name: method.answers(evidence) for method in methods_of(found, form)}
+    evidence = Evidence(results)
+    return {method.name: method.answers(evidence) for method in methods_of(results, form)}
 
 
 # ---- the measures
@@ -594,41 +600,41 @@ def answers(found: dict[str, np.ndarray], form: Form) -> dict[str, Answers]:
 def measures(answer: Answers, labels: np.ndarray) -> dict[str, float]:
     """All measures of one method on one seed's test split."""
     correct, confidence = answer.category == labels, answer.confidence
-    found = {
+    results = {
         "accuracy": correct.mean(),
         **mscnn.failure_metrics(confidence, correct),
-        "e_aurc": mscnn.e_aurc(confidence, correct),
-        "augrc": mscnn.augrc(confidence, correct),
-        **{f"error at {share:.0%}": mscnn.risk_at_coverage(confidence, correct, share) for share in COVERAGES},
-        **{f"coverage at {error:.1%}": mscnn.coverage_at_risk(confidence, correct, error) for error in ERRORS},
+        "e_aurc": e_aurc(confidence, correct),
+        "augrc": augrc(confidence, correct),
+        **{f"error at {share:.0%}": risk_at_coverage(confidence, correct, share) for share in COVERAGES},
+        **{f"coverage at {error:.1%}": coverage_at_risk(confidence, correct, error) for error in ERRORS},
     }  # fmt: skip
     if answer.probability is not None:
-        found["ece"] = mscnn.calibration_error(answer.probability, correct, bins=15, equal_mass=True)
-        found["brier"] = float(brier_score_loss(correct, answer.probability))
+        results["ece"] = calibration_error(answer.probability, correct, bins=15, equal_mass=True)
+        results["brier"] = float(brier_score_loss(correct, answer.probability))
         accepted = answer.probability >= THRESHOLD
-        found["coverage at the threshold"] = accepted.mean()
-        found["error at the threshold"] = 1 - correct[accepted].mean() if accepted.any() else 0.0
-    return {name: float(value) for name, value in found.items()}
+        results["coverage at the threshold"] = accepted.mean()
+        results["error at the threshold"] = 1 - correct[accepted].mean() if accepted.any() else 0.0
+    return {name: float(value) for name, value in results.items()}
 
 
 def calibration_errors(confidence: np.ndarray, category: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
     """Expected calibration error of all, and the largest of a predicted category with ENOUGH images."""
     large = [here for c in np.unique(category) if (here := category == c).sum() >= ENOUGH]
     errors = [
-        mscnn.calibration_error(confidence[here], correct[here], bins=15, equal_mass=True)
+        calibration_error(confidence[here], correct[here], bins=15, equal_mass=True)
         for here in [np.full(len(category), True), *large]
     ]
     return errors[0], max(errors[1:], default=np.nan)
 
 
-def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
+def promises(results: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     """What our confidence promises on one seed's test split: its calibration, and a certificate of RISK.
 
     Beside the calibration errors stands what a perfect confidence would show on as many images: mean and 95 % quantile
     of 100 simulations, in which each answer is correct with exactly the probability that ours claims.
     """
     category, confidence, _ = ours
-    correct, rng = category == found["test_labels"], np.random.default_rng(0)
+    correct, rng = category == results["test_labels"], np.random.default_rng(0)
     simulated = [
         calibration_errors(confidence, category, rng.uniform(size=len(confidence)) < confidence) for _ in range(100)
     ]
@@ -637,11 +643,11 @@ def promises(found: dict[str, np.ndarray], ours: Answers) -> dict[str, float]:
     for kind, values in (("mean", np.mean(simulated, axis=0)), ("95 %", np.quantile(simulated, 0.95, axis=0))):
         result |= {f"{name}, simulated {kind}": value for name, value in zip(names, values, strict=True)}
     try:
-        certificate = mscnn.threshold_for_risk(found["certification_ours"], found["certification_right"], RISK)
+        certificate = mscnn.threshold_for_risk(results["certification_ours"], results["certification_correct"], RISK)
     except mscnn.MSCNNError:  # none can be given
         accepted = np.full(len(correct), False)
     else:
-        accepted = (confidence >= certificate.threshold) & found["test_familiar"]
+        accepted = (confidence >= certificate.threshold) & results["test_in_distribution"]
     result["certified coverage"] = accepted.mean()
     if accepted.any():
         result["certified error"] = 1 - correct[accepted].mean()
@@ -705,21 +711,21 @@ def differences(
     """
     all_images = [np.arange(len(one)) for one in all_labels] if all_images is None else all_images
     drawn = resamples_of(1 + max(one.max() for one in all_images), resamples, np.random.default_rng(0))
-    found: list[dict[str, Resampled]] = []  # of each seed, (R,) each
+    results: list[dict[str, Resampled]] = []  # of each seed, (R,) each
     for answers_, labels, images in zip(all_answers, all_labels, all_images, strict=True):
         parts = {
             name: [resampled(answer, labels, part[:, images]) for part in drawn] for name, answer in answers_.items()
         }
-        found.append({name: Resampled(*map(np.concatenate, zip(*part, strict=True))) for name, part in parts.items()})
+        results.append({name: Resampled(*map(np.concatenate, zip(*part, strict=True))) for name, part in parts.items()})
 
     def mean(name: str, measure: str, having: list[int]) -> np.ndarray:
         """Over resampled seeds, the same ones for all methods that the same seeds have: (R,)."""
-        values = np.stack([getattr(found[seed][name], measure) for seed in having])  # (S, R)
+        values = np.stack([getattr(results[seed][name], measure) for seed in having])  # (S, R)
         seeds = np.random.default_rng(1).integers(0, len(having), values.shape)
         return np.take_along_axis(values, seeds, axis=0).mean(axis=0)
 
     def against(name: str, measure: str) -> list[float]:
-        having = [seed for seed, methods in enumerate(found) if name in methods]
+        having = [seed for seed, methods in enumerate(results) if name in methods]
         ratio = mean("ours", measure, having) / mean(name, measure, having)
         return np.quantile(ratio - 1, [0.025, 0.5, 0.975]).tolist()
 
@@ -732,27 +738,25 @@ def all_methods(all_answers: list[dict[str, Answers]]) -> list[str]:
     return list(dict.fromkeys(name for methods in all_answers for name in methods))
 
 
-def judge(form: Form) -> dict:
+def compare_methods(form: Form) -> dict:
     """Measures and differences of all methods over the form's seeds."""
-    found = [outputs(form, seed) for seed in form.seeds]
-    all_answers, labels = [answers(one, form) for one in found], [one["test_labels"] for one in found]
-    stage1, stage2_base = (
-        multiply_adds(our_network("float32", widths)) for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS)
-    )
+    results = [outputs(form, seed) for seed in form.seeds]
+    all_answers, labels = [answers(one, form) for one in results], [one["test_labels"] for one in results]
+    stage1, stage2_base = (multiply_adds(our_network("float32", widths)) for widths in (STAGE1_WIDTHS, STAGE2_WIDTHS))
     methods = {}
-    costs = {m.name: m.cost(stage1, stage2_base) for one in found for m in methods_of(one, form)}
+    costs = {m.name: m.cost(stage1, stage2_base) for one in results for m in methods_of(one, form)}
     for name in all_methods(all_answers):
         having = [i for i, one in enumerate(all_answers) if name in one]
         methods[name] = {
-            "work": costs[name], "of": [form.seeds[i] for i in having],
+            "macs": costs[name], "of": [form.seeds[i] for i in having],
             "seeds": [measures(all_answers[i][name], labels[i]) for i in having],
         }  # fmt: skip
-    promised = [promises(one, answer["ours"]) for one, answer in zip(found, all_answers, strict=True)]
+    promised = [promises(one, answer["ours"]) for one, answer in zip(results, all_answers, strict=True)]
     models = [path for seed in form.seeds for path in models_of(form, seed) + dropout_of(form, seed)]
     return {
         "seeds": list(form.seeds), "methods": methods, "promises": promised,
         "trained_at": sorted({trained_at(path) for path in models}),
-        "asked_at": sorted({str(asked) for one in found for asked in one["commit"]}),
+        "asked_at": sorted({str(asked) for one in results for asked in one["commit"]}),
         "differences": differences(all_answers, labels, 1000),
     }  # fmt: skip
 
@@ -767,11 +771,11 @@ PROMISES = {  # name: heading
 }  # fmt: skip
 
 
-def intervals(found: dict) -> Callable[[str, str], str]:
-    """From what `differences` has found: a method and a measure -> median and interval; ours has none."""
+def intervals(results: dict) -> Callable[[str, str], str]:
+    """From the result of `differences`: a method and a measure -> median and interval; ours has none."""
 
     def interval(name: str, measure: str) -> str:
-        ends = found[measure].get(name)
+        ends = results[measure].get(name)
         return "" if ends is None else f"{ends[1]:+.1%} ({ends[0]:+.1%} to {ends[2]:+.1%})"
 
     return interval
@@ -779,19 +783,19 @@ def intervals(found: dict) -> Callable[[str, str], str]:
 
 def table(figures: dict) -> str:
     """Its section of RESULTS.md."""
-    methods, interval = figures["found"]["methods"], intervals(figures["found"]["differences"])
+    methods, interval = figures["results"]["methods"], intervals(figures["results"]["differences"])
     order = sorted(methods, key=lambda name: np.mean([one["aurc"] for one in methods[name]["seeds"]]))
 
     def label(name: str) -> str:
         of = methods[name]["of"]
-        return name + f", seeds {', '.join(map(str, of))}" * (of != figures["found"]["seeds"])
+        return name + f", seeds {', '.join(map(str, of))}" * (of != figures["results"]["seeds"])
 
     def column(name: str, measure: str, form: str) -> str:
         values = [one[measure] for one in methods[name]["seeds"] if measure in one]
         return spread(values, form) if values else ""
 
     first = [
-        [label(name), f"{methods[name]['work']:.2f}", column(name, "accuracy", "{:.2%}"),
+        [label(name), f"{methods[name]['macs']:.2f}", column(name, "accuracy", "{:.2%}"),
          column(name, "aurc", "{:.5f}"), interval(name, "aurc"), column(name, "augrc", "{:.5f}"),
          interval(name, "augrc"), column(name, "auroc_failure", "{:.2%}"), column(name, "fpr95", "{:.1%}")]
         for name in order
@@ -803,22 +807,22 @@ def table(figures: dict) -> str:
         for name in order
     ]  # fmt: skip
     rules = [
-        [label(name), f"{methods[name]['work']:.2f}", column(name, "coverage at the threshold", "{:.1%}"),
+        [label(name), f"{methods[name]['macs']:.2f}", column(name, "coverage at the threshold", "{:.1%}"),
          column(name, "error at the threshold", "{:.2%}")]
         for name in order if "coverage at the threshold" in methods[name]["seeds"][0]
     ]  # fmt: skip
     third = [
         [str(seed), *(f"{one[name]:.2%}" if name in one else "none" for name in PROMISES)]
-        for seed, one in zip(figures["found"]["seeds"], figures["found"]["promises"], strict=True)
+        for seed, one in zip(figures["results"]["seeds"], figures["results"]["promises"], strict=True)
     ]
     lines = [
         "## Selective classification", "",
         "Written by `python benchmarks/selective.py` (see its first lines for the methods). Test split of CIFAR-10,",
-        f"seeds {', '.join(map(str, figures['found']['seeds']))}; median, in brackets minimum and maximum. The least",
+        f"seeds {', '.join(map(str, figures['results']['seeds']))}; median, in brackets minimum and maximum. The least",
         "mean AURC comes first. Work: multiply-adds an image, Stage 1's are 1. Ours against it: relative difference,",
         "median and 95 % interval of a paired bootstrap over images and seeds; below 0 ours is better. The whole",
         "models are those of the runs under Quality, if they were there.", "",
-        *markdown(["method", "work", "accuracy", "AURC", "ours against it", "AUGRC", "ours against it",
+        *markdown(["method", "multiply-adds", "accuracy", "AURC", "ours against it", "AUGRC", "ours against it",
                    "AUROC of failure", "FPR at 95 % TPR"], first),
         "Error rate at a coverage, coverage at an error rate, excess AURC, expected calibration error (15 bins of",
         "equal mass) and Brier score; the last two where the confidence is a probability. Softmax, mirror, dropout,",
@@ -827,15 +831,15 @@ def table(figures: dict) -> str:
         *markdown(["method", *(f"error at {share:.0%}" for share in COVERAGES),
                    *(f"coverage at {error:.1%}" for error in ERRORS), "E-AURC", "ECE", "Brier"], second),
         *([f"The classic rule, 'at least {THRESHOLD}', with each of these probabilities.", "",
-           *markdown(["method", "work", "coverage", "error rate"], rules)] if rules else []),
+           *markdown(["method", "multiply-adds", "coverage", "error rate"], rules)] if rules else []),
         "What our confidence promises: its expected calibration error, over all images and the largest within a",
         f"predicted category of at least {ENOUGH} images, each beside what a perfectly calibrated confidence shows on",
         "as many images (mean, and what 95 % of simulations stay below); and at the threshold that is certified for",
         f"{RISK:.0%} errors, with probability 95 %, by the certification split: coverage and errors on the test split.",
         "",
         *markdown(["seed", *PROMISES.values()], third),
-        f"Models trained at commit {', '.join(figures['found']['trained_at'])}, and asked at "
-        f"{', '.join(figures['found']['asked_at'])}. The tables:",
+        f"Models trained at commit {', '.join(figures['results']['trained_at'])}, and asked at "
+        f"{', '.join(figures['results']['asked_at'])}. The tables:",
         origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -867,7 +871,7 @@ def main() -> None:
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, form.seeds))}" if options.seeds else ""
     figures = origin(f"python benchmarks/selective.py{chosen}")
     train(form, form.pool)
-    figures["found"] = judge(form)
+    figures["results"] = compare_methods(form)
     print(table(figures))
     known = read_json("selective", figures)
     if replaces(figures["command"], known["command"]):

@@ -196,7 +196,7 @@ def torch_tasks(images: np.ndarray, labels: np.ndarray, quick: bool) -> dict[str
 
 
 def timed_fit(network, batches, **arguments) -> Callable[[], Timed]:
-    """A task: one epoch of `fit`, timed from the beginning of its first step to the end of its last, as its rivals are.
+    """A task: one epoch of `fit`, timed from the start of its first step to the end of its last, as the baselines are.
 
     What `fit` does at an epoch's end is left out: with tf.data's autotuning, as in plain `fit`, its thread sleeps for
     up to a minute before it ends, so that the seconds of a short epoch would say nothing of the steps.
@@ -241,10 +241,10 @@ def convolutions(policy: str) -> tuple[Callable[[], object], float]:
         result = tf.nn.conv2d(image, kernel, 1, "SAME")
         same = {"out_backprop": result, "strides": [1] * 4, "padding": "SAME"}
         plain = functools.partial(tf.raw_ops.Conv2DBackpropFilter, filter_sizes=tf.shape(kernel), **same)
-        found = [mscnn.gradient_of_kernel(image, result) if joined else plain(input=image)]
+        results = [mscnn.gradient_of_kernel(image, result) if joined else plain(input=image)]
         if further:
-            found.append(tf.raw_ops.Conv2DBackpropInput(input_sizes=tf.shape(image), filter=kernel, **same))
-        return [one[0, 0, 0, 0] for one in found]
+            results.append(tf.raw_ops.Conv2DBackpropInput(input_sizes=tf.shape(image), filter=kernel, **same))
+        return [one[0, 0, 0, 0] for one in results]
 
     parts = [2 + (i > 0) for i in range(len(shapes))]
     flop = sum(
@@ -328,7 +328,7 @@ def spread_model(flip: bool):
 
 def measure_decide(quick: bool) -> dict:
     """images/s of decide() against Stage 1 alone, by batch size, on one view and on two."""
-    repeats, found = (2 if quick else 7), {}
+    repeats, results = (2 if quick else 7), {}
     for views, flip in ((1, False), (2, True)):
         model = spread_model(flip)
         one, two = multiply_adds(model.stage1), multiply_adds(model.stage2_base)
@@ -340,13 +340,13 @@ def measure_decide(quick: bool) -> dict:
                 "decide": lambda parts=parts, model=model: [model.decide(part) for part in parts],
             }
             seconds = interleaved(tasks, repeats)
-            found[f"batch {batch}, {views} view{'s' * (views > 1)}"] = {
+            results[f"batch {batch}, {views} view{'s' * (views > 1)}"] = {
                 "stage1_per_second": [count / s for s in seconds["stage1"]],
                 "decide_per_second": [count / s for s in seconds["decide"]],
                 "ratio_of_times": [b / a for a, b in zip(seconds["stage1"], seconds["decide"], strict=True)],
                 "ratio_of_multiply_adds": views * (one + two) / one,
             }
-    return found
+    return results
 
 
 def _first_decision(path: str, image: np.ndarray, begun: float) -> list[float]:
@@ -448,16 +448,16 @@ def measure_growth(quick: bool) -> dict:
     """How cost grows with the number of train images and of categories; every number in turn, in a fresh process."""
     import mscnn_helpers as mscnn
 
-    found = {
+    results = {
         "policy": mscnn.fastest_policy(),
         "images": {n: [] for n in ((1000,) if quick else (5000, 10000, 25000, 50000))},
         "categories": {n: [] for n in ((2, 10) if quick else (2, 5, 10, 20, 50))},
     }
     for _ in range(1 if quick else 5):
         for kind, cost in (("images", _cost_of_images), ("categories", _cost_of_categories)):
-            for number, costs in found[kind].items():
-                costs.append(in_fresh_process(cost, number, found["policy"]))
-    return found
+            for number, costs in results[kind].items():
+                costs.append(in_fresh_process(cost, number, results["policy"]))
+    return results
 
 
 def _on_shuffled_labels(seed: int, epochs: int) -> float:
@@ -494,38 +494,38 @@ MEASURES: dict[str, Callable[[bool], dict]] = {
 # ---- RESULTS.md
 
 
-def table_training(found: dict) -> list[str]:
-    rates = found["images_per_second"]
+def table_training(results: dict) -> list[str]:
+    rates = results["images_per_second"]
     rows = [
         [name, spread(values, "{:,.0f}"), spread([a / b for a, b in zip(rates["ours"], values, strict=True)], "{:.2f}")]
         for name, values in rates.items()
     ]
-    gflops = spread(found["convolutions_gflops"], "{:,.0f}")
-    share = spread(found["share_of_convolutions"], "{:.0%}")
-    in_float32 = spread(found["float32_over_stock"], "{:.2f}")
+    gflops = spread(results["convolutions_gflops"], "{:,.0f}")
+    share = spread(results["share_of_convolutions"], "{:.0%}")
+    in_float32 = spread(results["float32_over_stock"], "{:.2f}")
     return [
-        f"Stage 1, batches of {BATCH}, ours in {found['policy']}. Its convolutions alone, forward and backward,",
+        f"Stage 1, batches of {BATCH}, ours in {results['policy']}. Its convolutions alone, forward and backward,",
         f"reach {gflops} GFLOP/s here; ours trains at {share} of that. In",
         f"float32, ours is {in_float32} times as fast as plain Keras. Stock layers and PyTorch",
-        f"({found['torch']}) train the same network without augmentation and by plain SGD, which is in their favour.",
+        f"({results['torch']}) train the same network without augmentation and by plain SGD, which is in their favour.",
         "All are timed from the beginning of an epoch's first step to the end of its last: what `fit` does around an",
         "epoch counts in none.", "",
         *markdown(["training of Stage 1", "images/s", "ours, times as fast"], rows),
     ]  # fmt: skip
 
 
-def table_decide(found: dict) -> list[str]:
+def table_decide(results: dict) -> list[str]:
     rows = [
         [name, spread(one["stage1_per_second"], "{:,.0f}"), spread(one["decide_per_second"], "{:,.0f}"),
          spread(one["ratio_of_times"], "{:.2f}"), f"{one['ratio_of_multiply_adds']:.2f}"]
-        for name, one in found.items()
+        for name, one in results.items()
     ]  # fmt: skip
     return markdown(["decide()", "Stage 1 alone, images/s", "decide(), images/s", "times the time",
                      "times the multiply-adds"], rows)  # fmt: skip
 
 
-def table_cold_start(found: dict) -> list[str]:
-    rows = [[name, spread(seconds, "{:.2f}")] for name, seconds in found.items()]
+def table_cold_start(results: dict) -> list[str]:
+    rows = [[name, spread(seconds, "{:.2f}")] for name, seconds in results.items()]
     return markdown(["cold start", "seconds"], rows)
 
 
@@ -534,8 +534,8 @@ def seconds_to(level: float, runs: list[dict]) -> float | None:
     return min((run["saved_after"] for run in runs if run["accuracy"] >= level), default=None)
 
 
-def table_time_to_accuracy(found: dict) -> list[str]:
-    trainings = sorted(found["trainings"], key=lambda one: (one["seed"], one["epochs"]))
+def table_time_to_accuracy(results: dict) -> list[str]:
+    trainings = sorted(results["trainings"], key=lambda one: (one["seed"], one["epochs"]))
     rows = [
         [str(one["seed"]), str(one["epochs"]), f"{one['accuracy']:.2%}", f"{one['saved_after']:.0f}"]
         for one in trainings
@@ -547,39 +547,39 @@ def table_time_to_accuracy(found: dict) -> list[str]:
         reached = [seconds_to(level, mine) for level in LEVELS]
         levels.append([str(seed), *(absent if s is None else f"{s:.0f}" for s in reached)])
     return [
-        f"The default Stage 1 on {DATASET}{', light mode' * found['light']}; seconds from the start of the process.",
+        f"The default Stage 1 on {DATASET}{', light mode' * results['light']}; seconds from the start of the process.",
         f"The trainings of more than {SHORT} epochs are those of the runs under Quality.", "",
         *markdown(["seed", "epochs", "accuracy as saved, test", "seconds until saved"], rows),
         *markdown(["seed", *(f"seconds to {level:.0%}" for level in LEVELS)], levels),
     ]  # fmt: skip
 
 
-def table_growth(found: dict) -> list[str]:
+def table_growth(results: dict) -> list[str]:
     def rows(kind: str, form: str) -> list[list[str]]:
-        base = found[kind].get("10", next(iter(found[kind].values())))
+        base = results[kind].get("10", next(iter(results[kind].values())))
         return [
             [f"{int(number):,}", spread([cost for cost, _ in costs], form),
              spread([cost / other for (cost, _), (other, _) in zip(costs, base, strict=True)], "{:.2f}"),
              spread([memory for _, memory in costs], "{:.2f}")]
-            for number, costs in found[kind].items()
+            for number, costs in results[kind].items()
         ]  # fmt: skip
 
     images = ["train images", "images/s", "against the fewest", "peak memory, GB"]
     categories = ["categories", "seconds for one Stage 2 CNN", "against 10 categories", "peak memory, GB"]
     return [
-        f"In {found['policy']}. Images/s are those of a whole epoch, with validation on 500 images. A Stage 2 CNN is",
+        f"In {results['policy']}. Images/s are those of a whole epoch, with validation on 500 images. A Stage 2 CNN is",
         "validated on its category's share of 500 images: a larger one where categories are few.", "",
         *markdown(images, rows("images", "{:,.0f}")), *markdown(categories, rows("categories", "{:.1f}")),
     ]  # fmt: skip
 
 
-def table_control(found: dict) -> list[str]:
-    mean, deviation = statistics.mean(found["accuracies"]), statistics.stdev(found["accuracies"])
-    error = deviation / len(found["accuracies"]) ** 0.5  # standard error of the mean
+def table_control(results: dict) -> list[str]:
+    mean, deviation = statistics.mean(results["accuracies"]), statistics.stdev(results["accuracies"])
+    error = deviation / len(results["accuracies"]) ** 0.5  # standard error of the mean
     verdict = "as it should be" if abs(mean - 0.1) < 3 * max(error, 0.005) else "WRONG: labels leak"
     return [
-        f"Trained on shuffled labels (CIFAR-10, light mode, {len(found['accuracies'])} shuffles) Stage 1 has",
-        f"{spread(found['accuracies'], '{:.1%}')} on the test split, on average {mean:.1%} ± {error:.1%} (standard",
+        f"Trained on shuffled labels (CIFAR-10, light mode, {len(results['accuracies'])} shuffles) Stage 1 has",
+        f"{spread(results['accuracies'], '{:.1%}')} on the test split, on average {mean:.1%} ± {error:.1%} (standard",
         f"error); chance is 10.0%: {verdict}.", "",
     ]  # fmt: skip
 
@@ -598,7 +598,7 @@ def section(figures: dict) -> str:
         "measurement.", "",
     ]  # fmt: skip
     for name, one in figures.items():
-        lines += [f"### {name.replace('_', ' ').capitalize()}", "", *TABLES[name](one["found"])]
+        lines += [f"### {name.replace('_', ' ').capitalize()}", "", *TABLES[name](one["results"])]
         lines += [origin_line(one), ""]
     return "\n".join(lines)
 
@@ -622,9 +622,9 @@ def main() -> None:
     for name in wanted:
         print(name, flush=True)
         command = f"python benchmarks/speed.py --only {name}" + " --quick" * options.quick
-        one = {**origin(command), "found": MEASURES[name](options.quick)}
+        one = {**origin(command), "results": MEASURES[name](options.quick)}
         one = json.loads(json.dumps(one))  # as it will be read: keys are text
-        print("\n".join(TABLES[name](one["found"])), flush=True)
+        print("\n".join(TABLES[name](one["results"])), flush=True)
         if not (options.quick and name in figures and not figures[name]["command"].endswith("--quick")):
             merged = {**figures, name: one}
             figures = {key: merged[key] for key in MEASURES if key in merged}

@@ -37,7 +37,7 @@ def faster(baseline: str, ours: str = "ours") -> Callable:
     """How many times as fast ours trains, pair by pair."""
 
     def values(measured: Measured) -> list[float]:
-        rates = measured.speed["training"]["found"]["images_per_second"]
+        rates = measured.speed["training"]["results"]["images_per_second"]
         return [a / b for a, b in zip(rates[ours], rates[baseline], strict=True)]
 
     return values
@@ -45,7 +45,7 @@ def faster(baseline: str, ours: str = "ours") -> Callable:
 
 def faster_than_pytorch(measured: Measured) -> list[float]:
     """Against PyTorch's fastest mode."""
-    rates = measured.speed["training"]["found"]["images_per_second"]
+    rates = measured.speed["training"]["results"]["images_per_second"]
     modes = [name for name in rates if name.startswith("PyTorch")]
     return min((faster(name)(measured) for name in modes), key=statistics.median, default=[])
 
@@ -54,7 +54,7 @@ def decide_time(case: str, by_work: bool) -> Callable:
     """Times Stage 1's time, or that as a multiple of the ratio of their multiply-adds."""
 
     def values(measured: Measured) -> list[float]:
-        one = measured.speed["decide"]["found"][case]
+        one = measured.speed["decide"]["results"][case]
         return [time / (one["ratio_of_multiply_adds"] if by_work else 1) for time in one["ratio_of_times"]]
 
     return values
@@ -62,7 +62,7 @@ def decide_time(case: str, by_work: bool) -> Callable:
 
 def stage2_growth(measured: Measured) -> list[float]:
     """Seconds for one Stage 2 CNN with 50 categories against 10."""
-    seconds = measured.speed["growth"]["found"]["categories"]
+    seconds = measured.speed["growth"]["results"]["categories"]
     return [many / few for (many, _), (few, _) in zip(seconds["50"], seconds["10"], strict=True)]
 
 
@@ -92,14 +92,14 @@ def against(baseline: str, measure: str = "aurc") -> Callable:
     """Our confidence's measure as a multiple of a baseline's: median and ends of the bootstrap's 95 % interval."""
 
     def values(measured: Measured) -> list[float]:
-        return [1 + difference for difference in measured.selective["found"]["differences"][measure][baseline]]
+        return [1 + difference for difference in measured.selective["results"]["differences"][measure][baseline]]
 
     return values
 
 
 def of_ours(measure: str) -> Callable:
     def values(measured: Measured) -> list[float]:
-        return [seed[measure] for seed in measured.selective["found"]["methods"]["ours"]["seeds"]]
+        return [seed[measure] for seed in measured.selective["results"]["methods"]["ours"]["seeds"]]
 
     return values
 
@@ -108,7 +108,7 @@ def promised(name: str) -> Callable:
     """A figure of what our confidence promises."""
 
     def values(measured: Measured) -> list[float]:
-        return [seed[name] for seed in measured.selective["found"]["promises"]]
+        return [seed[name] for seed in measured.selective["results"]["promises"]]
 
     return values
 
@@ -117,7 +117,7 @@ def both_reasons_against(baseline: str) -> Callable:
     """The AURC with the OOD rejection as a multiple of a baseline's, seed by seed."""
 
     def values(measured: Measured) -> list[float]:
-        methods = measured.selective["found"]["methods"]
+        methods = measured.selective["results"]["methods"]
         seeds = (methods[name]["seeds"] for name in ("ours, with the OOD rejection", baseline))
         return [ours["aurc"] / other["aurc"] for ours, other in zip(*seeds, strict=True)]
 
@@ -153,9 +153,9 @@ TARGETS = [
     Target("notebook 03, Stage 2 base network and Stage 2, times Stage 1's training", 0.75, False, "{:.2f}",
            of_runs("full", stage2_ratio)),
     Target("one Stage 2 CNN of 50 categories, times one of 10", 1.1, False, "{:.2f}", stage2_growth),
-    Target("decide() on 512 images, one view, times Stage 1's seconds by work", 1.15, False, "{:.2f}",
+    Target("decide() on 512 images, one view, times Stage 1's seconds by multiply-adds", 1.15, False, "{:.2f}",
            decide_time("batch 512, 1 view", by_work=True)),
-    Target("decide() on 512 images, two views, times Stage 1's seconds by work", 1.15, False, "{:.2f}",
+    Target("decide() on 512 images, two views, times Stage 1's seconds by multiply-adds", 1.15, False, "{:.2f}",
            decide_time("batch 512, 2 views", by_work=True)),
     Target("decide() on one image, one view, times Stage 1's seconds", 2.0, False, "{:.2f}",
            decide_time("batch 1, 1 view", by_work=False)),
@@ -186,8 +186,8 @@ TARGETS = [
     ratio_of_areas("AURC, times that of a deep ensemble of 2 by its margin", 1.0, "ensemble of 2, margin"),
     ratio_of_areas("AUGRC, times that of a deep ensemble of 2 by its margin", 1.0, "ensemble of 2, margin", "augrc"),
     ratio_of_areas("AURC, times that of a deep ensemble of 2 about our answers", 1.0, "ensemble of 2, our answers"),
-    ratio_of_areas("AURC, times that of a deep ensemble of 5 (stretch, and at a third of its work: ours is 0.46)", 1.0,
-                   "ensemble of 5"),
+    ratio_of_areas("AURC, times that of a deep ensemble of 5 (stretch, at a third of its multiply-adds: ours is 0.46)",
+                   1.0, "ensemble of 5"),
     Target("AURC with the OOD rejection, times that of Stage 1's softmax", 0.75, False, "{:.3f}",
            both_reasons_against("softmax")),
     Target("AUROC of failure prediction", 0.945, True, "{:.1%}", of_ours("auroc_failure")),
@@ -215,10 +215,10 @@ GLOSSARY = [
     "What the words mean:", "",
     "- *Stock Keras*: the same network of Keras' own layers, trained by plain `fit`. *Hand-written step*: our network",
     "  and optimizer in a bare loop, the limit of the framework.",
-    "- *By work*: divided by how many times Stage 1's multiply-adds a decision takes.",
+    "- *By multiply-adds*: divided by how many times Stage 1's multiply-adds a decision takes.",
     "- *Softmax, base network, mirror-image averaging, ensemble*: baselines; see the section of selective.py. In",
     "  the field's words: maximum softmax probability (MSP), test-time augmentation, deep ensembles.",
-    "- *AURC*: accept the surest image, then the next, and so on; the mean of the error rates on the way.",
+    "- *AURC*: accept the most confident image, then the next, and so on; the mean of the error rates on the way.",
     "- *AUGRC*: on the same way, the mean share of *all* images that are accepted and wrong.",
     "- *AUROC of failure prediction*: how often a correct answer has a higher confidence than a wrong one.",
     "- *FPR at 95 % TPR*: the share of incorrect answers accepted where 95 % of the correct ones are.",
@@ -238,8 +238,8 @@ def row(target: Target, measured: Measured) -> list[str]:
     if not values:
         return [target.what, bound, "not measured", ""]
     worst = min(values) if target.at_least else max(values)
-    judged = worst if target.each else statistics.median(values)
-    reached = judged >= target.bound if target.at_least else judged <= target.bound
+    value = worst if target.each else statistics.median(values)
+    reached = value >= target.bound if target.at_least else value <= target.bound
     reached = reached and not (target.below_one and max(values) >= 1)
     return [target.what, bound + ", each" * target.each, spread(values, target.form), "yes" if reached else "no"]
 

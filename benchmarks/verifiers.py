@@ -45,6 +45,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import mscnn_helpers as mscnn
+from mscnn_parts.decision import confidence_log_odds, fit_category_calibration
+from mscnn_parts.optimizers import stage2_optimizer
 
 POLICY = "mixed_bfloat16"
 BLENDS = 100  # a category
@@ -208,8 +210,8 @@ def features_as_input(trial: Trial) -> StageScore:
     more.build(usual.shape)
 
     def features(images):
-        found = selective.pooled_features(model.stage1, images).mean(axis=0)
-        return np.float32((found - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6))
+        results = selective.pooled_features(model.stage1, images).mean(axis=0)
+        return np.float32((results - usual.mean(axis=0)) / (usual.std(axis=0) + 1e-6))
 
     class WithFeatures(mscnn.Trainer):
         def __init__(self, network, images, head=None):
@@ -296,7 +298,7 @@ def shared_verifier(trial: Trial) -> StageScore:
         odds = asked_log_odds(logits, truth[:, :-1])
         return tf.nn.sigmoid_cross_entropy_with_logits(truth[:, -1], odds)
 
-    trainer.compile(mscnn.stage2_optimizer(trial.recipe, ten.batch_size, steps), loss, jit_compile=False)
+    trainer.compile(stage2_optimizer(trial.recipe, ten.batch_size, steps), loss, jit_compile=False)
     truth = np.concatenate([draw.asked, draw.correct[:, None]], axis=1)
     batches = tf.data.Dataset.from_tensor_slices((draw.indices, truth)).batch(ten.batch_size, drop_remainder=True)
     trainer.fit(batches.prefetch(2), epochs=1, shuffle=False, verbose=2)
@@ -339,7 +341,7 @@ SCORES: dict[str, Callable[[Trial], StageScore]] = {
 
 def _first_score(form: Form, seed: int) -> dict[str, np.ndarray]:
     """Stage 1's answers on both splits, and signs for the decision, see `all_signs`."""
-    trial, found = trial_of(form, seed), {}
+    trial, results = trial_of(form, seed), {}
     model = trial.model
     for name, split in (("calibration", trial.data.calibration), ("unseen", trial.data.test)):
         views = model.stage1_outputs(split.images)
@@ -347,7 +349,7 @@ def _first_score(form: Form, seed: int) -> dict[str, np.ndarray]:
         category = logits.argmax(axis=1)
         other = selective.both_views(model.stage2_base, split.images).mean(axis=0)
         ranked = np.sort(logits, axis=1)[:, ::-1]
-        found |= {
+        results |= {
             f"{name}_category": category, f"{name}_labels": split.labels,
             f"{name}_margin": mscnn.margin(logits, category),
             f"{name}_signs": np.column_stack([
@@ -357,7 +359,7 @@ def _first_score(form: Form, seed: int) -> dict[str, np.ndarray]:
                 np.linalg.norm(selective.pooled_features(model.stage1, split.images).mean(axis=0), axis=1),
             ]),
         }  # fmt: skip
-    return found
+    return results
 
 
 def _second_score(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
@@ -389,8 +391,8 @@ def fitted(first: dict, second: dict, a_row_each: bool = True) -> np.ndarray:
     seen = first["calibration_margin"], second["calibration"], category == labels
     rows = np.tile(mscnn.fit_shared_calibration(*seen), (labels.max() + 1, 1))
     if a_row_each:
-        rows = mscnn.fit_category_calibration(category, *seen, rows[0], range(len(rows)))
-    odds = mscnn.confidence_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
+        rows = fit_category_calibration(category, *seen, rows[0], range(len(rows)))
+    odds = confidence_log_odds(rows, first["unseen_category"], first["unseen_margin"], second["unseen"])
     return expit(odds)
 
 
@@ -425,7 +427,7 @@ DECISIONS = {
 }  # fmt: skip
 
 
-class Judged(NamedTuple):
+class UnseenAnswers(NamedTuple):
     """What all ideas say of one seed's unseen images."""
 
     answers: dict[str, selective.Answers]
@@ -439,7 +441,7 @@ def digests(images: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(one.tobytes()).hexdigest() for one in images])
 
 
-def judged(form: Form, seed: int) -> Judged:
+def unseen_answers(form: Form, seed: int) -> UnseenAnswers:
     first = kept(form, seed, "Stage 1", _first_score)
     second = {name: kept(form, seed, name, _second_score, name) for name in SCORES}
     commits = {str(one.pop("commit")) for one in (first, *second.values())}
@@ -448,7 +450,7 @@ def judged(form: Form, seed: int) -> Judged:
     confidence |= {name: decide(first, second["ours"]) for name, decide in DECISIONS.items()}
     category = first["unseen_category"]
     answers = {name: selective.Answers(category, one) for name, one in confidence.items()}
-    return Judged(answers, first["unseen_labels"], digests(split_for(form, seed).test.images), commits)
+    return UnseenAnswers(answers, first["unseen_labels"], digests(split_for(form, seed).test.images), commits)
 
 
 # ---- RESULTS.md
@@ -460,7 +462,7 @@ CENTRAL = ("one shared verifier", "Stage 2 base network, longer", "stage2_base")
 
 def table(figures: dict) -> str:
     """Its section of RESULTS.md: those that would be better than ours first."""
-    found, differences = figures["methods"], figures["differences"]
+    results, differences = figures["methods"], figures["differences"]
 
     def against_ours(name: str, measure: str) -> list[float]:
         """The relative difference to ours, and its interval: [lower, middle, upper]."""
@@ -477,7 +479,7 @@ def table(figures: dict) -> str:
         return "below 0" if high < 0 else "above 0" if low > 0 else ""
 
     def mean(name: str, measure: str) -> float:
-        return float(np.mean([one[measure] for one in found[name]]))
+        return float(np.mean([one[measure] for one in results[name]]))
 
     def row(name: str) -> list[str]:
         return [
@@ -485,7 +487,7 @@ def table(figures: dict) -> str:
             f"{mean(name, 'auroc_failure'):.2%}", f"{mean(name, 'fpr95'):.1%}", verdict(name),
         ]  # fmt: skip
 
-    rows = [row(name) for name in sorted(found, key=lambda name: mean(name, "aurc"))]
+    rows = [row(name) for name in sorted(results, key=lambda name: mean(name, "aurc"))]
     lines = [
         "## Verifiers", "",
         "Written by `python benchmarks/verifiers.py` (see its first lines for the ideas). All score the same answers",
@@ -494,12 +496,12 @@ def table(figures: dict) -> str:
         "relative difference, median and 95 % interval of a paired bootstrap over", "images and seeds; below 0 the "
         "idea is better. The last column is empty where the interval of the AURC holds 0. Of so many comparisons one",
         "may miss 0 by chance. The central question first: are ten verifiers better than one?", "",
-        *markdown(HEADER, [row(name) for name in ("ours", *CENTRAL) if name in found]),
+        *markdown(HEADER, [row(name) for name in ("ours", *CENTRAL) if name in results]),
         "All ideas:", "",
         *markdown(HEADER, rows),
         "What is better here and not kept: cross-fitting needs two more trainings, of half a base network each, and a",
         "retraining of one category would need their scores of all train images again, or both networks in the",
-        "model file. Wider networks double the work of the verifier, and the model file.", "",
+        "model file. Wider networks double the multiply-adds of the verifier, and the model file.", "",
         origin_line(figures),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -515,14 +517,16 @@ def main() -> None:
     chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
     figures = origin(f"python benchmarks/verifiers.py{chosen}")
     figures |= {"seeds": list(form.seeds), "images": [form.train, form.unseen]}
-    found, labels, images, commits = zip(*(judged(form, seed) for seed in form.seeds), strict=True)
+    results, labels, images, commits = zip(*(unseen_answers(form, seed) for seed in form.seeds), strict=True)
     _, which = np.unique(np.stack(images), return_inverse=True)
     figures["commit"] = ", ".join(sorted(set.union(*commits)))
     figures["methods"] = {
-        name: [selective.measures(one[name], truth) for one, truth in zip(found, labels, strict=True)]
-        for name in found[0]
+        name: [selective.measures(one[name], truth) for one, truth in zip(results, labels, strict=True)]
+        for name in results[0]
     }
-    figures["differences"] = selective.differences(list(found), list(labels), 1000, list(which.reshape(len(found), -1)))
+    figures["differences"] = selective.differences(
+        list(results), list(labels), 1000, list(which.reshape(len(results), -1))
+    )
     print(table(figures))
     if selective.replaces(figures["command"], read_json("verifiers", figures)["command"]):
         write("verifiers", figures, table(figures))

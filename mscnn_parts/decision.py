@@ -176,14 +176,14 @@ class Decisions(NamedTuple):
     """What `MultiStageCNN.decide` says of B images; every field has B rows."""
 
     category: np.ndarray  # int 0..C, C meaning OTHER
-    stage1_category: np.ndarray  # int 0..C-1, by Stage 1's mean logits over both views
+    stage1_category: np.ndarray  # int 0..C-1, by Stage 1's mean logits over the views
     stage1_confidence: np.ndarray  # softmax probability of stage1_category, by the same
     stage2_confidence: np.ndarray  # Stage 2's own probability that Stage 1 is correct
     confidence: np.ndarray  # both combined and calibrated: what the threshold is held against
     stage1_log_odds: np.ndarray  # float64, the same as stage1_confidence before the sigmoid
     stage1_margin: np.ndarray  # float64, its lead over the next category, by the same: goes into the confidence
     stage2_log_odds: np.ndarray  # float64, the same as stage2_confidence before the sigmoid
-    stage1_logits: np.ndarray  # (B, C), the mean over both views
+    stage1_logits: np.ndarray  # (B, C), the mean over the views
     single_view_logits: np.ndarray  # (B, C), of the image alone: what Stage 1 would say without its mirror image
     ood_score: np.ndarray  # float64, above 0: OTHER at any threshold; NaN in a model without OOD statistics
 

@@ -18,21 +18,32 @@ class ThresholdExplorer:
     Shown by a notebook as HTML; where scripts do not run, its drawing alone.
 
     Args:
-        confidence: float (N,) in 0..1. correct: bool (N,). threshold: where the slider starts.
+        confidence: float (N,) in 0..1. correct: bool (N,).
+        threshold: where the slider starts; of thresholds by category, their mean.
+        rejected: images that are OTHER at any threshold, bool (N,).
     """
 
-    def __init__(self, confidence: np.ndarray, correct: np.ndarray, threshold: float):
-        self.confidence, self.correct = checked_pair(confidence, correct, share=True)
+    def __init__(
+        self,
+        confidence: np.ndarray,
+        correct: np.ndarray,
+        threshold: float | np.ndarray,
+        rejected: np.ndarray | None = None,
+    ):
+        confidence, correct = checked_pair(confidence, correct, share=True)
+        open_to_all = np.full(len(confidence), True) if rejected is None else ~np.asarray(rejected)
+        self.images, self.confidence, self.correct = len(confidence), confidence[open_to_all], correct[open_to_all]
         self.threshold = float(np.mean(threshold))
 
     def __repr__(self) -> str:
         accepted = self.confidence >= self.threshold
         correct = f"{self.correct[accepted].mean():.1%} of them correct" if accepted.any() else "nothing to measure"
-        return f"threshold {self.threshold:.4f}: {accepted.mean():.1%} accepted, {correct}"
+        return f"threshold {self.threshold:.4f}: {accepted.sum() / max(1, self.images):.1%} accepted, {correct}"
 
     def _repr_html_(self) -> str:
         values = {"right": self.confidence[self.correct], "wrong": self.confidence[~self.correct]}
         data = {name: np.sort(part).round(4).tolist() for name, part in values.items()}
+        data["all"] = self.images
         name = f"explorer{zlib.crc32(json.dumps([data, self.threshold]).encode())}"
         script = _SCRIPT.replace("DATA", json.dumps(data)).replace("NAME", name)
         return (
@@ -86,8 +97,7 @@ _SCRIPT = """
     const t = Number(slider.value), count = part => part.filter(x => x >= t).length;
     const right = count(data.right), taken = right + count(data.wrong);
     const accuracy = taken ? percent(right / taken) + " of them correct" : "nothing to measure";
-    const all = data.right.length + data.wrong.length;
-    text.textContent = `threshold ${t.toFixed(4)}: ${percent(taken / all)} accepted, ${accuracy}`;
+    text.textContent = `threshold ${t.toFixed(4)}: ${percent(taken / data.all)} accepted, ${accuracy}`;
     grey.setAttribute("width", t * WIDTH);
   };
 })();

@@ -227,20 +227,23 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str) -> Figu
     return figure
 
 
-def plot_risk_coverage(curves: dict[str, tuple[np.ndarray, np.ndarray]], at: dict[str, float] | None = None) -> Figure:
+def plot_risk_coverage(
+    curves: dict[str, tuple[np.ndarray, np.ndarray]], accepted: dict[str, np.ndarray] | None = None
+) -> Figure:
     """Risk-coverage curves.
 
     Args:
         curves: label -> (confidence (N,), correct bool (N,)).
-        at: label -> threshold to mark on its curve.
+        accepted: label -> which images a decision accepts, bool (N,): a dot in its color. It lies on the curve if one
+            threshold decides, and beside it if images are also rejected for another reason.
     """
     figure, (axis,) = _axes(1, 1, 6, 4)
     for label, (confidence, correct) in curves.items():
         coverage, risk = risk_coverage(confidence, correct)
         (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, correct):.4f})")
-        accepted = int((np.asarray(confidence) >= (at or {}).get(label, np.inf)).sum())
-        if accepted:
-            axis.plot(coverage[accepted - 1], risk[accepted - 1], "o", color=line.get_color())
+        chosen = np.asarray((accepted or {}).get(label, False))
+        if chosen.any():
+            axis.plot(chosen.mean(), 1 - np.asarray(correct)[chosen].mean(), "o", color=line.get_color())
     axis.set(xlabel="coverage: share of images accepted", ylabel="selective risk: errors among them", xlim=(0, 1))
     axis.set_ylim(bottom=0)
     axis.set_title("Lower is better: fewer errors among the accepted images", fontsize=10)
@@ -290,20 +293,32 @@ def _rounded_down(confidence: float) -> str:
 
 
 def plot_thresholds(
-    confidence: np.ndarray, correct: np.ndarray, thresholds: Sequence[float], marked: float, split: str
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    thresholds: Sequence[float],
+    marked: float | np.ndarray,
+    split: str,
+    rejected: np.ndarray | None = None,
 ) -> Figure:
-    """What a threshold buys on the images of a split: coverage and selective accuracy, with one threshold marked."""
+    """What a threshold buys on the images of a split: coverage and selective accuracy.
+
+    Args:
+        marked: a threshold to mark, or several. rejected: images that are OTHER at any threshold, bool (N,).
+    """
     confidence, correct = checked_pair(confidence, correct)
     figure, (axis,) = _axes(1, 1, 6, 3.6)
-    grid = np.asarray(thresholds)
+    grid, marked = np.asarray(thresholds), np.unique(marked)
     accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
+    accepted &= True if rejected is None else ~rejected
+    dotted = f"threshold {marked[0]:.2f}" if len(marked) == 1 else "the thresholds of the categories"
     with np.errstate(invalid="ignore"):
         accuracy = (accepted & correct).sum(axis=1) / accepted.sum(axis=1)
     axis.plot(grid, accepted.mean(axis=1), label="coverage")
     axis.plot(grid, accuracy, label="selective accuracy")
-    axis.axvline(marked, color="grey", linestyle=":")
+    for threshold in marked:
+        axis.axvline(threshold, color="grey", linestyle=":")
     axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
-    axis.set_title(f"{split} split, dotted: threshold {marked:.2f}", fontsize=10)
+    axis.set_title(f"{split} split, dotted: {dotted}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="lower left")
     return figure

@@ -161,7 +161,8 @@ def train_classifier(
     augmentation, timer = network.get_layer("augmentation"), EpochTimer()
     by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
-    progress = [ShowProgress(network.name)] if in_notebook() else []  # a hook after each step is not free
+    title = network.name.replace("_", " ").replace("stage", "Stage ")
+    progress = [ShowProgress(title)] if in_notebook() else []  # a hook after each step is not free
     try:
         history = trainer.fit(
             batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,

@@ -20,6 +20,7 @@ import verifiers
 from conftest import ROOT, patch_rooms
 
 import mscnn_helpers as mscnn
+from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
 
 
 def test_each_round_has_every_task_in_an_order_of_its_own_and_the_first_does_not_count():
@@ -88,9 +89,9 @@ def test_results_are_made_from_the_figures():
 
 
 def test_shares_that_become_other():
-    found = {"softmax": [1, 2, 3, 4], "confidence": [0.1, 0.8, 0.9, 0.95], "ood_score": [-1, 1, -1, 1]}
-    found = {name: np.array(values) for name, values in found.items()}
-    shares = ood.shares_of_other(found, {"softmax": 2}, threshold=0.9)
+    results = {"softmax": [1, 2, 3, 4], "confidence": [0.1, 0.8, 0.9, 0.95], "ood_score": [-1, 1, -1, 1]}
+    results = {name: np.array(values) for name, values in results.items()}
+    shares = ood.shares_of_other(results, {"softmax": 2}, threshold=0.9)
     assert shares == {"softmax": 0.25, "confidence": 0.5, "ours": 0.75, "out of distribution": 0.5}
 
 
@@ -196,9 +197,9 @@ def test_cross_fitted_probabilities_are_of_networks_that_have_not_seen_the_image
     monkeypatch.setattr(verifiers, "train_ten", lambda trial, probability: probability)
     probability = verifiers.negatives_by_cross_fitting(trial)
     assert (probability == 0.2).all() and len(seen) == len(asked) == 2
-    for fitted, judged in zip(seen, asked, strict=True):
-        assert len(fitted) + len(judged) == len(trial.data.train)
-        assert not {one.tobytes() for one in fitted} & {one.tobytes() for one in judged}
+    for fitted, tested in zip(seen, asked, strict=True):
+        assert len(fitted) + len(tested) == len(trial.data.train)
+        assert not {one.tobytes() for one in fitted} & {one.tobytes() for one in tested}
 
 
 def test_more_views_are_the_mean_over_shifted_images(trial, tiny_data):
@@ -227,8 +228,8 @@ def first_and_second(rng: np.random.Generator, count: int = 4000) -> tuple[dict,
 def test_decisions_differ_in_what_they_take_into_account():
     first, second = first_and_second(np.random.default_rng(0))
     correct = first["unseen_category"] == first["unseen_labels"]
-    found = {"a row each": verifiers.fitted, **verifiers.DECISIONS}
-    aurc = {name: mscnn.aurc(decide(first, second), correct) for name, decide in found.items()}
+    results = {"a row each": verifiers.fitted, **verifiers.DECISIONS}
+    aurc = {name: mscnn.aurc(decide(first, second), correct) for name, decide in results.items()}
     assert aurc.pop("no verifier") > 1.5 * max(aurc.values())
     assert max(aurc.values()) < 1.1 * min(aurc.values()), "where categories are alike and the signs say nothing"
 
@@ -258,7 +259,7 @@ def test_a_target_is_reached_by_the_median():
     rates = {"ours": [8.0, 9.0], "stock Keras float32": [2.0, 3.0], "PyTorch float32": [4.0, 4.0],
              "PyTorch bfloat16": [8.0, 10.0]}  # fmt: skip
     case = {"ratio_of_times": [1.8, 1.7, 1.9], "ratio_of_multiply_adds": 1.2}
-    speed = {"training": {"found": {"images_per_second": rates}}, "decide": {"found": {"batch 512, 1 view": case}}}
+    speed = {"training": {"results": {"images_per_second": rates}}, "decide": {"results": {"batch 512, 1 view": case}}}
     selective = {"differences": {"aurc": {"softmax": [-0.4, -0.3, -0.2], "stage2_base": [-0.2, -0.1, 0.1]}}}
     selective["promises"] = [{"certified coverage": 0.7, "worst calibration": 0.031}]
     selective["promises"] += [{"certified coverage": 0.5, "worst calibration": 0.02}] * 2
@@ -271,7 +272,7 @@ def test_a_target_is_reached_by_the_median():
     }
     models = [{"auroc": auroc | {"Gaussian noise": {"ood_score": value}}} for value in (0.99, 0.9, 0.96)]
     unknown = {"runs": {"models": models}}
-    text = targets.table(targets.Measured(speed, runs, {"found": selective}, unknown))
+    text = targets.table(targets.Measured(speed, runs, {"results": selective}, unknown))
     assert (
         "OOD score, less that by the softmax of a single view | at least +3.0% | +7.0% (+7.0% to +7.0%) | yes |" in text
     )
@@ -281,7 +282,7 @@ def test_a_target_is_reached_by_the_median():
     assert "times PyTorch's in its fastest mode | at least 1.00 | 0.95 (0.90 to 1.00) | no |" in text
     assert "| Stage 1 training, times a hand-written step's | at least 0.90 | not measured |  |" in text
     assert "times Stage 1's training | at most 0.75 | 0.80 (0.30 to 0.90) | no |" in text
-    assert "one view, times Stage 1's seconds by work | at most 1.15 | 1.50 (1.42 to 1.58) | no |" in text
+    assert "one view, times Stage 1's seconds by multiply-adds | at most 1.15 | 1.50 (1.42 to 1.58) | no |" in text
     assert "| full run, accuracy of Stage 1 by one view | at least 93.00% | 93.10% (92.90% to 94.00%) | yes |" in text
     assert "| light run, accuracy of Stage 1 by one view | at least 68.0% | not measured |  |" in text
     assert "| AURC, times that of Stage 1's softmax | at most 0.750 | 0.700 (0.600 to 0.800) | yes |" in text
@@ -303,11 +304,11 @@ def trained(network: keras.Model) -> int:
 
 
 def test_the_rivals_have_our_network():
-    assert speed.WIDTHS == mscnn.STAGE1_WIDTHS
+    assert speed.WIDTHS == STAGE1_WIDTHS
     ours, stock = speed.our_network("float32"), speed.stock_keras("float32")
     assert speed.multiply_adds(ours) == speed.multiply_adds(stock) == pytest.approx(118e6, rel=0.01)
     assert trained(ours) == trained(stock)
-    stage2 = speed.our_network("float32", mscnn.STAGE2_WIDTHS)
+    stage2 = speed.our_network("float32", STAGE2_WIDTHS)
     assert speed.multiply_adds(stage2) == pytest.approx(17e6, rel=0.02)
 
 
@@ -387,9 +388,9 @@ def test_training_seconds_are_those_of_every_part():
 def test_a_variant_is_compared_seed_by_seed():
     runs = [{"accuracy": a, "aurc": 0.1} for a in (0.80, 0.84, 0.82)]
     worse = [{"accuracy": a, "aurc": 0.2} for a in (0.79, 0.80, 0.80)]
-    found = {"variants": {"the recipe": runs, "without salt": worse}}
-    found |= {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
-    shown = ablations.table(found)
+    results = {"variants": {"the recipe": runs, "without salt": worse}}
+    results |= {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
+    shown = ablations.table(results)
     assert "| without salt | 80.00% (79.00% to 80.00%) | -2.00 (-4.00 to -1.00) |" in shown
     assert "+100.0% (+100.0% to +100.0%) |" in shown
 
@@ -467,14 +468,14 @@ def quick_figures(benchmark, tmp_path, monkeypatch) -> dict:
 def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
     figures = quick_figures(speed, tmp_path, monkeypatch)
     assert list(figures) == list(speed.MEASURES)
-    assert abs(np.mean(figures["control"]["found"]["accuracies"]) - 0.1) < 0.037
+    assert abs(np.mean(figures["control"]["results"]["accuracies"]) - 0.1) < 0.037
 
 
 @pytest.mark.slow
 def test_the_quick_form_trains_every_variant(tmp_path, monkeypatch):
-    found = quick_figures(ablations, tmp_path, monkeypatch)
-    assert list(found["regularizers"]["variants"]) == list(ablations.REGULARIZERS)
-    variants = found["variants"]
+    results = quick_figures(ablations, tmp_path, monkeypatch)
+    assert list(results["regularizers"]["variants"]) == list(ablations.REGULARIZERS)
+    variants = results["variants"]
     assert list(variants) == list(ablations.VARIANTS)
     assert all(0.05 < run["accuracy"] < 0.9 for runs in variants.values() for run in runs)
     assert variants["the recipe"][0]["accuracy"] > 0.2, "chance is 0.1"

@@ -11,6 +11,7 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_parts import commands
+from mscnn_parts.thresholds import threshold_text
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_mistake_is_told_in_one_line(trained_model_path, pictures, tmp_path, c
 def test_the_card_says_what_the_model_is(trained_model_path, capsys):
     assert mscnn.main(["info", str(trained_model_path)]) == 0
     told, model = capsys.readouterr().out, mscnn.load_model(trained_model_path)
-    for fact in (model.dataset, *model.category_names, model.data_fingerprint[:16], mscnn.threshold_text(model)):
+    for fact in (model.dataset, *model.category_names, model.data_fingerprint[:16], threshold_text(model)):
         assert fact in told
     assert all(f"{name:24} {value[:16]}" in told for name, value in model.fingerprints().items())
     assert np.prod(model.stage1.get_weights()[-1].shape) == len(model.category_names)

@@ -30,8 +30,22 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Split, load_dataset
 from mscnn_parts.data import RawData, split_data
+from mscnn_parts.downloads import data_folder
+from mscnn_parts.files import project_root
 from mscnn_parts.pictures import as_uint8
-from mscnn_parts.sources import _cifar10, _fashion_mnist, _mnist, _npz, find_cifar10
+from mscnn_parts.settings import FALLBACK_NOTICE
+from mscnn_parts.sources import (
+    CIFAR10_MD5,
+    CIFAR10_NAMES,
+    CIFAR10_URL,
+    FASHION_MD5,
+    FASHION_NAMES,
+    _cifar10,
+    _fashion_mnist,
+    _mnist,
+    _npz,
+    find_cifar10,
+)
 
 SPLITS = ("train", "calibration", "certification", "test")
 
@@ -62,7 +76,7 @@ def data_dir(tmp_path, monkeypatch) -> Path:
 # CIFAR-10 on disk
 # ------------------------------------------------------------------------------------------------------------
 
-BATCHES = tuple(mscnn.CIFAR10_MD5)
+BATCHES = tuple(CIFAR10_MD5)
 
 
 def small_batches(count: int = 40) -> tuple[np.ndarray, np.ndarray, dict[str, bytes]]:
@@ -97,13 +111,13 @@ def test_the_publishers_layout_is_read_in_the_right_order(batches):
     assert np.array_equal(raw.y_train, labels[:5].ravel())
     assert np.array_equal(raw.x_test, images[5])
     assert np.array_equal(raw.y_test, labels[5])
-    assert (raw.x_train.dtype, raw.source, tuple(raw.names)) == (np.uint8, str(folder), mscnn.CIFAR10_NAMES)
+    assert (raw.x_train.dtype, raw.source, tuple(raw.names)) == (np.uint8, str(folder), CIFAR10_NAMES)
 
 
 def test_cifar10_on_disk_is_what_auto_takes(batches):
     auto, named = load_dataset("auto"), load_dataset("cifar10")
     assert auto.name == named.name == "cifar10"
-    assert auto.category_names == mscnn.CIFAR10_NAMES
+    assert auto.category_names == CIFAR10_NAMES
     assert auto.flip
     assert not auto.fallback
     assert auto.fingerprint == named.fingerprint
@@ -143,7 +157,7 @@ def test_a_damaged_batch_is_named_and_not_opened(batches, tmp_path, dataset):
     (folder / "data_batch_3").write_bytes(bomb)
     with pytest.raises(MSCNNError) as error:
         load_dataset(dataset)
-    for part in (str(folder / "data_batch_3"), md5(bomb), mscnn.CIFAR10_MD5["data_batch_3"]):
+    for part in (str(folder / "data_batch_3"), md5(bomb), CIFAR10_MD5["data_batch_3"]):
         assert part in str(error.value)
     assert not (tmp_path / "it went off").exists()
 
@@ -224,7 +238,7 @@ def test_the_real_cifar10():
 def test_auto_falls_back_with_a_notice(data_dir, capsys):
     data = load_dataset("auto")
     printed = capsys.readouterr().out
-    assert mscnn.FALLBACK_NOTICE in printed
+    assert FALLBACK_NOTICE in printed
     assert "!!!!!!!!" in printed
     assert str(data_dir) in printed
     assert (data.name, data.fallback, data.describe()["fallback"]) == ("digits", True, True)
@@ -430,7 +444,7 @@ def test_a_refusing_server_and_a_refusing_proxy(archive, monkeypatch):
         monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, method, refuse, raising=False)
     with pytest.raises(MSCNNError, match=r"127\.0\.0\.1:\d+ answers 403 Forbidden"):
         load_dataset("cifar10")
-    monkeypatch.setenv("HTTPS_PROXY", mscnn.CIFAR10_URL.rpartition("/")[0])
+    monkeypatch.setenv("HTTPS_PROXY", CIFAR10_URL.rpartition("/")[0])
     patch_rooms(monkeypatch, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
     with pytest.raises(MSCNNError, match=r"proxy does not let it through: Tunnel connection failed: 403 Forbidden"):
         load_dataset("cifar10")
@@ -467,7 +481,7 @@ def test_mnist_as_keras_has_it(data_dir):
 
 
 def test_the_real_mnist():
-    path = mscnn.data_folder() / "mnist.npz"
+    path = data_folder() / "mnist.npz"
     if not path.is_file():
         pytest.skip("mnist.npz is not on disk; MSCNN_DATA_DIR says where it is")
     raw = _mnist()
@@ -507,7 +521,7 @@ def fashion_files() -> tuple[dict[str, bytes], np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (400, 28, 28), np.uint8), (np.arange(400) % 10).astype(np.uint8)
     files = {}
-    for name in mscnn.FASHION_MD5:
+    for name in FASHION_MD5:
         part = slice(0, 300) if name.startswith("train") else slice(300, 400)
         header, values = (16, images[part]) if "images" in name else (8, labels[part])
         files[name] = gzip.compress(bytes(header) + values.tobytes())
@@ -536,7 +550,7 @@ def test_fashion_mnist(data_dir, server, monkeypatch, downloaded):
     assert np.array_equal(raw.y_test, labels[300:])
     data = load_dataset("fashion_mnist")
     assert (data.name, data.flip, data.input_shape) == ("fashion_mnist", True, (32, 32, 1))
-    assert data.category_names == mscnn.FASHION_NAMES
+    assert data.category_names == FASHION_NAMES
     assert files_in(data_dir) == sorted(f"fashion-mnist/{name}" for name in files)
 
 
@@ -875,9 +889,9 @@ def test_a_relative_data_folder_is_where_the_user_was(tmp_path, monkeypatch, var
     ]:
         monkeypatch.chdir(tmp_path / here)
         monkeypatch.setenv("PWD", str(tmp_path / shell))
-        assert mscnn.data_folder() == tmp_path / expected / "data" / end
+        assert data_folder() == tmp_path / expected / "data" / end
     monkeypatch.setenv(variable, "new")
-    assert mscnn.data_folder() == tmp_path / "new" / end, "what is not there yet begins here"
+    assert data_folder() == tmp_path / "new" / end, "what is not there yet begins here"
 
 
 def test_a_home_that_cannot_be_written_is_used_for_what_lies_there(tmp_path, monkeypatch):
@@ -886,9 +900,9 @@ def test_a_home_that_cannot_be_written_is_used_for_what_lies_there(tmp_path, mon
     monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", str(tmp_path)))
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/temporary")
-    assert mscnn.data_folder() == Path("/temporary/.keras/datasets")
+    assert data_folder() == Path("/temporary/.keras/datasets")
     (tmp_path / ".keras").mkdir()
-    assert mscnn.data_folder() == tmp_path / ".keras" / "datasets"
+    assert data_folder() == tmp_path / ".keras" / "datasets"
 
 
 def test_the_data_as_found_has_a_fingerprint_of_its_own(tmp_path, tiny_path, tiny_data):
@@ -959,7 +973,7 @@ def test_a_path_that_leads_nowhere_says_where_it_was_looked_for(name, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MSCNNError) as error:
         load_dataset(name)
-    assert str(error.value).startswith(f"No image folder or .npz file '{name}': looked in {mscnn.project_root()}")
+    assert str(error.value).startswith(f"No image folder or .npz file '{name}': looked in {project_root()}")
     assert str(tmp_path) in str(error.value)
 
 

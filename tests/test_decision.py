@@ -10,7 +10,11 @@ import scipy.optimize
 from scipy.special import expit
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import CATEGORY_PRECISION, PRIOR_MEAN, SHARED_PRECISION, MSCNNError
+from mscnn_helpers import MSCNNError
+from mscnn_parts.decision import CATEGORY_PRECISION, PRIOR_MEAN, SHARED_PRECISION, confidence_log_odds, fit_calibration
+from mscnn_parts.layers import log_odds_tensor
+from mscnn_parts.ood import OODStatistics, fit_feature_statistics, fit_ood_scale, ood_terms
+from mscnn_parts.thresholds import check_certification_size, risk_upper_bound
 
 # ------------------------------------------------------------------------------------------------------------
 # Log-odds
@@ -71,7 +75,7 @@ def test_of_two_categories_the_margin_is_the_log_odds():
 @pytest.mark.parametrize("category", [0, 3])
 def test_log_odds_tensor_says_the_same(category):
     logits = np.random.default_rng(1).normal(scale=20, size=(50, 4)).astype(np.float32)
-    got = mscnn.log_odds_tensor(mscnn.tf.constant(logits), category)
+    got = log_odds_tensor(mscnn.tf.constant(logits), category)
     np.testing.assert_allclose(got, mscnn.log_odds(logits, np.full(50, category)), rtol=1e-5, atol=1e-5)
 
 
@@ -105,7 +109,7 @@ def test_gradient_of_the_calibration_is_right(monkeypatch):
 
     monkeypatch.setattr(scipy.optimize, "minimize", spy)
     data = (*scores(40), np.array([0.1, 0.4, 0.9]), np.array([2.0, 3.0, 5.0]))
-    mscnn.fit_calibration(*data)
+    fit_calibration(*data)
     for row in np.random.default_rng(2).normal(size=(5, 3)):
         loss, gradient = handed["loss"](row)
         assert loss == pytest.approx(penalised_loss(row, *data))
@@ -114,13 +118,13 @@ def test_gradient_of_the_calibration_is_right(monkeypatch):
 
 def test_calibration_finds_the_lowest_loss():
     data = (*scores(100), PRIOR_MEAN, SHARED_PRECISION)
-    row = mscnn.fit_calibration(*data)
+    row = fit_calibration(*data)
     best = scipy.optimize.minimize(penalised_loss, [0, 1, 1], args=data, method="Nelder-Mead", tol=1e-10).x
     np.testing.assert_allclose(row, best, atol=1e-3)
 
 
 def test_calibration_finds_known_coefficients_again():
-    row = mscnn.fit_calibration(*scores(100_000, (-0.5, 0.8, 0.3)), PRIOR_MEAN, SHARED_PRECISION)
+    row = fit_calibration(*scores(100_000, (-0.5, 0.8, 0.3)), PRIOR_MEAN, SHARED_PRECISION)
     np.testing.assert_allclose(row, (-0.5, 0.8, 0.3), atol=0.03)
 
 
@@ -129,21 +133,19 @@ def test_calibration_without_a_prior_is_plain_logistic_regression():
 
     stage1, stage2, correct = scores(2000)
     plain = LogisticRegression(C=1e9, tol=1e-10, max_iter=1000).fit(np.column_stack([stage1, stage2]), correct)
-    row = mscnn.fit_calibration(stage1, stage2, correct, np.zeros(3), NEARLY_NO_PRIOR)
+    row = fit_calibration(stage1, stage2, correct, np.zeros(3), NEARLY_NO_PRIOR)
     np.testing.assert_allclose(row, [plain.intercept_[0], *plain.coef_[0]], rtol=2e-3)
 
 
 def test_without_images_the_row_is_the_prior():
     none = np.zeros(0)
     towards = np.array([0.3, 0.7, 0.2])
-    np.testing.assert_array_equal(
-        mscnn.fit_calibration(none, none, none.astype(bool), towards, CATEGORY_PRECISION), towards
-    )
+    np.testing.assert_array_equal(fit_calibration(none, none, none.astype(bool), towards, CATEGORY_PRECISION), towards)
 
 
 @pytest.mark.parametrize("true_row", [(0, 0.8, -0.6), (0, -0.6, 0.8), (1, -0.6, -0.6)])
 def test_more_evidence_never_lowers_the_confidence(true_row):
-    row = mscnn.fit_calibration(*scores(3000, true_row), PRIOR_MEAN, SHARED_PRECISION)
+    row = fit_calibration(*scores(3000, true_row), PRIOR_MEAN, SHARED_PRECISION)
     assert (row[1:] >= 0).all()
     for fitted, true in zip(row[1:], true_row[1:], strict=True):
         assert (fitted == 0) == (true < 0)
@@ -153,7 +155,7 @@ def test_a_stronger_prior_holds_the_row_closer():
     towards, data = np.array([1.0, 0.2, 1.2]), scores(200)
     distances = []
     for factor in (1e-3, 1e-1, 1, 10, 1e3, 1e6):
-        pull = mscnn.fit_calibration(*data, towards, factor * CATEGORY_PRECISION) - towards
+        pull = fit_calibration(*data, towards, factor * CATEGORY_PRECISION) - towards
         distances.append(np.sqrt((CATEGORY_PRECISION * pull**2).sum()))
     assert distances[0] > 0.5 and distances[-1] < 1e-2
     assert (np.diff(distances) < 0).all()
@@ -163,7 +165,7 @@ def test_a_stronger_prior_holds_the_row_closer():
 def test_a_category_without_a_counter_example_stays_finite(all_are):
     """A few images, all right (or all wrong), would drive an unshrunk regression to infinity."""
     stage1 = np.full(20, 3.0)
-    row = mscnn.fit_calibration(stage1, stage1, np.full(20, all_are), PRIOR_MEAN, CATEGORY_PRECISION)
+    row = fit_calibration(stage1, stage1, np.full(20, all_are), PRIOR_MEAN, CATEGORY_PRECISION)
     assert np.isfinite(row).all() and (row[1:] >= 0).all()
     assert (row[0] > 0) == all_are
 
@@ -176,9 +178,9 @@ def test_a_category_without_a_counter_example_stays_finite(all_are):
 def test_both_opinions_are_combined_by_the_row_of_each_category():
     rows = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 2.0], [-1.0, 0.5, 0.25]])
     category, stage1, stage2 = np.array([2, 0, 1, 2]), np.array([4.0, -3.0, 9.0, 0.0]), np.array([8.0, 5.0, -0.5, 0.0])
-    got = mscnn.confidence_log_odds(rows, category, stage1, stage2)
+    got = confidence_log_odds(rows, category, stage1, stage2)
     np.testing.assert_array_equal(got, [-1 + 2 + 2, -3, 1 - 1, -1])
-    assert mscnn.confidence_log_odds(rows, category[:0], stage1[:0], stage2[:0]).shape == (0,)
+    assert confidence_log_odds(rows, category[:0], stage1[:0], stage2[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +230,13 @@ def binomial_tail(errors: int, accepted: int, rate: Fraction) -> Fraction:
 
 @pytest.mark.parametrize(("errors", "accepted"), [(0, 1), (0, 30), (3, 30), (29, 30), (7, 1625)])
 def test_the_error_bound_is_where_so_few_errors_become_improbable(errors, accepted):
-    bound = mscnn.risk_upper_bound(errors, accepted, 0.05)
+    bound = risk_upper_bound(errors, accepted, 0.05)
     assert float(binomial_tail(errors, accepted, Fraction(bound))) == pytest.approx(0.05, rel=1e-6)
 
 
 @pytest.mark.parametrize(("errors", "accepted"), [(0, 0), (5, 5)])
 def test_the_error_bound_is_1_where_nothing_speaks_against_it(errors, accepted):
-    assert mscnn.risk_upper_bound(errors, accepted, 0.05) == 1
+    assert risk_upper_bound(errors, accepted, 0.05) == 1
 
 
 def sorted_images(*runs: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +251,9 @@ def test_a_certificate_takes_in_what_its_bound_allows():
     steps = 11  # of a binary search among 1,500
     accepted = confidence >= found.threshold
     assert (found.accepted, found.errors) == (accepted.sum(), (accepted & ~correct).sum())
-    assert found.bound == mscnn.risk_upper_bound(found.errors, found.accepted, 0.05 / steps) <= 0.05
+    assert found.bound == risk_upper_bound(found.errors, found.accepted, 0.05 / steps) <= 0.05
     assert found.accepted > 900
-    further = [mscnn.risk_upper_bound(e, 900 + e, 0.05 / steps) for e in range(found.errors + 1, 600)]
+    further = [risk_upper_bound(e, 900 + e, 0.05 / steps) for e in range(found.errors + 1, 600)]
     assert min(further) > 0.05, "no lower threshold would do"
 
 
@@ -276,9 +278,9 @@ def test_a_bound_that_cannot_be_met_is_refused():
 def test_where_a_bound_cannot_be_met_the_smallest_one_that_can_is_named():
     rng = np.random.default_rng(1)
     confidence, correct = rng.random(600), rng.random(600) < 0.9
-    steps, _ = mscnn.check_certification_size(600, 0.02)
+    steps, _ = check_certification_size(600, 0.02)
     order = np.argsort(-confidence)
-    bounds = [mscnn.risk_upper_bound(int((~correct[order[:n]]).sum()), n, 0.05 / steps) for n in range(1, 601)]
+    bounds = [risk_upper_bound(int((~correct[order[:n]]).sum()), n, 0.05 / steps) for n in range(1, 601)]
     with pytest.raises(MSCNNError, match=f"ask for a larger risk, from about {min(bounds):.2%} on"):
         mscnn.threshold_for_risk(confidence, correct, 0.02)
 
@@ -389,14 +391,14 @@ def features_of(count: int, seed: int) -> dict[str, np.ndarray]:
     return {name: one.astype(np.float32) for name, one in found.items()}
 
 
-def statistics_of(count: int = 3000) -> mscnn.OODStatistics:
+def statistics_of(count: int = 3000) -> OODStatistics:
     features = features_of(count, 0)
-    statistics = mscnn.fit_feature_statistics(features["block1_means"], features["whitening_strength"])
-    return mscnn.fit_ood_scale(statistics, mscnn.ood_terms(**features_of(count, 1), statistics=statistics))
+    statistics = fit_feature_statistics(features["block1_means"], features["whitening_strength"])
+    return fit_ood_scale(statistics, ood_terms(**features_of(count, 1), statistics=statistics))
 
 
-def score_of(features: dict[str, np.ndarray], statistics: mscnn.OODStatistics) -> np.ndarray:
-    return mscnn.ood_score(mscnn.ood_terms(**features, statistics=statistics), statistics)
+def score_of(features: dict[str, np.ndarray], statistics: OODStatistics) -> np.ndarray:
+    return mscnn.ood_score(ood_terms(**features, statistics=statistics), statistics)
 
 
 def test_a_hundredth_of_the_calibration_images_is_out_of_distribution():
@@ -415,7 +417,7 @@ AGAINST = np.where(np.arange(4) == 1, 9.0, 0.0) - np.where(np.arange(4) == 0, 9.
 def test_each_of_the_four_terms_can_reject_an_image(column, name, change):
     statistics, usual = statistics_of(), features_of(500, 3)
     foreign = {**usual, name: usual[name] + change}
-    before, after = (mscnn.ood_terms(**features, statistics=statistics) for features in (usual, foreign))
+    before, after = (ood_terms(**features, statistics=statistics) for features in (usual, foreign))
     others = [k for k in range(4) if k != column]
     np.testing.assert_array_equal(after[:, others], before[:, others])
     assert (after[:, column] > before[:, column]).mean() > 0.99
@@ -425,7 +427,7 @@ def test_each_of_the_four_terms_can_reject_an_image(column, name, change):
 def test_usual_block1_means_do_not_excuse_a_doubt():
     """An image at the mean of all textures, whose distance is next to nothing, is as foreign as one at the usual."""
     statistics, features = statistics_of(), features_of(500, 3)
-    terms = mscnn.ood_terms(**features, statistics=statistics)
+    terms = ood_terms(**features, statistics=statistics)
     terms[:, 2] = statistics.scale[0, 2]
     calm = np.where([False, False, True, False], -100.0, terms)
     np.testing.assert_array_equal(mscnn.ood_score(calm, statistics), mscnn.ood_score(terms, statistics))
@@ -442,7 +444,7 @@ def test_no_confidence_outvotes_a_term_beyond_its_own_threshold(name, change):
 
 def test_within_the_limits_the_order_is_that_of_the_sum():
     statistics, features = statistics_of(), features_of(2000, 4)
-    terms = mscnn.ood_terms(**features, statistics=statistics)
+    terms = ood_terms(**features, statistics=statistics)
     energy, doubt, block1_means, whitening_strength = ((terms - statistics.scale[0]) / statistics.scale[1]).T
     within = (block1_means <= statistics.thresholds[1]) & (whitening_strength <= statistics.thresholds[2])
     expected = energy + doubt + np.maximum(0, block1_means) - statistics.thresholds[0]
@@ -453,8 +455,8 @@ def test_within_the_limits_the_order_is_that_of_the_sum():
 def test_few_calibration_images_lose_at_most_one_and_the_next_ones_few(count):
     features, lost = statistics_of(), []
     for seed in range(30):
-        terms = mscnn.ood_terms(**features_of(count, 100 + seed), statistics=features)
-        statistics = mscnn.fit_ood_scale(features, terms)
+        terms = ood_terms(**features_of(count, 100 + seed), statistics=features)
+        statistics = fit_ood_scale(features, terms)
         assert (mscnn.ood_score(terms, statistics) > 0).sum() <= 1
         lost.append((score_of(features_of(500, 200 + seed), statistics) > 0).mean())
     assert count < 8 or np.mean(lost) < 0.03
@@ -468,13 +470,13 @@ def test_the_block1_term_is_a_mahalanobis_distance():
         2 * np.log(mahalanobis(one, statistics.block1_mean, statistics.block1_precision))
         for one in features["block1_means"]
     ]
-    np.testing.assert_allclose(mscnn.ood_terms(**features, statistics=statistics)[:, 2], expected, rtol=1e-4)
+    np.testing.assert_allclose(ood_terms(**features, statistics=statistics)[:, 2], expected, rtol=1e-4)
     covariance = np.cov(features_of(3000, 0)["block1_means"][:, :3].T)
     np.testing.assert_allclose(statistics.block1_precision[:3, :3], np.linalg.inv(covariance), rtol=0.05, atol=0.05)
 
 
 def test_without_statistics_nothing_is_rejected():
-    blank = mscnn.OODStatistics(*(np.full_like(one, np.nan) for one in statistics_of(30)))
+    blank = OODStatistics(*(np.full_like(one, np.nan) for one in statistics_of(30)))
     foreign = score_of(features_of(5, 0), blank)
     assert np.isnan(foreign).all() and not (foreign > 0).any()
 

@@ -9,6 +9,17 @@ from sklearn.metrics import roc_auc_score
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import OTHER
+from mscnn_parts import metrics
+from mscnn_parts.metrics import (
+    augrc,
+    calibration_error,
+    coverage_at_risk,
+    e_aurc,
+    paired_difference,
+    risk_at_coverage,
+    selective_metrics,
+)
+from mscnn_parts.sources import CIFAR10_NAMES
 
 
 def decisions_of(category, stage1_category, confidence=None, log_odds=None, categories: int = 10) -> mscnn.Decisions:
@@ -131,7 +142,7 @@ def test_augrc_is_its_closed_form_of_auroc_and_accuracy(levels):
     confidence, correct = noisy(levels)
     a = correct.mean()
     closed = (1 - roc_auc_score(correct, confidence)) * a * (1 - a) + (1 - a) ** 2 / 2
-    assert mscnn.augrc(confidence, correct) == pytest.approx(closed, rel=1e-12)
+    assert augrc(confidence, correct) == pytest.approx(closed, rel=1e-12)
 
 
 def test_augrc_by_hand():
@@ -139,24 +150,24 @@ def test_augrc_by_hand():
     confidence, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
     heights = [0, 0, 1 / 4, 1 / 4, 2 / 4]
     area = sum((a + b) / 2 / 4 for a, b in itertools.pairwise(heights))
-    assert mscnn.augrc(confidence, correct) == pytest.approx(area)
+    assert augrc(confidence, correct) == pytest.approx(area)
 
 
 def test_e_aurc_is_0_for_a_confidence_that_knows_and_grows_with_what_it_does_not():
     correct = np.array([True, False, True, True, False])
-    assert mscnn.e_aurc(correct + 0.0, correct) == 0
+    assert e_aurc(correct + 0.0, correct) == 0
     swapped = np.array([1.0, 1.0, 1.0, 0.0, 0.0])  # the fourth, right, behind the second, wrong
     optimum = (0 + 0 + 0 + 1 / 4 + 2 / 5) / 5
-    assert mscnn.e_aurc(swapped, correct) == pytest.approx(mscnn.aurc(swapped, correct) - optimum)
-    assert mscnn.e_aurc(swapped, correct) > 0.1
+    assert e_aurc(swapped, correct) == pytest.approx(mscnn.aurc(swapped, correct) - optimum)
+    assert e_aurc(swapped, correct) > 0.1
 
 
 MEASURES = {
     "threshold_for_risk": lambda *pair: mscnn.threshold_for_risk(*pair, 0.9),
-    "risk_at_coverage": lambda *pair: mscnn.risk_at_coverage(*pair, 0.5),
-    "coverage_at_risk": lambda *pair: mscnn.coverage_at_risk(*pair, 0.5),
-    "calibration_error, equal mass": lambda *pair: mscnn.calibration_error(*pair, equal_mass=True),
-    **{name: getattr(mscnn, name) for name in (
+    "risk_at_coverage": lambda *pair: risk_at_coverage(*pair, 0.5),
+    "coverage_at_risk": lambda *pair: coverage_at_risk(*pair, 0.5),
+    "calibration_error, equal mass": lambda *pair: calibration_error(*pair, equal_mass=True),
+    **{name: getattr(metrics, name) for name in (
         "risk_coverage", "aurc", "e_aurc", "augrc", "failure_metrics", "reliability",
         "calibration_error",
     )},
@@ -195,10 +206,10 @@ def test_errors_and_coverages_against_a_loop_over_thresholds():
     points = [(one.mean(), 1 - correct[one].mean()) for one in taken]  # coverage and risk, without ties
     for wanted in (0.005, 0.3, 0.7, 1.0):
         first = next(risk for covered, risk in points if covered >= wanted - 1e-12)
-        assert mscnn.risk_at_coverage(confidence, correct, wanted) == pytest.approx(first)
+        assert risk_at_coverage(confidence, correct, wanted) == pytest.approx(first)
     for allowed in (0.0, 0.101, 0.201, 1.0):
         fits = [covered for covered, risk in points if risk <= allowed]
-        assert mscnn.coverage_at_risk(confidence, correct, allowed) == pytest.approx(max(fits, default=0))
+        assert coverage_at_risk(confidence, correct, allowed) == pytest.approx(max(fits, default=0))
 
 
 def test_ties_are_what_a_random_order_of_them_gives_in_the_mean():
@@ -208,7 +219,7 @@ def test_ties_are_what_a_random_order_of_them_gives_in_the_mean():
     for _ in range(2_000):
         order = np.lexsort((rng.random(len(confidence)), -confidence))
         errors.append((~correct[order])[: len(order) // 3].mean())
-    assert mscnn.risk_at_coverage(confidence, correct, (len(correct) // 3) / len(correct)) == pytest.approx(
+    assert risk_at_coverage(confidence, correct, (len(correct) // 3) / len(correct)) == pytest.approx(
         np.mean(errors), abs=0.005
     )
 
@@ -222,7 +233,7 @@ def test_selective_metrics_by_hand():
     #          accepted: right right wrong | rejected: right wrong wrong wrong wrong
     decided = [0, 1, 2, 10, 10, 10, 10, 10]
     stage1, labels = [0, 1, 2, 3, 4, 5, 6, 7], np.array([0, 1, 9, 3, 9, 9, 9, 9])
-    assert mscnn.selective_metrics(decisions_of(decided, stage1), labels) == {
+    assert selective_metrics(decisions_of(decided, stage1), labels) == {
         "coverage": 3 / 8,
         "selective_accuracy": pytest.approx(2 / 3),
         "accuracy_other_wrong": 2 / 8,
@@ -246,12 +257,12 @@ SIX, FIVE = np.zeros(6, int), np.zeros(5, int)
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda: mscnn.selective_metrics(decisions_of(SIX, SIX), FIVE),
+        lambda: selective_metrics(decisions_of(SIX, SIX), FIVE),
         lambda: mscnn.category_metrics(decisions_of(SIX, SIX), FIVE, ("ant", "bee")),
         lambda: mscnn.evaluate(decisions_of(SIX, SIX), FIVE, 0.7),
         lambda: mscnn.stage_report_labels(decisions_of(SIX, SIX), FIVE, 10),
         lambda: mscnn.compare_decisions(decisions_of(SIX, SIX), decisions_of(FIVE, FIVE), SIX, ("ant", "bee")),
-        lambda: mscnn.paired_difference(SIX == 0, FIVE == 0),
+        lambda: paired_difference(SIX == 0, FIVE == 0),
         lambda: mscnn.thresholds_by_category(SIX, FIVE / 2, 0.5, 3),
         lambda: mscnn.log_loss_by_category(SIX, FIVE / 2, FIVE == 0, 3),
         lambda: mscnn.threshold_for_coverage(np.zeros((5, 1)), 0.5),
@@ -272,15 +283,15 @@ def test_what_is_no_truth_value_no_number_or_no_category_is_named():
             lambda: mscnn.evaluate(decisions_of(SIX, SIX), SIX / 1, 0.7),
             "labels are float64: give .* as integers from 0",
         ),
-        (lambda: mscnn.selective_metrics(decisions_of(SIX, SIX), np.array(["ant"] * 6)), "labels are <U3"),
-        (lambda: mscnn.risk_at_coverage(SIX / 2, SIX == 0, 2), "coverage is 2: it is a share, a number from 0 to 1"),
-        (lambda: mscnn.coverage_at_risk(SIX / 2, SIX == 0, "1"), "error is '1': it is a share, a number from 0 to 1"),
+        (lambda: selective_metrics(decisions_of(SIX, SIX), np.array(["ant"] * 6)), "labels are <U3"),
+        (lambda: risk_at_coverage(SIX / 2, SIX == 0, 2), "coverage is 2: it is a share, a number from 0 to 1"),
+        (lambda: coverage_at_risk(SIX / 2, SIX == 0, "1"), "error is '1': it is a share, a number from 0 to 1"),
         (lambda: mscnn.threshold_for_risk(SIX / 2, SIX == 0, 1), "risk is 1: .* a number between 0 and 1"),
         (lambda: mscnn.reliability(SIX / 2, SIX == 0, 0), "bins is 0: it is a number of bins"),
         (lambda: mscnn.plot_confusion(np.eye(3), ("ant", "bee"), ""), r"The matrix is float64 \(3, 3\): use counts"),
         (lambda: mscnn.plot_confusion(np.eye(3, dtype=int), ("ant",), ""), r"The matrix is int64 \(3, 3\): .* 2 names"),
         (lambda: mscnn.plot_images(np.zeros((2, 8, 8, 3)), ["ant"]), "1 captions for 2 images"),
-        (lambda: mscnn.paired_difference(SIX, SIX), "first is int64 and second int64: .* as bool"),
+        (lambda: paired_difference(SIX, SIX), "first is int64 and second int64: .* as bool"),
         (lambda: mscnn.threshold_for_coverage(np.array([np.nan, 0.5]), 0.5), "1 of 2 confidences are NaN"),
         (lambda: mscnn.thresholds_by_category(SIX + 3, SIX / 2, 0.5, 3), "Categories are int64, 3 to 3: .* 0 to 2"),
         (
@@ -296,7 +307,7 @@ def test_a_model_that_rejects_everything_is_not_praised_by_the_honest_figures():
     """The stage report alone would: it scores Stage 1's error rate, here 79 %."""
     labels = np.zeros(100, int)
     stage1 = np.where(np.arange(100) < 21, 0, 1)
-    got = mscnn.selective_metrics(decisions_of(np.full(100, 10), stage1), labels)
+    got = selective_metrics(decisions_of(np.full(100, 10), stage1), labels)
     assert got["coverage"] == got["accuracy_other_wrong"] == 0
     assert np.isnan(got["selective_accuracy"])
     assert got["stage_report_accuracy"] == 0.79
@@ -304,7 +315,7 @@ def test_a_model_that_rejects_everything_is_not_praised_by_the_honest_figures():
 
 def test_a_model_that_accepts_everything_is_stage_1():
     labels = np.array([0, 1, 2, 3])
-    got = mscnn.selective_metrics(decisions_of([0, 1, 2, 9], [0, 1, 2, 9]), labels)
+    got = selective_metrics(decisions_of([0, 1, 2, 9], [0, 1, 2, 9]), labels)
     assert got == dict.fromkeys(got, 0.75) | {"coverage": 1.0}
 
 
@@ -374,7 +385,7 @@ def test_evaluate_gives_the_entries_of_metrics_json():
 # Reports
 # ------------------------------------------------------------------------------------------------------------
 
-NAMES = mscnn.CIFAR10_NAMES
+NAMES = CIFAR10_NAMES
 
 
 def test_stage_truth_is_other_where_stage_1_is_wrong():
@@ -415,30 +426,30 @@ def test_reliability_by_hand():
     np.testing.assert_array_equal(count, [2, 0, 2, 1])  # 1.0 belongs to the last bin
     np.testing.assert_allclose(mean, [0.1, np.nan, 0.65, 1.0])
     np.testing.assert_allclose(accuracy, [0.5, np.nan, 0.5, 1.0])
-    assert mscnn.calibration_error(confidence, correct, bins=4) == pytest.approx((2 * 0.4 + 2 * 0.15 + 0) / 5)
+    assert calibration_error(confidence, correct, bins=4) == pytest.approx((2 * 0.4 + 2 * 0.15 + 0) / 5)
 
 
 def test_calibration_error_is_small_for_honest_confidences_and_large_for_boasting():
     rng = np.random.default_rng(4)
     p = rng.random(50_000)
     correct = rng.random(len(p)) < p
-    assert mscnn.calibration_error(p, correct) < 0.01
-    assert mscnn.calibration_error(np.ones(len(p)), correct) == pytest.approx(0.5, abs=0.01)
+    assert calibration_error(p, correct) < 0.01
+    assert calibration_error(np.ones(len(p)), correct) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 10_000])
 def test_calibration_error_in_bins_of_equal_mass_does_not_depend_on_the_order(levels):
     confidence, correct = noisy(levels)
     order = np.argsort(correct, kind="stable")
-    errors = [mscnn.calibration_error(confidence[o], correct[o], 15, equal_mass=True) for o in (order, order[::-1])]
+    errors = [calibration_error(confidence[o], correct[o], 15, equal_mass=True) for o in (order, order[::-1])]
     assert errors[0] == pytest.approx(errors[1])
 
 
 def test_calibration_error_in_bins_of_equal_mass_by_hand():
     confidence, correct = np.array([0.9, 0.1, 0.2, 0.8]), np.array([True, False, True, True])
     # lower half: 0.15 on the average, half right; upper half: 0.85, all right
-    assert mscnn.calibration_error(confidence, correct, bins=2, equal_mass=True) == pytest.approx((0.35 + 0.15) / 2)
-    assert mscnn.calibration_error(confidence, correct, bins=9, equal_mass=True) == pytest.approx(
+    assert calibration_error(confidence, correct, bins=2, equal_mass=True) == pytest.approx((0.35 + 0.15) / 2)
+    assert calibration_error(confidence, correct, bins=9, equal_mass=True) == pytest.approx(
         np.abs(confidence - correct).mean()
     )
 
@@ -451,7 +462,7 @@ def test_calibration_error_in_bins_of_equal_mass_by_hand():
 def test_a_paired_difference_by_hand():
     first = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], bool)
     second = np.array([1, 1, 0, 1, 1, 1, 0, 0, 0, 0], bool)  # three gained, one lost
-    difference, low, high = mscnn.paired_difference(first, second)
+    difference, low, high = paired_difference(first, second)
     assert difference == pytest.approx(0.2)
     middle, half = 2 / 12, 1.96 * np.sqrt((5 - 4 / 12) / 144)  # 3.5 and 1.5 of 12
     assert (low, high) == pytest.approx((middle - half, middle + half))
@@ -459,11 +470,11 @@ def test_a_paired_difference_by_hand():
 
 def test_a_paired_difference_has_a_sign_and_needs_no_images():
     first, second = np.random.default_rng(0).random((2, 40)) < 0.5
-    there, back = mscnn.paired_difference(first, second), mscnn.paired_difference(second, first)
+    there, back = paired_difference(first, second), paired_difference(second, first)
     assert there == pytest.approx((-back[0], -back[2], -back[1]))
-    same = mscnn.paired_difference(first, first)
+    same = paired_difference(first, first)
     assert same[0] == 0 and same[1] == -same[2] < 0
-    assert mscnn.paired_difference(first[:0], second[:0])[0] == 0
+    assert paired_difference(first[:0], second[:0])[0] == 0
 
 
 def test_the_interval_of_a_paired_difference_covers_the_truth():
@@ -471,7 +482,7 @@ def test_the_interval_of_a_paired_difference_covers_the_truth():
     rng, held = np.random.default_rng(1), []
     for _ in range(2000):
         kind = rng.choice(4, 200, p=[0.8, 0.08, 0.03, 0.09])  # both, second only, first only, none
-        _, low, high = mscnn.paired_difference((kind == 0) | (kind == 2), (kind == 0) | (kind == 1))
+        _, low, high = paired_difference((kind == 0) | (kind == 2), (kind == 0) | (kind == 1))
         held.append(low <= 0.05 <= high)
     assert 0.93 <= np.mean(held) <= 0.975
 
@@ -488,4 +499,4 @@ def test_models_are_compared_by_true_category():
     assert (everything.category, everything.images, everything.changed) == ("all", 5, 3)
     assert (everything.coverage[0], everything.errors[0]) == pytest.approx((1 / 5, 0))
     accepted = [one.category < 2 for one in (first, second)]
-    assert everything.coverage == mscnn.paired_difference(*accepted)
+    assert everything.coverage == paired_difference(*accepted)

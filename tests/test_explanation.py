@@ -5,6 +5,7 @@ import pytest
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MultiStageCNN, class_activation_map, grad_cam
+from mscnn_parts.layers import log_odds_tensor
 
 CATEGORY = 2
 
@@ -170,7 +171,7 @@ def test_the_maps_of_a_trace_explain_the_predicted_category(model, images):
     for i, trace in enumerate(mscnn.trace_decisions(model, images)):
         c, one = decisions.stage1_category[i], images[i : i + 1]
         np.testing.assert_array_equal(trace.stage1_map, grad_cam(model.stage1, one, logit(c))[0])
-        odds = grad_cam(model.stage2_cnn(c), one, lambda z, c=c: mscnn.log_odds_tensor(z, c))[0]
+        odds = grad_cam(model.stage2_cnn(c), one, lambda z, c=c: log_odds_tensor(z, c))[0]
         np.testing.assert_array_equal(trace.stage2_map, odds)
         assert min(trace.stage1_map.shape + trace.stage2_map.shape) >= 7
 

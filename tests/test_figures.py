@@ -14,9 +14,13 @@ from conftest import patch_rooms
 
 import mscnn_helpers as mscnn
 from mscnn_parts import figures
-from mscnn_parts.figures import _characters_in, _font_with, _warn_of_boxes
+from mscnn_parts.explanation import DecisionTrace
+from mscnn_parts.figures import _characters_in, _font_with, _warn_of_boxes, make_legible
+from mscnn_parts.metrics import calibration_error
+from mscnn_parts.sources import CIFAR10_NAMES
+from mscnn_parts.training import RetrainingResult
 
-NAMES = mscnn.CIFAR10_NAMES
+NAMES = CIFAR10_NAMES
 RNG = np.random.default_rng(0)
 
 
@@ -37,10 +41,10 @@ def trace(
     channels: int = 3,
     heat: float = 1.0,
     reason: str = mscnn.LOW_CONFIDENCE,
-) -> mscnn.DecisionTrace:
+) -> DecisionTrace:
     maps = heat * RNG.random((2, 7, 7)).astype(np.float32)
     top = [("ship", 0.6), ("truck", 0.3), ("cat", 0.1)]
-    return mscnn.DecisionTrace(pictures(1, channels)[0], truth, *maps, top, 0.4, 0.55, verdict, reason)
+    return DecisionTrace(pictures(1, channels)[0], truth, *maps, top, 0.4, 0.55, verdict, reason)
 
 
 def run_of(count: int) -> dict[str, list[float]]:
@@ -53,7 +57,7 @@ def scores(count: int) -> tuple[np.ndarray, np.ndarray]:
     return confidence, RNG.random(count) < confidence
 
 
-RETRAINED = [mscnn.RetrainingResult("ship", 0.4, 0.3, True), mscnn.RetrainingResult("truck", 0.2, 0.5, False)]
+RETRAINED = [RetrainingResult("ship", 0.4, 0.3, True), RetrainingResult("truck", 0.2, 0.5, False)]
 
 # Each figure with plenty, with one and with nothing to show.
 FIGURES = {
@@ -66,7 +70,9 @@ FIGURES = {
         NAMES,
         "title",
     ),
-    "risk_coverage": lambda n: mscnn.plot_risk_coverage({"both": scores(n), "Stage 1": scores(n)}, {"both": 0.5}),
+    "risk_coverage": lambda n: mscnn.plot_risk_coverage(
+        {"both": scores(n), "Stage 1": scores(n)}, {"both": scores(n)[1]}
+    ),
     "reliability": lambda n: mscnn.plot_reliability({"both": scores(n)}),
     "gallery": lambda n: mscnn.plot_gallery(pictures(n), decisions_of(n), np.arange(n) % 10, NAMES, "title"),
     "thresholds": lambda n: mscnn.plot_thresholds(*scores(n), np.linspace(0, 1, 21), 0.7, "calibration"),
@@ -162,9 +168,9 @@ def test_confusion_shows_counts_and_other():
     assert "42" in texts(figure)
 
 
-def test_risk_coverage_draws_the_curve_and_marks_the_threshold():
+def test_risk_coverage_draws_the_curve_and_marks_the_decision():
     confidence, correct = np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, True, False, False])
-    figure = mscnn.plot_risk_coverage({"both": (confidence, correct)}, at={"both": 0.7})
+    figure = mscnn.plot_risk_coverage({"both": (confidence, correct)}, {"both": confidence >= 0.7})
     curve, mark = figure.axes[0].lines
     np.testing.assert_allclose(curve.get_xdata(), [0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(curve.get_ydata(), [0, 0, 1 / 3, 1 / 2])
@@ -174,7 +180,7 @@ def test_risk_coverage_draws_the_curve_and_marks_the_threshold():
 
 def test_reliability_names_the_calibration_error():
     confidence, correct = scores(500)
-    assert f"both (ECE {mscnn.calibration_error(confidence, correct):.3f})" in texts(
+    assert f"both (ECE {calibration_error(confidence, correct):.3f})" in texts(
         mscnn.plot_reliability({"both": (confidence, correct)})
     )
 
@@ -187,6 +193,12 @@ def test_thresholds_draw_coverage_and_accuracy():
     np.testing.assert_allclose(accuracy.get_ydata(), [0.5, 0.5, 1, np.nan])
     assert set(mark.get_xdata()) == {0.5}
     assert "0.50" in figure.axes[0].get_title()
+    rejected = np.array([False, False, True, False])
+    figure = mscnn.plot_thresholds(confidence, correct, [0, 0.5], np.array([0.5, 0.7]), "calibration", rejected)
+    coverage, accuracy, *marks = figure.axes[0].lines
+    np.testing.assert_allclose(coverage.get_ydata(), [0.75, 0.25])
+    np.testing.assert_allclose(accuracy.get_ydata(), [2 / 3, 1])
+    assert [mark.get_xdata()[0] for mark in marks] == [0.5, 0.7]
 
 
 def test_retraining_says_what_was_kept():
@@ -309,7 +321,7 @@ def test_names_are_drawn_as_they_are(name, tmp_path):
     figures = {
         "confusion": mscnn.plot_confusion(np.eye(2, dtype=int), (name, "x"), name),
         "images": mscnn.plot_images(pictures(1), [name], name),
-        "retraining": mscnn.plot_retraining([mscnn.RetrainingResult(name, 0.4, 0.3, True)]),
+        "retraining": mscnn.plot_retraining([RetrainingResult(name, 0.4, 0.3, True)]),
         "traces": mscnn.plot_decision_traces([drawn]),
         "risk": mscnn.plot_risk_coverage({name: scores(5)}),
         "reliability": mscnn.plot_reliability({name: scores(5)}),
@@ -326,7 +338,7 @@ def test_powers_on_a_logarithmic_axis_stay_formulas():
     plt.close(figure)
     axis.plot([1, 1000])
     axis.set(yscale="symlog", title="$ and $")
-    mscnn.make_legible(figure)
+    make_legible(figure)
     figure.canvas.draw()
     assert not axis.title.get_parse_math()
     assert all(text.get_parse_math() for text in axis.get_yticklabels())
@@ -365,6 +377,9 @@ def test_the_threshold_explorer_counts_and_needs_no_kernel():
     assert repr(explorer) == "threshold 0.7000: 50.0% accepted, 50.0% of them correct"
     page = explorer._repr_html_()
     assert repr(explorer) in page and page.count("<polyline") == 2
-    assert '{"right": [0.6, 0.9], "wrong": [0.2, 0.7]}' in page
+    assert '{"right": [0.6, 0.9], "wrong": [0.2, 0.7], "all": 4}' in page
     assert "http" not in page, "it works offline"
     assert "nothing to measure" in repr(mscnn.ThresholdExplorer(confidence, correct, 1.0))
+    rejecting = mscnn.ThresholdExplorer(confidence, correct, [0.6, 0.8], np.array([False, False, True, False]))
+    assert repr(rejecting) == "threshold 0.7000: 25.0% accepted, 100.0% of them correct"
+    assert "0.0% accepted, nothing to measure" in repr(mscnn.ThresholdExplorer([], np.array([], bool), 0.7))

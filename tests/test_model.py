@@ -21,7 +21,10 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_helpers import Decisions, MSCNNError, MultiStageCNN
 from mscnn_parts.data import RawData, split_data
-from mscnn_parts.sources import find_cifar10
+from mscnn_parts.layers import FusedBatchNormalization
+from mscnn_parts.model_files import check_matches, parts_of
+from mscnn_parts.sources import CIFAR10_NAMES, find_cifar10
+from mscnn_parts.thresholds import threshold_text
 
 ROOT = Path(mscnn.__file__).parent
 
@@ -363,7 +366,7 @@ def test_trainable_summary(untrained_model):
 
 
 def test_trainable_summary_of_ten_categories_is_two_rows_of_five():
-    names = mscnn.CIFAR10_NAMES
+    names = CIFAR10_NAMES
     stub = MultiStageCNN(names, (32, 32, 1), [0], [1], stage1_widths=(1,), stage2_widths=(1,))
     rows = stub.trainable_summary().splitlines()[2:]
     assert [row.count(": True") for row in rows] == [5, 5]
@@ -395,7 +398,7 @@ MOVED = {"stage2/ship", "stage2/truck", "calibration/ship", "calibration/truck"}
 
 def test_retraining_moves_the_chosen_parts_only(retrained):
     """Every array of every other part is identical, BatchNormalization statistics included."""
-    before, after = mscnn.parts_of(retrained.before), mscnn.parts_of(retrained.after)
+    before, after = parts_of(retrained.before), parts_of(retrained.after)
     assert list(before) == list(after)
     same = {name for name in before if all(map(np.array_equal, before[name], after[name]))}
     assert set(before) - same == MOVED
@@ -424,7 +427,7 @@ def test_retraining_moves_only_the_chosen_arrays_of_the_file(retrained, tmp_path
 
 
 def test_parts_hold_every_array_of_the_model(model):
-    parts = mscnn.parts_of(model)
+    parts = parts_of(model)
     rows = [arrays[0] for name, arrays in parts.items() if name.startswith("calibration/") and "shared" not in name]
     np.testing.assert_array_equal(np.stack(rows), model.calibration_coefficients.numpy())
     assert sum(map(len, parts.values())) - len(rows) + 1 == len(model.weights)
@@ -469,7 +472,7 @@ def test_a_category_that_never_occurs_gets_the_common_row(trained_model, tiny_da
 
 def test_a_fingerprint_notices_one_statistic(trained_model):
     before = trained_model.fingerprints()
-    layer = next(x for x in trained_model.stage2_cnn(1).layers if isinstance(x, mscnn.FusedBatchNormalization))
+    layer = next(x for x in trained_model.stage2_cnn(1).layers if isinstance(x, FusedBatchNormalization))
     moved = layer.moving_mean.numpy()
     moved[0] = np.nextafter(moved[0], np.float32(np.inf))
     layer.moving_mean.assign(moved)
@@ -508,9 +511,7 @@ def test_thresholds_by_category_are_saved_and_told(certified, tmp_path, given):
     np.testing.assert_array_equal(loaded.threshold, np.asarray(given, np.float64))
     assert loaded.valid_certificate is None
     if np.ndim(given):
-        assert mscnn.threshold_text(loaded).startswith(
-            "Thresholds 0.5000 to 0.9000 by category, as given. No error rate is "
-        )
+        assert threshold_text(loaded).startswith("Thresholds 0.5000 to 0.9000 by category, as given. No error rate is ")
         assert "at threshold 0.5 to 0.9: the certificate is for " in loaded.guarantee()
     certified.threshold = [certified.certificate.threshold] * 5  # the same decisions as that of the certificate
     assert certified.valid_certificate == certified.certificate
@@ -742,20 +743,20 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_model_of_other_data_is_refused(model, tiny_data, digits):
-    mscnn.check_matches(model, tiny_data)
+    check_matches(model, tiny_data)
     with pytest.raises(MSCNNError, match="model is for another data set: tiny; the data has digits"):
-        mscnn.check_matches(model, digits)
+        check_matches(model, digits)
     renamed = dataclasses.replace(tiny_data, category_names=("plane", *tiny_data.category_names[1:]))
     for other in (renamed, dataclasses.replace(tiny_data, name="mine")):
         with pytest.raises(MSCNNError, match="Choose the data set that the model was trained on, or train a new"):
-            mscnn.check_matches(model, other)
+            check_matches(model, other)
 
 
 def test_other_splits_of_the_same_data_are_refused(model, tiny_data):
     """Else images that the model was trained on would calibrate and verifier it."""
     swapped = dataclasses.replace(tiny_data, calibration=tiny_data.certification, certification=tiny_data.calibration)
     with pytest.raises(MSCNNError, match=r"trained on other splits of tiny \(seed, light_mode or files differ\)"):
-        mscnn.check_matches(model, swapped)
+        check_matches(model, swapped)
 
 
 def test_a_frozen_calibration_row_does_not_move(trained_model, tiny_data):

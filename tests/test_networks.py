@@ -9,8 +9,11 @@ import tensorflow as tf
 from conftest import tiny_images
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import FusedBatchNormalization, RandomFlipCrop, WhiteningConv, build_cnn
+from mscnn_helpers import build_cnn
 from mscnn_parts import networks
+from mscnn_parts.kernels import images_per_row, pack_rows
+from mscnn_parts.layers import RANDOM_FLIP, FusedBatchNormalization, RandomFlipCrop, WhiteningConv
+from mscnn_parts.networks import whitening_kernel
 
 # ------------------------------------------------------------------------------------------------------------
 # RandomFlipCrop
@@ -155,7 +158,7 @@ def test_reset_ends_what_a_training_has_set():
     layer.epoch.assign(3)
     layer.crop_fraction.assign(0.75)
     layer.reset()
-    assert (int(layer.epoch), float(layer.crop_fraction)) == (mscnn.RANDOM_FLIP, 1.0)
+    assert (int(layer.epoch), float(layer.crop_fraction)) == (RANDOM_FLIP, 1.0)
 
 
 def test_augmentation_gathers_floats():
@@ -176,7 +179,7 @@ def test_whitening_decorrelates_neighbouring_pixels(channels):
     normal = ((images - mean) / std).astype(np.float32)
     layer = WhiteningConv()
     layer.build((None, 32, 32, channels))
-    layer.kernel.assign(mscnn.whitening_kernel(images, mean, std))
+    layer.kernel.assign(whitening_kernel(images, mean, std))
     out = layer(normal).numpy()
     assert out.shape == (200, 31, 31, 8 * channels)
 
@@ -292,13 +295,13 @@ def test_the_gradient_of_images_side_by_side_is_the_gradient(batch, width):
         tape.watch(kernel)
         out = tf.nn.conv2d(images, kernel, 1, "SAME")
     expected = tape.gradient(out, kernel, output_gradients=result)
-    assert mscnn.images_per_row(width) > 2
+    assert images_per_row(width) > 2
     np.testing.assert_allclose(mscnn.gradient_of_kernel(images, result), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_images_side_by_side_have_a_column_of_zeros_after_each():
     images = tf.reshape(tf.range(1.0, 13.0), (3, 2, 2, 1))
-    rows = mscnn.pack_rows(images, 2)[..., 0].numpy()  # (2, 2, 6)
+    rows = pack_rows(images, 2)[..., 0].numpy()  # (2, 2, 6)
     assert rows.tolist() == [
         [[1, 2, 0, 5, 6, 0], [3, 4, 0, 7, 8, 0]],
         [[9, 10, 0, 0, 0, 0], [11, 12, 0, 0, 0, 0]],

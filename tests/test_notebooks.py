@@ -18,9 +18,9 @@ from conftest import ROOT, TINY_NAMES, write_tiny_npz
 from PIL import Image
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import Settings
 from mscnn_parts.files import jsonable
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
+from mscnn_parts.settings import Settings
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -12,9 +12,11 @@ import pytest
 from conftest import ROOT, gross_strangers
 
 import mscnn_helpers as mscnn
+from mscnn_parts.model_files import check_matches
+from mscnn_parts.settings import PRETRAINED
 from mscnn_parts.sources import find_cifar10
 
-FILE = ROOT / "notebooks" / mscnn.PRETRAINED
+FILE = ROOT / "notebooks" / PRETRAINED
 made = pytest.mark.skipif(not FILE.is_file(), reason="no pretrained model has been made yet")
 
 
@@ -93,7 +95,7 @@ def test_the_pretrained_model_does_on_a_slice_what_its_card_says():
         pytest.skip("CIFAR-10 is not at hand")
     cifar10 = mscnn.load_dataset("cifar10")
     model, record = mscnn.load_model(FILE), json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))
-    mscnn.check_matches(model, cifar10)
+    check_matches(model, cifar10)
     images, labels = cifar10.test.images[:1000], cifar10.test.labels[:1000]
     decisions = model.decide(images)
     assert (decisions.ood_score > 0).mean() <= 0.05

@@ -20,7 +20,10 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_parts.cli import parse
 from mscnn_parts.commands import COMMANDS
+from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
+from mscnn_parts.pictures import IMAGE_SUFFIXES
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
+from mscnn_parts.settings import Settings
 
 PATHS = {"en": ROOT / "README.md", "ja": ROOT / "README.ja.md"}
 TEXTS = {language: path.read_text("utf-8") for language, path in PATHS.items()}
@@ -151,7 +154,7 @@ def test_a_run_leaves_what_the_tree_shows(text):
         assert re.search(rf'"{picture}(?:"\s*\)|\.png")', notebooks), picture
     for record in records:
         assert f'"{record}"' in source + notebooks, record
-    run = mscnn.Run("total", mscnn.Settings())
+    run = mscnn.Run("total", Settings())
     assert {path.name for path in (run.model_path, run.stage1_path)} == set(re.findall(r"\w+\.keras", tree))
     assert run.folder == ROOT / "runs/latest"
     pages = re.findall(r"runs/latest/notebooks/(\w+)\.html", text)
@@ -186,14 +189,14 @@ def test_command_lines_parse():
 
 
 def test_options_exist():
-    options = {f"--{one.name}" for one in dataclasses.fields(mscnn.Settings)}
+    options = {f"--{one.name}" for one in dataclasses.fields(Settings)}
     named = {one.split()[0] for one in inline_code(ENGLISH) if one.startswith("--")}
     assert named - options == {"--gpus", "--user", "--notebooks", "--csv", "--no-mirror"}  # the first two are Docker's
 
 
 @both
 def test_papermill_gets_parameters_of_the_right_type(text):
-    kinds = {one.name: one.type for one in dataclasses.fields(mscnn.Settings)}
+    kinds = {one.name: one.type for one in dataclasses.fields(Settings)}
     lines = [line for line in code(text).splitlines() if re.match(r"\s*papermill |-p ", line)]  # not mkdir, not docker
     given = re.findall(r"-p (\w+) ([\w./]+)", "\n".join(lines))
     assert len(given) >= 3
@@ -249,7 +252,7 @@ def test_python_blocks_run(trained_model_path, tmp_path, monkeypatch, capsys):
 
 def test_parameters_are_those_of_settings():
     rows = [[cell.strip("`") for cell in row] for row in table_rows(between(DOCS["parameters"], "parameters"))]
-    fields = dataclasses.fields(mscnn.Settings)
+    fields = dataclasses.fields(Settings)
     assert [(name, kind, ast.literal_eval(default)) for name, kind, default, _ in rows] == [
         (one.name, one.type, one.default) for one in fields
     ]
@@ -262,11 +265,11 @@ def test_figures_of_the_recipe_and_the_networks():
     (sentence,) = re.findall(r"^- .*20,000.*$", text, re.M)
     numbers = {int(number) for number in re.findall(r"\b\d+\b", sentence.replace("20,000", ""))}
     assert numbers == {large.epochs, large.batch_size, small.epochs, small.batch_size}
-    for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS):
+    for widths in (STAGE1_WIDTHS, STAGE2_WIDTHS):
         assert "/".join(map(str, widths)) in text
-    assert all(f"`{suffix}`" in text for suffix in mscnn.IMAGE_SUFFIXES)
+    assert all(f"`{suffix}`" in text for suffix in IMAGE_SUFFIXES)
     work, weights = [], []
-    for widths in (mscnn.STAGE1_WIDTHS, mscnn.STAGE2_WIDTHS):
+    for widths in (STAGE1_WIDTHS, STAGE2_WIDTHS):
         network = mscnn.build_cnn("n", (32, 32, 3), 10, widths, [128.0] * 3, [64.0] * 3, True, "float32")
         layers = [layer for layer in network.layers if hasattr(layer, "kernel")]
         work.append(sum(np.prod(one.output.shape[1:-1]) * np.prod(one.kernel.shape) for one in layers) / 1e6)

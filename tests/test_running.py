@@ -21,10 +21,13 @@ from jupyter_client.kernelspec import NoSuchKernel
 from PIL import Image
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import MSCNNError, Run, Settings
-from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html, parse
+from mscnn_helpers import MSCNNError, Run
+from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html, command_line, parse, print_result, run_all
 from mscnn_parts.lab import make_working_copies
-from mscnn_parts.run_folder import ALL_NOTEBOOKS, make_run_folders
+from mscnn_parts.model_files import check_matches
+from mscnn_parts.run_folder import ALL_NOTEBOOKS, injected_names, make_run_folders
+from mscnn_parts.runs import model_data, validate_run
+from mscnn_parts.settings import FALLBACK_NOTICE, Settings
 
 
 @pytest.fixture
@@ -112,7 +115,7 @@ def test_a_run_does_not_write_over_notebooks(settings, tmp_path, monkeypatch, ru
     given = str(ROOT) if run_dir == "ROOT" else run_dir
     given = str(tmp_path / given) if (tmp_path / given).is_dir() and given not in ("", ".", "notebooks") else given
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, run_dir=given))
-    for refuses in (make_run_folders, mscnn.validate_run, mscnn.continue_run_data):
+    for refuses in (make_run_folders, validate_run, mscnn.continue_run_data):
         with pytest.raises(MSCNNError, match=r"run_dir is .*notebooks.* Choose another run_dir"):
             refuses(run)
     assert not run.figures.exists()
@@ -142,7 +145,7 @@ def test_a_run_among_its_own_images_is_refused(tmp_path):
             Image.new("RGB", (8, 8), (color, i, 0)).save(tmp_path / "pets" / name / f"{i}.png")
     for folder in ("pets", "pets/run"):
         with pytest.raises(MSCNNError, match="lies among the images of pets: choose one elsewhere"):
-            mscnn.validate_run(Run("01", Settings(dataset=str(tmp_path / "pets"), run_dir=str(tmp_path / folder))))
+            validate_run(Run("01", Settings(dataset=str(tmp_path / "pets"), run_dir=str(tmp_path / folder))))
 
 
 def write_model_record(path, **config):
@@ -157,7 +160,7 @@ def test_a_model_of_other_images_of_the_same_name_is_not_replaced(settings, tmp_
     (tmp_path / "two").mkdir()
     other = write_tiny_npz(tmp_path / "two/tiny.npz", train=601)
     again = Run("01", dataclasses.replace(settings, dataset=str(other)))
-    mscnn.validate_run(again)  # no model is there yet
+    validate_run(again)  # no model is there yet
     if kept == "metrics":
         again.model_path.write_bytes(b"finished")
     else:  # the run folder forgets, the model does not
@@ -175,7 +178,7 @@ def test_a_model_of_the_same_images_is_replaced(settings, change, trained_model_
     mscnn.begin_run_data(Run("01", settings))
     run = Run("01", dataclasses.replace(settings, **change))
     run.model_path.write_bytes(trained_model_path.read_bytes())
-    assert mscnn.model_data(run)["source_fingerprint"] == tiny_data.source_fingerprint
+    assert model_data(run)["source_fingerprint"] == tiny_data.source_fingerprint
     mscnn.begin_run_data(run)
 
 
@@ -186,9 +189,9 @@ def test_an_older_model_goes_by_its_names(settings, tiny_data, names, refused):
     write_model_record(run.model_path, dataset="tiny", category_names=names or tiny_data.category_names)
     if refused:
         with pytest.raises(MSCNNError, match="holds a model of other images named tiny"):
-            mscnn.validate_run(run)
+            validate_run(run)
     else:
-        mscnn.validate_run(run)
+        validate_run(run)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"another"])
@@ -200,7 +203,7 @@ def test_a_file_that_is_no_model_is_not_replaced(settings, content):
         with zipfile.ZipFile(run.model_path, "w") as file:
             file.writestr("config.json", '{"class_name": "Sequential", "config": {"name": "mine"}}')
     with pytest.raises(MSCNNError, match="cannot be read as a model of this project, and this run would replace it"):
-        mscnn.validate_run(run)
+        validate_run(run)
 
 
 def test_a_later_notebook_does_not_replace_a_model_of_other_images_either(settings, tmp_path, tiny_data):
@@ -261,7 +264,7 @@ def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
     data = mscnn.continue_run_data(Run("02_stage1_training", auto))
     assert (data.name, data.fallback) == ("digits", True)
     assert asked == ["auto", "digits"], "CIFAR-10 is not looked for again: by now it could be there"
-    assert mscnn.FALLBACK_NOTICE in capsys.readouterr().out
+    assert FALLBACK_NOTICE in capsys.readouterr().out
 
 
 def test_a_model_is_opened_with_the_threshold_of_the_run(settings, tiny_data, trained_model_path):
@@ -300,7 +303,7 @@ def test_the_threshold_is_set_as_asked_for(settings, tiny_data, trained_model):
 
 def test_too_few_images_for_a_target_risk_are_noticed_before_training(settings, capsys):
     with pytest.raises(MSCNNError, match=r"1\.00% errors at the most needs .* images .*certification split has 90"):
-        mscnn.validate_run(Run("01_data_and_light_mode", dataclasses.replace(settings, target_risk=0.01)))
+        validate_run(Run("01_data_and_light_mode", dataclasses.replace(settings, target_risk=0.01)))
     assert mscnn.main(command(settings, target_risk=0.01)) == 1
     assert "needs" in capsys.readouterr().err
 
@@ -368,7 +371,7 @@ def test_without_notebook_01_each_gets_what_was_asked_for(project):
     notebook = nbformat.read(source, 4)
     notebook.cells[0].source = "run_dir: str = 'runs/latest'  # nothing else"
     nbformat.write(notebook, source)
-    mscnn.run_all(patched, ("one",))
+    run_all(patched, ("one",))
     assert "threshold 0.5" in outputs(folder / "notebooks" / "one.ipynb")
 
 
@@ -380,7 +383,7 @@ def test_notebooks_are_chosen_by_number():
 
 
 def test_there_is_no_other_option():
-    options = {option for action in mscnn.command_line()._actions for option in action.option_strings}
+    options = {option for action in command_line()._actions for option in action.option_strings}
     parameters = {f"--{field.name}" for field in dataclasses.fields(Settings)}
     assert options == {"-h", "--help", "--version", "--notebooks", "--no-mirror", *parameters}
 
@@ -464,7 +467,7 @@ def test_images_are_not_mirrored_where_that_is_turned_off(settings, tmp_path):
     with pytest.raises(
         MSCNNError, match="The model was trained with mirror False, and the data has True: set mirror as it was"
     ):
-        mscnn.check_matches(model, mscnn.load_dataset(settings.dataset))
+        check_matches(model, mscnn.load_dataset(settings.dataset))
     assert parse(["--no-mirror"])[0].mirror is parse(["--no_mirror"])[0].mirror is False
     mscnn.MultiStageCNN.for_dataset(mscnn.load_dataset("digits"), **small).save(tmp_path / "m.keras")
     alone = {"run_dir": str(tmp_path / "new"), "load_model": str(tmp_path / "m.keras")}
@@ -587,7 +590,7 @@ def test_notebooks_run_in_order_with_the_parameters(project, capsys):
     for name in ("one", "two"):
         values = "epochs, light_mode, threshold, stage2_categories"
         folder = project(name, "import os", f"print('this is {name}', {values})")
-    mscnn.run_all(Settings(epochs=7, light_mode=True, threshold=0.5, stage2_categories="8"), ("one", "two"))
+    run_all(Settings(epochs=7, light_mode=True, threshold=0.5, stage2_categories="8"), ("one", "two"))
     for name in ("one", "two"):
         said = f"this is {name} 7 True 0.5 8"
         assert said in outputs(folder / "notebooks" / f"{name}.ipynb")
@@ -622,7 +625,7 @@ def test_kernels_work_on_this_project_wherever_they_start(tmp_path, monkeypatch)
     notebook = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, (code, shown))])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, project / "notebooks" / "one.ipynb")
-    mscnn.run_all(Settings(dataset="../images.npz", run_dir="../run {x}"), ("one",))
+    run_all(Settings(dataset="../images.npz", run_dir="../run {x}"), ("one",))
     expected = f"{project.name} {other / 'data'} {other / 'images.npz'} {other / 'run {x}'}"
     assert expected in outputs(other / "run {x}" / "notebooks" / "one.ipynb")
     assert os.environ["MSCNN_DATA_DIR"] == "data"
@@ -651,7 +654,7 @@ def test_progress_counts_code_cells_only(project, tmp_path, capsys):
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"
     nbformat.write(notebook, path)
-    mscnn.run_all(Settings(), ("one",))
+    run_all(Settings(), ("one",))
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     # The parameters, the ones that the runner puts behind them, and two more.
     assert printed[:6] == [f"[one] cell {i} of 4" for i in (1, 2, 3)] + ["a", "[one] cell 4 of 4", "b"]
@@ -660,7 +663,7 @@ def test_progress_counts_code_cells_only(project, tmp_path, capsys):
 def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, capsys):
     folder = project("bad", "print('so far')", "result = {}['nothing']", "print('never')")
     patch_rooms(monkeypatch, "NOTEBOOKS", ("bad", "after"))
-    monkeypatch.setattr(mscnn.run_all, "__defaults__", (("bad", "after"),))
+    monkeypatch.setattr(run_all, "__defaults__", (("bad", "after"),))
     patch_rooms(monkeypatch, "validate_run", lambda run: None)
     assert mscnn.main([]) == 1
     partial = folder / "notebooks" / "bad.ipynb"
@@ -684,7 +687,7 @@ def test_what_would_be_refused_later_is_refused_before_a_notebook_is_overwritten
 def test_a_kernel_that_dies_is_an_error_in_plain_sight(project):
     folder = project("dies", "print('so far')", "import os; os._exit(1)")  # as when the memory is used up
     with pytest.raises(MSCNNError, match=r"^dies: its Python process died, .* memory") as error:
-        mscnn.run_all(Settings(), ("dies",))
+        run_all(Settings(), ("dies",))
     assert str(folder / "notebooks" / "dies.ipynb") in str(error.value)
     assert "so far" in outputs(folder / "notebooks" / "dies.ipynb")
 
@@ -702,11 +705,11 @@ def test_links_between_the_notebooks_become_links_between_their_pages(tmp_path):
 
 def test_an_older_result_does_not_pass_for_a_new_one(project):
     folder = project("bad", "print('fine')")
-    mscnn.run_all(Settings(), ("bad",))
+    run_all(Settings(), ("bad",))
     assert "fine" in (folder / "notebooks" / "bad.html").read_text("utf-8")
     project("bad", "raise SystemError('broken')")
     with pytest.raises(MSCNNError, match="SystemError: broken"):
-        mscnn.run_all(Settings(), ("bad",))
+        run_all(Settings(), ("bad",))
     for suffix in (".ipynb", ".html"):
         assert "broken" in (folder / "notebooks" / f"bad{suffix}").read_text("utf-8")
 
@@ -737,20 +740,20 @@ def finished(settings):
 
 
 def test_the_end_says_what_came_out_and_where_to_look(finished, capsys):
-    mscnn.print_result(finished)
+    print_result(finished)
     printed = capsys.readouterr().out
     for part in ("the report of the categories", "light mode", "100 test images", "61.2%", "87.5%", "50.0%", "0.1234"):
         assert part in printed
     for part in ("0.0987", "83 s", str(finished.folder), "05_evaluation_and_cam.html", "metrics.json"):
         assert part in printed
-    assert mscnn.FALLBACK_NOTICE not in printed
+    assert FALLBACK_NOTICE not in printed
     assert "Confidences are rough: only 39 images" in printed
 
 
 def test_confidences_calibrated_on_enough_images_are_not_rough(finished, capsys):
     dataset = finished.read("metrics")["dataset"]
     finished.write("metrics", dataset={**dataset, "sizes": {"calibration": 40, "test": 100}})
-    mscnn.print_result(finished)
+    print_result(finished)
     assert "rough" not in capsys.readouterr().out
 
 
@@ -758,9 +761,9 @@ def test_the_end_on_the_fallback_data_with_nothing_accepted(finished, capsys):
     metrics = finished.read("metrics")
     finished.write("metrics", dataset={**metrics["dataset"], "fallback": True})
     finished.write("metrics", two_stage={**metrics["two_stage"], "coverage": 0.0, "selective_accuracy": float("nan")})
-    mscnn.print_result(finished)
+    print_result(finished)
     printed = capsys.readouterr().out
-    assert mscnn.FALLBACK_NOTICE in printed
+    assert FALLBACK_NOTICE in printed
     assert "nothing is accepted" in printed
 
 
@@ -806,7 +809,7 @@ def test_a_model_for_other_data_reads_the_same_through_the_command_line(
 ):
     other = write_tiny_npz(tmp_path / "other.npz", train=200, test=40)
     with pytest.raises(MSCNNError) as direct:
-        mscnn.check_matches(trained_model, mscnn.load_dataset(str(other)))
+        check_matches(trained_model, mscnn.load_dataset(str(other)))
     assert mscnn.main(command(settings, dataset=str(other), load_model=str(trained_model_path))) == 1
     error = capsys.readouterr().err
     assert str(direct.value) in error
@@ -866,7 +869,7 @@ def test_another_backend_is_refused_at_import():
 
 def test_a_name_that_is_no_parameter_is_refused(settings, monkeypatch):
     cells = ['run_dir: str = "runs/latest"', "# Parameters\nepochs = 5\nepoch = 6\n", "# Parameters\nx = 1", "%cd .."]
-    assert mscnn.injected_names(cells) == ["epochs", "epoch"]
+    assert injected_names(cells) == ["epochs", "epoch"]
     shell = types.SimpleNamespace(user_ns={"In": cells})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     with pytest.raises(MSCNNError, match=r"Unknown parameter 'epoch'\. Did you mean epochs\?"):
@@ -925,7 +928,7 @@ def test_a_missing_kernel_is_named(project, monkeypatch):
 
     monkeypatch.setattr("papermill.execute_notebook", refuse)
     with pytest.raises(MSCNNError, match=r"Jupyter knows no kernel named python3 here\. Install it: .*ipykernel"):
-        mscnn.run_all(Settings(), ["one"])
+        run_all(Settings(), ["one"])
 
 
 def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):

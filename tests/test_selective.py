@@ -11,6 +11,7 @@ import selective
 from scipy.special import expit, log_softmax, softmax
 
 import mscnn_helpers as mscnn
+from mscnn_parts.metrics import augrc
 
 
 def random_split(count: int, seed: int) -> selective.Split:
@@ -29,13 +30,13 @@ def random_split(count: int, seed: int) -> selective.Split:
 
 def found_for(seed: int) -> dict[str, np.ndarray]:
     parts = {name: random_split(400, 10 * seed + i) for i, name in enumerate(("calibration", "test"))}
-    found = {f"{name}_{field}": value for name, split in parts.items() for field, value in split._asdict().items()}
+    results = {f"{name}_{field}": value for name, split in parts.items() for field, value in split._asdict().items()}
     noise = np.random.default_rng(seed).normal(size=(4, 400, 4))
     rng = np.random.default_rng(seed)
-    found["test_familiar"] = rng.random(400) < 0.5
-    found["certification_ours"] = rng.uniform(size=2_000)
-    found["certification_right"] = rng.uniform(size=2_000) < found["certification_ours"]
-    return {**found, "test_pool": np.concatenate([found["test_stage1"][:1], found["test_stage1"][:1] + noise])}
+    results["test_in_distribution"] = rng.random(400) < 0.5
+    results["certification_ours"] = rng.uniform(size=2_000)
+    results["certification_correct"] = rng.uniform(size=2_000) < results["certification_ours"]
+    return {**results, "test_pool": np.concatenate([results["test_stage1"][:1], results["test_stage1"][:1] + noise])}
 
 
 def test_scores_of_logits_by_hand():
@@ -108,10 +109,10 @@ def test_every_method_answers_and_costs_something():
 
 
 def test_what_is_fitted_never_sees_the_test_labels():
-    found = found_for(0)
-    before = selective.answers(found, selective.FULL)
-    found["test_labels"] = np.roll(found["test_labels"], 1)
-    after = selective.answers(found, selective.FULL)
+    results = found_for(0)
+    before = selective.answers(results, selective.FULL)
+    results["test_labels"] = np.roll(results["test_labels"], 1)
+    after = selective.answers(results, selective.FULL)
     for name in before:
         assert np.array_equal(before[name].confidence, after[name].confidence), name
 
@@ -125,11 +126,11 @@ def test_a_good_second_opinion_is_found_to_be_better():
 
 def test_measures_of_a_perfect_order():
     answer = selective.Answers(np.zeros(10, int), np.linspace(1, 0.1, 10))
-    found = selective.measures(answer, np.array([0] * 8 + [1] * 2))
-    assert found["accuracy"] == 0.8 and found["e_aurc"] == pytest.approx(0) and found["auroc_failure"] == 1
-    assert found["error at 80%"] == 0 and found["error at 100%"] == pytest.approx(0.2)
-    assert found["coverage at 1.0%"] == 0.8
-    assert "ece" not in found and "brier" not in found, "it claims no probability"
+    results = selective.measures(answer, np.array([0] * 8 + [1] * 2))
+    assert results["accuracy"] == 0.8 and results["e_aurc"] == pytest.approx(0) and results["auroc_failure"] == 1
+    assert results["error at 80%"] == 0 and results["error at 100%"] == pytest.approx(0.2)
+    assert results["coverage at 1.0%"] == 0.8
+    assert "ece" not in results and "brier" not in results, "it claims no probability"
     assert {"ece", "brier"} <= set(
         selective.measures(answer._replace(probability=answer.confidence), np.zeros(10, int))
     )
@@ -140,14 +141,18 @@ def test_promises_of_a_calibrated_and_of_a_boasting_confidence():
     rng = np.random.default_rng(0)
     confidence = np.where(np.arange(20_000) % 2, 0.999, rng.uniform(0.5, 0.9, 20_000))
     category, correct = np.arange(20_000) % 4, rng.uniform(size=20_000) < confidence
-    found = {"test_labels": np.where(correct, category, 9)}
-    found |= {"test_familiar": np.full(20_000, True), "certification_ours": confidence, "certification_right": correct}
-    got = selective.promises(found, selective.Answers(category, confidence))
+    results = {"test_labels": np.where(correct, category, 9)}
+    results |= {
+        "test_in_distribution": np.full(20_000, True),
+        "certification_ours": confidence,
+        "certification_correct": correct,
+    }
+    got = selective.promises(results, selective.Answers(category, confidence))
     assert got["calibration"] == pytest.approx(got["calibration, simulated mean"], abs=0.005)
     assert got["worst calibration"] == pytest.approx(got["worst calibration, simulated mean"], abs=0.01)
     assert 0.5 <= got["certified coverage"] < 0.55 and got["certified error"] < 0.01
     assert got["calibration, simulated mean"] < got["calibration, simulated 95 %"]
-    boasting = selective.promises(found, selective.Answers(category, confidence**0.2))
+    boasting = selective.promises(results, selective.Answers(category, confidence**0.2))
     assert boasting["calibration"] > 0.1 > boasting["calibration, simulated 95 %"]
 
 
@@ -164,7 +169,7 @@ def test_a_resample_of_each_image_once_is_the_split():
     for confidence in (answer.confidence, answer.confidence.round(1)):  # without ties, and with many
         got = selective.resampled(answer._replace(confidence=confidence), labels, np.ones((1, 300), int))
         assert got.aurc[0] == pytest.approx(mscnn.aurc(confidence, labels == 0))
-        assert got.augrc[0] == pytest.approx(mscnn.augrc(confidence, labels == 0))
+        assert got.augrc[0] == pytest.approx(augrc(confidence, labels == 0))
 
 
 def test_a_resample_is_as_if_its_images_were_there_so_many_times():
@@ -175,7 +180,7 @@ def test_a_resample_is_as_if_its_images_were_there_so_many_times():
     for i, count in enumerate(counts):
         confidence, correct = np.repeat(answer.confidence, count), np.repeat(labels == 0, count)
         assert got.aurc[i] == pytest.approx(mscnn.aurc(confidence, correct))
-        assert got.augrc[i] == pytest.approx(mscnn.augrc(confidence, correct))
+        assert got.augrc[i] == pytest.approx(augrc(confidence, correct))
 
 
 def test_seeds_that_share_their_images_are_not_independent():
@@ -254,8 +259,8 @@ def test_outputs_are_computed_once_for_the_same_models(tmp_path, monkeypatch):
 
     for written, expected in (("one", 1), ("one", 1), ("another", 2)):
         model.write_text(written)
-        found = selective.kept(tmp_path / "outputs_4.npz", [model], compute, 4)
-        assert found["odds"].tolist() == [expected] * 3 and found["commit"]
+        results = selective.kept(tmp_path / "outputs_4.npz", [model], compute, 4)
+        assert results["odds"].tolist() == [expected] * 3 and results["commit"]
     assert asked == [4, 4]
 
 
@@ -272,9 +277,9 @@ def test_the_bootstrap_tells_better_worse_and_equal():
         scores["equal"] = scores["ours"]
         all_answers.append({name: selective.Answers(np.zeros(1_000, int), score) for name, score in scores.items()})
         all_labels.append(labels)
-    for found in selective.differences(all_answers, all_labels, 200).values():
-        assert found["worse"][2] < 0 < found["better"][0]
-        assert found["equal"] == [0, 0, 0] and "ours" not in found
+    for results in selective.differences(all_answers, all_labels, 200).values():
+        assert results["worse"][2] < 0 < results["better"][0]
+        assert results["equal"] == [0, 0, 0] and "ours" not in results
 
 
 def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
@@ -283,17 +288,17 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
     answers = [selective.answers(found_for(seed), form) for seed in (0, 1)]
     methods = {
         name: {
-            "work": 1.0,
+            "macs": 1.0,
             "of": [0, 1] if name != "margin" else [1],
             "seeds": [selective.measures(one[name], truth) for one, truth in zip(answers, labels, strict=True)],
         }
         for name in answers[0]
     }
     promised = [selective.promises(found_for(seed), one["ours"]) for seed, one in enumerate(answers)]
-    found = {"seeds": [0, 1], "methods": methods, "promises": promised, "trained_at": ["abc"], "asked_at": ["def"]}
-    found["differences"] = selective.differences(answers, labels, 100)
+    results = {"seeds": [0, 1], "methods": methods, "promises": promised, "trained_at": ["abc"], "asked_at": ["def"]}
+    results["differences"] = selective.differences(answers, labels, 100)
     figures = {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
-    text = selective.table({**figures, "found": found})
+    text = selective.table({**figures, "results": results})
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     ruled = sum(one.probability is not None for one in answers[0].values())
     assert len(rows) == 2 * (len(methods) + 2) + ruled + 2 + 4, "four tables, each with a header and a line below it"
@@ -310,8 +315,8 @@ def test_some_seeds_alone_have_no_dropout_and_ensembles_of_their_own_networks():
     assert (form.seeds, form.pool, form.sizes, form.dropout) == ((1, 2), (1, 2), (2,), ())
     assert selective.some_seeds((3,)).sizes == ()
     assert selective.store(form) != selective.store(selective.FULL), "outputs with other ensembles"
-    found = {name: values for name, values in found_for(0).items() if not name.endswith("_dropout")}
-    answers = selective.answers({**found, "test_pool": found["test_pool"][:2]}, form)
+    results = {name: values for name, values in found_for(0).items() if not name.endswith("_dropout")}
+    answers = selective.answers({**results, "test_pool": results["test_pool"][:2]}, form)
     assert "dropout" not in answers and "ensemble of 2" in answers and "ensemble of 5" not in answers
 
 
@@ -347,6 +352,6 @@ def test_the_quick_form_trains_and_judges_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(selective, "QUICK", selective.QUICK._replace(root=tmp_path))
     monkeypatch.setattr(sys, "argv", ["selective.py", "--quick"])
     selective.main()
-    methods = json.loads((tmp_path / "selective.json").read_text("utf-8"))["found"]["methods"]
+    methods = json.loads((tmp_path / "selective.json").read_text("utf-8"))["results"]["methods"]
     assert methods["ours"]["seeds"][0]["aurc"] < 0.5
     assert len(methods) >= 15

@@ -14,10 +14,15 @@ from papermill.cli import _resolve_type
 from PIL import Image
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import MSCNNError, Run, Settings, categories_from
-from mscnn_parts.files import write_atomically
+from mscnn_helpers import MSCNNError, Run, categories_from
+from mscnn_parts.downloads import data_folder
+from mscnn_parts.files import project_root, write_atomically
+from mscnn_parts.run_folder import settled
+from mscnn_parts.runs import validate_run
+from mscnn_parts.settings import FALLBACK_NOTICE, Settings
+from mscnn_parts.sources import CIFAR10_NAMES, FASHION_NAMES
 
-CIFAR10 = mscnn.CIFAR10_NAMES
+CIFAR10 = CIFAR10_NAMES
 EVERYTHING = tuple(range(10))
 
 # ------------------------------------------------------------------------------------------------------------
@@ -74,7 +79,7 @@ def test_a_misspelt_category_gets_a_proposal_and_the_list():
 
 def test_a_proposal_keeps_the_capitals_of_the_name():
     with pytest.raises(MSCNNError, match=r"Did you mean T-shirt\?"):
-        categories_from("t-shrt", mscnn.FASHION_NAMES)
+        categories_from("t-shrt", FASHION_NAMES)
 
 
 def test_no_proposal_where_nothing_is_alike():
@@ -423,7 +428,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, inside):
     (tmp_path / "file").write_text("not a folder")
     where = tmp_path / "file" / inside
     with pytest.raises(MSCNNError, match=r"Cannot write into the run folder .*file.*: .*Choose another run_dir"):
-        mscnn.validate_run(Run("01", Settings(dataset="digits", run_dir=str(where))))
+        validate_run(Run("01", Settings(dataset="digits", run_dir=str(where))))
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -500,15 +505,13 @@ def no_home(monkeypatch):
 )
 def test_without_a_home_only_what_names_it_is_refused(no_home, run, parameter, tiny_path, monkeypatch):
     monkeypatch.setenv("MSCNN_DATA_DIR", "")
-    assert mscnn.data_folder().is_absolute(), "the folder for temporary files stands in, as Keras has it"
+    assert data_folder().is_absolute(), "the folder for temporary files stands in, as Keras has it"
     given = {"dataset": str(tiny_path), "run_dir": str(run.folder)}
-    mscnn.validate_run(Run("01", Settings(**given)))
+    validate_run(Run("01", Settings(**given)))
     if parameter.isupper():
         monkeypatch.setenv(parameter, "~/x")
     with pytest.raises(MSCNNError, match="No home directory is known for '~/x': give the whole path"):
-        mscnn.data_folder() if parameter.isupper() else mscnn.validate_run(
-            Run("01", Settings(**{**given, parameter: "~/x"}))
-        )
+        data_folder() if parameter.isupper() else validate_run(Run("01", Settings(**{**given, parameter: "~/x"})))
 
 
 @pytest.mark.parametrize(
@@ -533,7 +536,7 @@ def test_without_a_current_folder_only_what_begins_there_is_refused(run, tmp_pat
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert Run("01", Settings()).folder == mscnn.project_root() / "runs/latest"
+    assert Run("01", Settings()).folder == project_root() / "runs/latest"
     assert mscnn.load_dataset("digits").name == "digits"
     with pytest.raises(MSCNNError, match="No model file 'missing'"):
         Run("01", dataclasses.replace(run.settings, load_model="missing")).starting_model()
@@ -548,14 +551,14 @@ def test_settled_paths_mean_the_same_in_every_folder(run, tmp_path, tiny_path, m
     (tmp_path / "mine.keras").touch()
     (run.folder / "first.keras").touch()
     settings = Settings(dataset=tiny_path.name, load_model="~/mine", save_model="./new", run_dir=str(run.folder))
-    settled = mscnn.settled(settings)
-    assert settled.dataset == str(tiny_path)
-    assert settled.load_model == str(tmp_path / "mine.keras")
-    assert settled.save_model == str(tiny_path.parent / "new.keras")
-    assert mscnn.settled(settled) == settled
+    complete = settled(settings)
+    assert complete.dataset == str(tiny_path)
+    assert complete.load_model == str(tmp_path / "mine.keras")
+    assert complete.save_model == str(tiny_path.parent / "new.keras")
+    assert settled(complete) == complete
     same = dataclasses.replace(run.settings, load_model="first", save_model="new", dataset="digits")
-    assert mscnn.settled(same) == same, "what begins at the project or the run folder stays as it is"
-    assert mscnn.settled(Settings()) == Settings()
+    assert settled(same) == same, "what begins at the project or the run folder stays as it is"
+    assert settled(Settings()) == Settings()
 
 
 @pytest.mark.parametrize("name", ["folder/", "/", ".", "..", "~", "a/.", "a/.."])
@@ -569,7 +572,7 @@ def test_a_missing_model_says_where_it_was_looked_for(run, tmp_path, monkeypatch
     again = Run("02", dataclasses.replace(run.settings, load_model="missing"))
     with pytest.raises(MSCNNError, match="No model file 'missing'") as error:
         again.starting_model()
-    for folder in (mscnn.project_root(), tmp_path, run.folder):
+    for folder in (project_root(), tmp_path, run.folder):
         assert str(folder / "missing.keras") in str(error.value)
 
 
@@ -598,7 +601,7 @@ def test_a_figure_is_saved_and_marked_on_the_fallback_data(run):
 
     run.write("metrics", dataset={"fallback": True})
     marked = run.save_figure(figure(), "marked")
-    assert [text.get_text() for text in marked.texts] == [mscnn.FALLBACK_NOTICE]
+    assert [text.get_text() for text in marked.texts] == [FALLBACK_NOTICE]
     assert red_share(run.figures / "marked.png") > 0.001
 
 

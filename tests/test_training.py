@@ -18,6 +18,12 @@ from sklearn.metrics import roc_auc_score
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN, Recipe
+from mscnn_parts.callbacks import RestoreBestWeights
+from mscnn_parts.layers import RANDOM_FLIP, RandomFlipCrop
+from mscnn_parts.optimizers import kernel_matrix
+from mscnn_parts.settings import Settings
+from mscnn_parts.sources import CIFAR10_NAMES
+from mscnn_parts.training import calibration_losses
 
 ONE_EPOCH = Recipe(epochs=1, batch_size=32)
 
@@ -91,7 +97,7 @@ def test_orthogonalising_evens_out_the_singular_values_and_keeps_the_directions(
 
 def test_a_kernel_as_a_matrix_has_a_column_an_output_channel():
     kernel = np.arange(3 * 3 * 2 * 5).reshape(3, 3, 2, 5)
-    matrix = mscnn.kernel_matrix(tf.constant(kernel)).numpy()
+    matrix = kernel_matrix(tf.constant(kernel)).numpy()
     assert matrix.shape == (18, 5)
     np.testing.assert_array_equal(matrix[:, 3], kernel[..., 3].ravel())
 
@@ -104,14 +110,14 @@ def test_muon_turns_kernels_at_one_length_and_steps_the_rest_plainly():
     muon = mscnn.Muon(0.1, 0.2, recipe)
     sgd = keras.optimizers.SGD(0.1, momentum=0.5, nesterov=True, weight_decay=0.01)
     for _ in range(3):
-        before = mscnn.kernel_matrix(ours[0]).numpy()
+        before = kernel_matrix(ours[0]).numpy()
         gradients = [tf.constant(rng.normal(size=one.shape), tf.float32) for one in ours]
         muon.apply(gradients, ours)
         sgd.apply(gradients, theirs)
-        step = mscnn.kernel_matrix(ours[0]).numpy() - before * np.sqrt(6) / np.linalg.norm(before)
+        step = kernel_matrix(ours[0]).numpy() - before * np.sqrt(6) / np.linalg.norm(before)
         sizes = np.linalg.svd(step, compute_uv=False)
         assert sizes.min() > 0.02 * 0.6 and sizes.max() < 0.02 * 1.3  # all directions as far: rate x gain
-        assert (step * mscnn.kernel_matrix(gradients[0]).numpy()).sum() < 0  # downhill
+        assert (step * kernel_matrix(gradients[0]).numpy()).sum() < 0  # downhill
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-6)
 
@@ -153,7 +159,7 @@ def test_the_rates_of_a_recipe_follow_the_batch_size():
 def test_the_best_epoch_is_kept(accuracies, best, capsys):
     """The later one of equals, since a later epoch has had the lower learning rate."""
     network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
-    callback = mscnn.RestoreBestWeights()
+    callback = RestoreBestWeights()
     callback.set_model(network)
     callback.on_train_begin()
     for epoch, accuracy in enumerate(accuracies):
@@ -227,13 +233,13 @@ def test_tensorboard_logs_are_written_only_if_asked_for(untrained_model, few_ima
 
 def test_only_training_sees_altered_images(untrained_model, few_images, monkeypatch):
     """With the augmentation replaced by blackening: all that is not training still sees the images themselves."""
-    seen, plain = [], mscnn.RandomFlipCrop.call
+    seen, plain = [], RandomFlipCrop.call
 
     def blacken(self, images, training=False):
         seen.append(bool(training))
         return plain(self, images * 0 if training else images, training)
 
-    monkeypatch.setattr(mscnn.RandomFlipCrop, "call", blacken)
+    monkeypatch.setattr(RandomFlipCrop, "call", blacken)
     history = mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=2, batch_size=32))
     assert set(seen) == {True, False}
     assert max(history["accuracy"]) < 0.35  # all train images were the same
@@ -262,7 +268,7 @@ def test_training_mirrors_in_turn_and_leaves_it_to_chance_afterwards(untrained_m
     watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(int(augmentation.epoch)))
     mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=3, batch_size=32), callbacks=[watch])
     assert seen == [0, 1, 2]
-    assert int(augmentation.epoch) == mscnn.RANDOM_FLIP
+    assert int(augmentation.epoch) == RANDOM_FLIP
 
 
 def test_a_training_that_is_interrupted_leaves_whole_images(untrained_model, few_images):
@@ -274,7 +280,7 @@ def test_a_training_that_is_interrupted_leaves_whole_images(untrained_model, few
     stop = keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
     with pytest.raises(KeyboardInterrupt):
         mscnn.train_stage1(untrained_model, few_images, Recipe(epochs=4, batch_size=32), callbacks=[stop])
-    assert (int(augmentation.epoch), float(augmentation.crop_fraction)) == (mscnn.RANDOM_FLIP, 1.0)
+    assert (int(augmentation.epoch), float(augmentation.crop_fraction)) == (RANDOM_FLIP, 1.0)
 
 
 def test_a_training_leaves_no_images_behind(untrained_model, few_images, monkeypatch):
@@ -496,7 +502,7 @@ def test_stage2_learns_what_is_right(model, untrained_model, tiny_data):
 
 def test_calibration_losses_are_those_of_the_decisions(model, tiny_data):
     decisions = model.decide(tiny_data.calibration.images)
-    got = mscnn.calibration_losses(model, tiny_data)
+    got = calibration_losses(model, tiny_data)
     assert got.shape == (5,)
     for c in range(5):
         here = decisions.stage1_category == c
@@ -529,7 +535,7 @@ def noisy_training(monkeypatch):
 
 def test_a_worse_category_is_put_back(trained_model, tiny_data, noisy_training, monkeypatch):
     """The verifier is ruined, and its row made to doubt everything, so that the log loss does rise."""
-    before, losses = trained_model.fingerprints(), mscnn.calibration_losses(trained_model, tiny_data)
+    before, losses = trained_model.fingerprints(), calibration_losses(trained_model, tiny_data)
     moved, during = {"stage2/cat", "calibration/cat", "stage2/dog", "calibration/dog"}, []
 
     def doubt(self, split, categories):
@@ -575,6 +581,6 @@ def test_an_unknown_category_stops_retraining_before_it_begins(trained_model, ti
     [(True, "ship", True, True), (True, "", True, False), (False, "ship", True, False), (True, "ship", False, False)],
 )
 def test_stage2_is_kept_where_some_categories_of_a_finished_model_are_retrained(only, chosen, calibrated, kept):
-    model = SimpleNamespace(category_names=mscnn.CIFAR10_NAMES, is_calibrated=calibrated)
-    settings = mscnn.Settings(stage2_only=only, stage2_categories=chosen)
+    model = SimpleNamespace(category_names=CIFAR10_NAMES, is_calibrated=calibrated)
+    settings = Settings(stage2_only=only, stage2_categories=chosen)
     assert mscnn.keeps_stage2(model, settings) is kept

@@ -22,6 +22,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import mscnn_helpers as mscnn
+from mscnn_parts.networks import STAGE1_WIDTHS
+from mscnn_parts.sources import CIFAR10_NAMES
+from mscnn_parts.thresholds import risk_upper_bound
 
 INK, GREY, BLUE, ORANGE, GREEN, RED = "#22303c", "#545f6a", "#24609a", "#a34c0c", "#23683f", "#a32e27"
 PALE = {GREY: "#e9ebed", BLUE: "#dce9f6", ORANGE: "#fbe5d2", GREEN: "#dcefe3", RED: "#f7dedb"}
@@ -162,7 +165,7 @@ def splits() -> None:
 
 def feature_maps() -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of Stage 1's feature maps on CIFAR-10, as Keras builds it."""
-    cnn = mscnn.build_cnn("stage1", (32, 32, 3), 10, mscnn.STAGE1_WIDTHS, [0] * 3, [1] * 3, True, "float32")
+    cnn = mscnn.build_cnn("stage1", (32, 32, 3), 10, STAGE1_WIDTHS, [0] * 3, [1] * 3, True, "float32")
     names = ("whitened", "block1", "block2", "block3", "pooled", "logits")
     return [("image", (32, 32, 3)), *((name, tuple(cnn.get_layer(name).output.shape[1:])) for name in names)]
 
@@ -234,7 +237,7 @@ def stage2_copies() -> None:
         + text(104, 52, "trained once", 14, GREY)
     )
     parts.append(path([(184, 232), (222, 232)], INK) + path([(222, 85), (222, 379)], INK))
-    for i, name in enumerate(mscnn.CIFAR10_NAMES):
+    for i, name in enumerate(CIFAR10_NAMES):
         y, article = 70 + 32.7 * i, "an" if name[0] in "aeiou" else "a"
         parts.append(arrow((222, y + 15), (269, y + 15)) + box(270, y, 104, 29, BLUE))
         parts.append(text(322, y + 15, "copy", 14) + arrow((374, y + 15), (447, y + 15)))
@@ -277,12 +280,12 @@ def verifier_batch() -> None:
         for k, i in enumerate(images[:4]):
             x = 238 + 124 * k
             parts.append(photo(x, top + 12, 100, train.images[i]))
-            parts.append(text(x + 50, top + 126, mscnn.CIFAR10_NAMES[train.labels[i]], 14, bold=True))
+            parts.append(text(x + 50, top + 126, CIFAR10_NAMES[train.labels[i]], 14, bold=True))
             parts.append(text(x + 50, top + 145, f"P(ship) {probability[i]:.0%}", 14))
     typical = np.median(probability[batch[1::2]])
     note = f"P(ship) by Stage 1, which has learned these images: the median of the 128 negatives is {typical:.0%}."
     parts.append(text(380, 406, note, 14, GREY))
-    names = ", ".join(mscnn.CIFAR10_NAMES[train.labels[i]] for i in negatives[:4])
+    names = ", ".join(CIFAR10_NAMES[train.labels[i]] for i in negatives[:4])
     save(
         "verifier_batch", "A batch of the verifier of ship",
         f"Four ships with label 1, and four hard negatives with label 0: {names}. Each with Stage 1's probability of "
@@ -294,7 +297,7 @@ def frozen_and_free() -> None:
     wide = ("Stage 1", "base network", "OOD statistics", "shared calibration", "ship", "truck")
     parts = [text(192, 28, "before", 17, bold=True), text(568, 28, "after retraining ship and truck", 17, bold=True)]
     rows = [(name,) for name in wide[:4]]
-    rows += [mscnn.CIFAR10_NAMES[i : i + 2] for i in range(0, 8, 2)] + [(name,) for name in wide[4:]]
+    rows += [CIFAR10_NAMES[i : i + 2] for i in range(0, 8, 2)] + [(name,) for name in wide[4:]]
     for side, left in enumerate((24, 400)):
         parts.append(text(left, 206, "Stage 2: a CNN and its calibration per category", 14, GREY, "start"))
         for r, row in enumerate(rows):
@@ -348,7 +351,7 @@ def risk_coverage_eight() -> None:
 
 def certificate() -> None:
     errors, accepted, delta = 2, 200, 0.05
-    bound = mscnn.risk_upper_bound(errors, accepted, delta)
+    bound = risk_upper_bound(errors, accepted, delta)
 
     def at(rate: float, chance: float) -> tuple[float, float]:
         return 84 + rate * 640 / 0.06, 290 - chance * 220

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import mscnn_helpers as mscnn
+from mscnn_parts.metrics import risk_at_coverage
 
 COLUMNS = 8
 
@@ -67,7 +68,7 @@ def draw_risk_coverage(decisions: mscnn.Decisions, labels: np.ndarray, threshold
         axis.plot(100 * coverage, 100 * risk, color=color, linewidth=2)
         axis.annotate(name, (100, 100 * risk[-1]), (4, 0), textcoords="offset points", color=color, va="center")
     coverage = (decisions.confidence >= threshold).mean()
-    risk = mscnn.risk_at_coverage(decisions.confidence, decisions.stage1_category == labels, coverage)
+    risk = risk_at_coverage(decisions.confidence, decisions.stage1_category == labels, coverage)
     axis.plot(100 * coverage, 100 * risk, "o", color="C0")
     axis.annotate(f"threshold {threshold}", (100 * coverage, 100 * risk), (8, -12), textcoords="offset points")
     axis.set(xlim=(50, 100), xlabel="coverage: accepted images, %", ylabel="risk: incorrect among them, %")
