@@ -13,12 +13,12 @@ detection, or classification with a reject option. An image whose OOD score is t
 This module defines the Keras model, `MultiStageCNN`, and hands on what the notebooks use. Everything else has a room in
 `mscnn_parts`, in this order, from which each uses only those before it:
 
-    settings · files · checks · quiet
+    zoo · settings · files · checks · quiet
     data · downloads · pictures · sources · decision · thresholds · ood · metrics
-    kernels · layers · networks
+    torch_files · kernels · layers · networks
     inference · model_files
     (this module)
-    optimizers · callbacks · training · explanation
+    optimizers · callbacks · fitting · transfer · training · explanation
     figures · explorer
     run_folder · runs · commands · cli · lab
 
@@ -84,7 +84,7 @@ from mscnn_parts.decision import (
     log_odds,
     margin,
 )
-from mscnn_parts.explanation import class_activation_map, grad_cam, trace_decisions
+from mscnn_parts.explanation import class_activation_map, grad_cam, has_cam, map_layers, trace_decisions
 from mscnn_parts.explorer import ThresholdExplorer
 from mscnn_parts.figures import (
     CAM_COLORMAP,
@@ -101,6 +101,7 @@ from mscnn_parts.figures import (
     plot_thresholds,
 )
 from mscnn_parts.files import write_atomically
+from mscnn_parts.fitting import Trainer, batches, compile_classifier, train_classifier
 from mscnn_parts.inference import Networks, validated_images
 from mscnn_parts.kernels import gradient_of_kernel
 from mscnn_parts.layers import (
@@ -127,6 +128,7 @@ from mscnn_parts.model_files import (
     check_assignable,
     check_free,
     check_keras,
+    checked_network,
     checked_target,
     load_model,
     network_ids,
@@ -135,9 +137,8 @@ from mscnn_parts.model_files import (
     trainable_text,
 )
 from mscnn_parts.networks import (
-    STAGE1_WIDTHS,
-    STAGE2_WIDTHS,
     build_cnn,
+    build_stages,
     fastest_policy,
     set_whitening,
 )
@@ -189,35 +190,109 @@ from mscnn_parts.thresholds import (
 )
 from mscnn_parts.training import (
     Stage2Trainer,
-    Trainer,
-    batches,
-    compile_classifier,
     keeps_stage2,
     retrain_stage2,
     sample_hard_negatives,
-    train_classifier,
     train_stage1,
     train_stage2,
     train_stage2_base,
     weakest_categories,
 )
+from mscnn_parts.transfer import stage2_base_logits
+from mscnn_parts.zoo import NETWORKS
 
 __all__ = [
-    "ACCEPTED", "CAM_COLORMAP", "LOW_CONFIDENCE", "NOTEBOOKS", "OTHER", "OUT_OF_DISTRIBUTION", "Certificate",
-    "Conv2D", "Dataset", "Decisions", "MSCNNError", "MultiStageCNN", "Muon", "Recipe", "Run", "Split",
-    "Stage2Trainer", "ThresholdExplorer", "Trainer", "apply_threshold", "aurc", "batches", "begin_run_data",
-    "build_cnn", "categories_from", "category_metrics", "class_activation_map", "compare_decisions",
-    "compile_classifier", "continue_run_data", "cross_fitted", "decision_confusion", "decision_report",
-    "default_recipe", "device_name", "evaluate", "failure_metrics", "fastest_policy", "fit_ood",
-    "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam", "gradient_of_kernel",
-    "keeps_stage2", "learning_rate_schedule", "load_dataset", "load_model", "load_run_model",
-    "log_loss_by_category", "log_odds", "main", "margin", "ood_score", "open_run", "orthogonalize",
-    "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery", "plot_history",
-    "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
-    "plot_thresholds", "read_image", "reliability", "retrain_stage2", "risk_coverage", "sample_hard_negatives",
-    "set_threshold", "stage1_optimizer", "stage_report_labels", "synthetic_ood_images", "threshold_for_costs",
-    "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category", "trace_decisions",
-    "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed", "versions",
+    "ACCEPTED",
+    "CAM_COLORMAP",
+    "LOW_CONFIDENCE",
+    "NETWORKS",
+    "NOTEBOOKS",
+    "OTHER",
+    "OUT_OF_DISTRIBUTION",
+    "Certificate",
+    "Conv2D",
+    "Dataset",
+    "Decisions",
+    "MSCNNError",
+    "MultiStageCNN",
+    "Muon",
+    "Recipe",
+    "Run",
+    "Split",
+    "Stage2Trainer",
+    "ThresholdExplorer",
+    "Trainer",
+    "apply_threshold",
+    "aurc",
+    "batches",
+    "begin_run_data",
+    "build_cnn",
+    "categories_from",
+    "category_metrics",
+    "class_activation_map",
+    "compare_decisions",
+    "compile_classifier",
+    "continue_run_data",
+    "cross_fitted",
+    "decision_confusion",
+    "decision_report",
+    "default_recipe",
+    "device_name",
+    "evaluate",
+    "failure_metrics",
+    "fastest_policy",
+    "fit_ood",
+    "fit_shared_calibration",
+    "foreign_photographs",
+    "format_difference",
+    "grad_cam",
+    "gradient_of_kernel",
+    "has_cam",
+    "keeps_stage2",
+    "learning_rate_schedule",
+    "load_dataset",
+    "load_model",
+    "load_run_model",
+    "log_loss_by_category",
+    "log_odds",
+    "main",
+    "map_layers",
+    "margin",
+    "ood_score",
+    "open_run",
+    "orthogonalize",
+    "plot_augmentation",
+    "plot_confusion",
+    "plot_decision_traces",
+    "plot_gallery",
+    "plot_history",
+    "plot_images",
+    "plot_reliability",
+    "plot_retraining",
+    "plot_risk_coverage",
+    "plot_samples",
+    "plot_thresholds",
+    "read_image",
+    "reliability",
+    "retrain_stage2",
+    "risk_coverage",
+    "sample_hard_negatives",
+    "set_threshold",
+    "stage1_optimizer",
+    "stage2_base_logits",
+    "stage_report_labels",
+    "synthetic_ood_images",
+    "threshold_for_costs",
+    "threshold_for_coverage",
+    "threshold_for_risk",
+    "thresholds_by_category",
+    "trace_decisions",
+    "train_classifier",
+    "train_stage1",
+    "train_stage2",
+    "train_stage2_base",
+    "unnoticed",
+    "versions",
     "weakest_categories",
 ]  # fmt: skip
 
@@ -235,6 +310,9 @@ class MultiStageCNN(keras.Model):
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
         threshold: confidence below which an image is OTHER. threshold_source: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
+        network: of Stage 1, a name from `NETWORKS`; or one's own, from float32 images (B, size, size, channels) of 0 to
+            255 to logits (B, C), of a class that is registered with Keras.
+        image_size: pixels to which Stage 1 enlarges its images; 0: as they are.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting. light_mode, seed: of the splits.
         format: of the model file, which `load_model` has checked.
@@ -255,8 +333,10 @@ class MultiStageCNN(keras.Model):
         threshold: float = 0.7,
         threshold_source: str = USER_SET,
         policy: str = "float32",
-        stage1_widths: Sequence[int] = STAGE1_WIDTHS,
-        stage2_widths: Sequence[int] = STAGE2_WIDTHS,
+        network: str | keras.Model = "compact",
+        image_size: int = 0,
+        stage1_widths: Sequence[int] = (),
+        stage2_widths: Sequence[int] = (),
         logit_scale: float = 0.25,
         activation: str = "relu",
         certificate: Sequence | None = None,
@@ -268,10 +348,12 @@ class MultiStageCNN(keras.Model):
     ):
         check_keras()
         super().__init__(**kwargs)
+        image_size, network = image_size or image_shape[0], checked_network(network)
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
             "data_fingerprint": data_fingerprint, "source_fingerprint": source_fingerprint, "policy": policy,
+            "network": network, "image_size": image_size,
             "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths), "logit_scale": logit_scale,
             "activation": activation, "light_mode": light_mode, "seed": seed,
         }  # fmt: skip
@@ -280,17 +362,16 @@ class MultiStageCNN(keras.Model):
         self.threshold, self.threshold_source = threshold, threshold_source  # in this order: see the setter
         self.certificate = Certificate(*certificate) if certificate else None
         self.data_fingerprint, count = data_fingerprint, len(self.category_names)
-        build = functools.partial(
-            build_cnn, input_shape=image_shape, categories=count, mean=mean, std=std, flip=flip, policy=policy,
-            logit_scale=logit_scale, activation=activation,
+        self.stage1, self.build_stage2 = build_stages(
+            network, stage1_widths, stage2_widths, logit_scale, activation, input_shape=image_shape, categories=count,
+            mean=mean, std=std, flip=flip, policy=policy, size=image_size,
         )  # fmt: skip
-        self.stage1 = build("stage1", widths=stage1_widths)
-        self.build_stage2 = functools.partial(build, name="stage2", widths=stage2_widths)
+        self.network, self.image_size = network if isinstance(network, str) else "own", image_size
         self.stage2_base = self.build_stage2(name="stage2_base")
         self.stage2 = {name: self.build_stage2(name=name) for name in map(_category_key, range(count))}
         self.shared_coefficients = self._unset_weight("shared_coefficients", (3,))
         self.calibration_coefficients = self._unset_weight("calibration_coefficients", (count, 3))
-        channels, filters = stage1_widths[0], 4 * image_shape[-1]  # of block 1, of the whitening
+        channels, filters = self.stage1.get_layer("block1").output.shape[-1], 4 * image_shape[-1]  # of the whitening
         shapes = [(channels,), (channels, channels), (filters,), (filters, filters), (2, 4), (3,)]
         self._ood_statistics = [self._unset_weight(*one) for one in zip(OODStatistics._fields, shapes, strict=True)]
         self.network_ids = network_ids(self)
@@ -307,22 +388,39 @@ class MultiStageCNN(keras.Model):
         super().__setattr__(name, value)
 
     @classmethod
-    def for_dataset(cls, data: Dataset, policy: str | None = None, seed: int = 0, **settings) -> MultiStageCNN:
-        """A new model for a data set: its input statistics and whitening from the train split, weights random."""
+    def for_dataset(
+        cls,
+        data: Dataset,
+        policy: str | None = None,
+        seed: int = 0,
+        network: str | keras.Model = "compact",
+        weights: str | None = "imagenet",
+        **settings,
+    ) -> MultiStageCNN:
+        """A new model for a data set: its input statistics and whitening from the train split.
+
+        Args:
+            weights: None: random ones also where the network has some from ImageNet.
+        """
         keras.utils.set_random_seed(seed)
+        policy = policy or (fastest_policy() if network == "compact" else "float32")
         mean, std = data.channel_statistics()
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
-            policy=policy or fastest_policy(), source_fingerprint=data.source_fingerprint,
-            light_mode=data.light_mode, seed=data.seed, **settings,
+            policy=policy, source_fingerprint=data.source_fingerprint, light_mode=data.light_mode, seed=data.seed,
+            network=network, image_size=data.image_size, **settings,
         )  # fmt: skip
+        if weights and isinstance(network, str) and NETWORKS[network].pretrained:
+            NETWORKS[network].load_weights(model.stage1)
         set_whitening([model.stage1, model.stage2_base, *model.stage2.values()], data.train.images, mean, std)
         return model
 
     def get_config(self):
         certificate = None if self.certificate is None else list(self.certificate)
         chosen = {"threshold": np.asarray(self.threshold).tolist(), "threshold_source": self.threshold_source}
-        return {"format": FORMAT, **self._settings, **chosen, "certificate": certificate}
+        network = self._settings["network"]
+        network = network if isinstance(network, str) else keras.saving.serialize_keras_object(network)
+        return {"format": FORMAT, **self._settings, "network": network, **chosen, "certificate": certificate}
 
     def stage2_cnn(self, category: int) -> keras.Model:
         """The Stage 2 CNN of a category: uint8 (B, H, W, channels) -> logits (B, C)."""

@@ -52,6 +52,7 @@ class Dataset:
     light_mode: bool = False
     seed: int = 0  # of the splits
     source_fingerprint: str = ""  # of the data as it was found, whatever the seed and light_mode
+    image_size: int = 0  # pixels to which Stage 1 enlarges its images; 0: as they are
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {size:,}" for name, size in self.describe()["sizes"].items())
@@ -130,6 +131,9 @@ def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE
     A small data set gives up to 15 % (at most 250 images) to each of calibration and certification, since
     a calibration on a handful of images is worth nothing. Without test images a fifth is set aside. A validation split
     of the data's own is halved for calibration and certification, and train stays whole.
+
+    Args:
+        size: pixels that a network wants. Smaller images are kept small, but for those below IMAGE_SIZE.
     """
     least = LEAST if raw.x_held is None else 2
     _check_categories(raw, least + (raw.x_test is None))
@@ -154,7 +158,8 @@ def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE
     else:
         held = len(rest) // 2
     calibration, certification = _stratified_split(rest, held, seed)
-    splits = [Split(_resized(s.images, size), s.labels) for s in (train, calibration, certification, test)]
+    side = min(size, max(IMAGE_SIZE, *train.images.shape[1:3]))
+    splits = [Split(_resized(s.images, side), s.labels) for s in (train, calibration, certification, test)]
     return Dataset(
         raw.name,
         raw.source,
@@ -164,6 +169,7 @@ def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE
         light_mode=light_mode,
         seed=seed,
         source_fingerprint=source_fingerprint,
+        image_size=size,
     )
 
 

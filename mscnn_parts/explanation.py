@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,10 +12,33 @@ import tensorflow as tf
 
 from mscnn_parts.checks import check_categories_within, checked_labels
 from mscnn_parts.layers import log_odds_tensor
+from mscnn_parts.networks import OWN_INPUT
 from mscnn_parts.settings import OTHER, MSCNNError, did_you_mean
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
+
+
+def map_layers(network: keras.Model) -> tuple[str, str]:
+    """The layers to explain a network by: a finer map, and the last one; where there is but one, it is both."""
+    names = [layer.name for layer in network.layers]
+    blocks = [name for name in names if re.fullmatch(r"block\d+", name)]
+    if OWN_INPUT in names:
+        return OWN_INPUT, OWN_INPUT
+    return ("features", "features") if "features" in names else (blocks[-2], blocks[-1])
+
+
+def has_cam(network: keras.Model) -> bool:
+    """Whether `class_activation_map` can read a map off the last dense layer, which sees nothing but means."""
+    return "pooled" in [layer.name for layer in network.layers]
+
+
+def verifier(model: MultiStageCNN, category: int) -> keras.Model:
+    """The Stage 2 network of a category as one from images to logits: a head with what Stage 1 shows it."""
+    network = model.stage2_cnn(category)
+    if len(network.input_shape) == 4:
+        return network
+    return keras.Model(model.stage1.inputs[0], network(model.stage1.get_layer("pooled").output), name=network.name)
 
 
 def class_activation_map(network: keras.Model, images: np.ndarray, category: int) -> np.ndarray:
@@ -31,31 +55,44 @@ def class_activation_map(network: keras.Model, images: np.ndarray, category: int
     _check_explained(network, images)
     check_categories_within(np.atleast_1d(category), network.output_shape[-1])
     features = keras.Model(network.inputs[0], network.get_layer("pooled").input)(images, training=False)  # (B, h, w, K)
-    weights = network.get_layer("scaled").scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
+    scale = next((layer.scale for layer in network.layers if layer.name == "scaled"), 1.0)
+    weights = scale * network.get_layer("logits").kernel.numpy()[:, category]  # (K,)
     return np.asarray(tf.cast(features, tf.float32)) @ weights
 
 
-def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: str = "block2") -> np.ndarray:
+def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: str = "") -> np.ndarray:
     """Grad-CAM: where a layer's features raise a target. Source: Selvaraju et al. 2017, section 3.
 
     Args:
         images: uint8 (B, H, W, channels).
         target: from logits (B, C) to the value to explain (B,), such as `lambda z: z[:, 3]`.
-        layer: a layer with a feature map; its size is the map's.
+        layer: a layer with a feature map; its size is the map's. "": the first of `map_layers`.
 
     Returns:
         float32 (B, h, w), at least 0.
     """
+    layer = layer or map_layers(network)[0]
     _check_explained(network, images, layer)
-    features = network.get_layer(layer).output
-    maps = keras.Model(network.inputs[0], features)(images, training=False)  # (B, h, w, K)
-    head = keras.Model(features, network.outputs[0])
+    maps, head = _split(network, images, layer)  # (B, h, w, K)
     with tf.GradientTape() as tape:
         tape.watch(maps)
         value = target(head(maps, training=False))
     gradient = tf.cast(tape.gradient(value, maps), tf.float32)  # (B, h, w, K)
     weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (B, 1, 1, K)
     return np.asarray(tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=-1)))
+
+
+def _split(network: keras.Model, images: np.ndarray, layer: str) -> tuple[tf.Tensor, keras.Model]:
+    """A layer's feature maps (B, h, w, K) of images, and the network from there on."""
+    features = network.get_layer(layer).output
+    maps = keras.Model(network.inputs[0], features)(images, training=False)
+    if layer != OWN_INPUT:
+        return maps, keras.Model(features, network.outputs[0])
+    own = next(one for one in network.layers if isinstance(one, keras.Model))
+    inner = [one.output for one in own.layers if len(getattr(one, "output", features[:, 0, 0]).shape) == 4]
+    if not inner:  # a class of one's own, whose layers only it can run
+        return maps, own
+    return keras.Model(own.inputs[0], inner[-1])(maps, training=False), keras.Model(inner[-1], own.outputs[0])
 
 
 def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "pooled") -> None:
@@ -92,6 +129,7 @@ def trace_decisions(
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
     labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
+    verifiers = {c: verifier(model, c) for c in np.unique(decisions.stage1_category)}
     traces = []
     for i, c in enumerate(decisions.stage1_category):
         image = images[i : i + 1]
@@ -100,7 +138,7 @@ def trace_decisions(
                 image=images[i],
                 truth="" if labels is None else names[labels[i]],
                 stage1_map=grad_cam(model.stage1, image, lambda z, c=c: z[:, c])[0],
-                stage2_map=grad_cam(model.stage2_cnn(c), image, lambda z, c=c: log_odds_tensor(z, c))[0],
+                stage2_map=grad_cam(verifiers[c], image, lambda z, c=c: log_odds_tensor(z, c))[0],
                 top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
                 stage2_confidence=float(decisions.stage2_confidence[i]),
                 confidence=float(decisions.confidence[i]),

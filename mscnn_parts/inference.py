@@ -43,9 +43,11 @@ def on_views(network: keras.Model, views: int, images: tf.Tensor) -> tf.Tensor:
 
     Args:
         views: 1, the image; 2, the image and its mirror image (test-time augmentation).
-        images: uint8 (B, H, W, channels).
+        images: uint8 (B, H, W, channels); or features (B, K), which have one view.
     """
-    both = tf.concat([images, tf.reverse(images, [2])][:views], axis=0)  # (views B, H, W, channels)
+    if views == 1:
+        return network(images, training=False)
+    both = tf.concat([images, tf.reverse(images, [2])], axis=0)  # (views B, H, W, channels)
     return tf.concat(tf.split(network(both, training=False), views), axis=1)
 
 
@@ -55,7 +57,7 @@ def _traced(function: Callable, network: keras.Model, *before):
     Called as its one trace, without the checks that would choose among several; and without AutoGraph, since there
     is no Python control flow to translate.
     """
-    signature = [*before, tf.TensorSpec(network.input_shape, tf.uint8)]
+    signature = [*before, tf.TensorSpec(network.input_shape, network.inputs[0].dtype)]
     return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
 
@@ -92,12 +94,14 @@ class Networks:
     """Stage 1 and the Stage 2 CNNs run on arrays of uint8 images (B, H, W, channels), as graphs traced once.
 
     Args:
-        stage2: the Stage 2 CNNs, by category. stage2_base: of their shape.
+        stage2: the Stage 2 networks, by category: CNNs, or heads on Stage 1's pooled features. stage2_base: of their
+            shape.
         views: 1, each image; 2, its mirror image, too (test-time augmentation).
     """
 
     def __init__(self, stage1: keras.Model, stage2: Sequence[keras.Model], stage2_base: keras.Model, views: int):
         self.stage1, self.stage2, self.stage2_base, self.views = stage1, tuple(stage2), stage2_base, views
+        self.heads = len(stage2_base.input_shape) == 2
 
     @functools.cached_property
     def stage1_graph(self) -> Callable:
@@ -107,11 +111,11 @@ class Networks:
     @functools.cached_property
     def stage1_outputs_graph(self) -> Callable:
         """Images -> what `feature_extractor` gives on the views, side by side: (B, views (C + T + 2 D))."""
-        return _traced(functools.partial(on_views, feature_extractor(self.stage1), self.views), self.stage1)
+        return _traced(functools.partial(on_views, feature_extractor(self.stage1, self.heads), self.views), self.stage1)
 
     @functools.cached_property
     def stage2_graph(self) -> Callable:
-        return stage2_graph(self.stage2_base, self.views)
+        return stage2_graph(self.stage2_base, 1 if self.heads else self.views)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits on a single view, float32 (B, C)."""
@@ -119,41 +123,55 @@ class Networks:
 
     def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
         """Stage 1's logits on each view, and the means over the views of what it sees first."""
+        return self._outputs_and_features(images, batch_size)[0]
+
+    def _outputs_and_features(self, images: np.ndarray, batch_size: int) -> tuple[Stage1Outputs, np.ndarray]:
+        """Stage 1's outputs, and what Stage 2 sees: the images; or for heads the pooled features, (B, views, K)."""
         both = in_batches(self.stage1_outputs_graph, images, batch_size)
         widths = [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
-        return split_outputs(both, self.views, widths[0], widths[1], widths[2] // 2)
+        parts = np.stack(np.split(both, self.views, axis=1))  # (views, B, C + T + 2 D + K)
+        outputs = split_outputs(parts, widths[0], widths[1], widths[2] // 2)
+        return outputs, parts[..., sum(widths) :].swapaxes(0, 1) if self.heads else images
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
-        """Log-odds that the images show `category`, by its Stage 2 CNN, the mean over the views: float64 (B,).
+        """Log-odds that the images show `category`, by its Stage 2 network, the mean over the views: float64 (B,).
 
         Args:
-            batch_size: images at a time; the CNN sees all views of them at once.
+            batch_size: images at a time; the network sees all views of them at once.
         """
-        logits = in_batches(stage2_caller(self.stage2_graph, self.stage2[category]), images, batch_size)
-        where = np.full(len(images), category)
-        return np.mean([log_odds(view, where) for view in np.split(logits, self.views, axis=1)], axis=0)
+        seen = self._outputs_and_features(images, batch_size)[1] if self.heads else images
+        return self._verified(seen, category, batch_size)
+
+    def _verified(self, seen: np.ndarray, category: int, batch_size: int) -> np.ndarray:
+        """As `stage2_log_odds`, of what Stage 2 sees."""
+        graph, where = stage2_caller(self.stage2_graph, self.stage2[category]), np.full(len(seen), category)
+        if self.heads:
+            logits = in_batches(graph, seen.reshape(-1, seen.shape[-1]), batch_size)  # (B views, C)
+            by_view = list(logits.reshape(len(seen), self.views, -1).swapaxes(0, 1))
+        else:
+            by_view = np.split(in_batches(graph, seen, batch_size), self.views, axis=1)
+        return np.mean([log_odds(view, where) for view in by_view], axis=0)
 
     def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:
         """Both stages' scores, not yet combined.
 
         Stage 1 answers by its mean logits over the views: two views err less often than one, and an answer that
-        changes in the mirror has a small margin. Only the Stage 2 CNN of the predicted category is run: the images are
-        sorted by category first.
+        changes in the mirror has a small margin. Only the Stage 2 network of the predicted category is run: the images
+        are sorted by category first.
         """
-        outputs = self.stage1_outputs(images, batch_size)
+        outputs, seen = self._outputs_and_features(images, batch_size)
         logits = outputs.logits.mean(axis=0)  # (B, C)
         category = logits.argmax(axis=1)  # (B,)
         stage2 = np.zeros(len(images))
         for c in np.unique(category):
             chosen = np.flatnonzero(category == c)
-            stage2[chosen] = self.stage2_log_odds(images[chosen], c, batch_size)
+            stage2[chosen] = self._verified(seen[chosen], c, batch_size)
         return StageScores(category, margin(logits, category), stage2, *outputs)
 
 
-def split_outputs(both: np.ndarray, views: int, categories: int, channels: int, filters: int) -> Stage1Outputs:
-    """The parts of what `feature_extractor` gives on the views, side by side, float32 (B, views (C + T + 2 D))."""
-    parts = np.stack(np.split(both, views, axis=1))  # (views, B, C + T + 2 D)
-    logits, block1_means, *halves = np.split(parts, np.cumsum([categories, channels, filters]), axis=2)
+def split_outputs(parts: np.ndarray, categories: int, channels: int, filters: int) -> Stage1Outputs:
+    """What `feature_extractor` gives on the views, float32 (views, B, C + T + 2 D ...), by its parts."""
+    logits, block1_means, *halves, _ = np.split(parts, np.cumsum([categories, channels, filters, filters]), axis=2)
     strength = sum(halves).mean(axis=0)  # (B, D); a filter answers by itself or by its negative
     return Stage1Outputs(logits, block1_means.mean(axis=0), np.log(strength + WEAKEST_STRENGTH))
 
@@ -170,6 +188,6 @@ def in_batches(graph: Callable, images: np.ndarray, batch_size: int) -> np.ndarr
     for start in range(0, max(1, len(images)), batch_size):
         batch = images[start : start + batch_size]
         missing = -len(batch) % 8 if len(batch) > 8 else int(not len(batch))  # a graph has to see an image
-        filled = np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch
+        filled = np.pad(batch, [(0, missing), *[(0, 0)] * (batch.ndim - 1)]) if missing else batch
         results.append(graph(tf.constant(filled)).numpy()[: len(batch)])
     return np.concatenate(results)

@@ -142,6 +142,22 @@ class FusedBatchNormalization(keras.layers.Layer):
 
 
 @serializable
+class Beside(keras.layers.Layer):
+    """Hands on its first input; the second stays in the network, for whoever asks a layer for its output."""
+
+    def call(self, inputs):
+        return inputs[0]
+
+
+@serializable
+class ReverseChannels(keras.layers.Layer):
+    """RGB -> BGR, in which some networks were trained."""
+
+    def call(self, images):
+        return images[..., ::-1]  # (B, H, W, channels)
+
+
+@serializable
 class Conv2D(keras.layers.Conv2D):
     """Keras' `Conv2D`, faster in training: on CPU, in bfloat16, where rows are short, by `gradient_of_kernel`."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mscnn_parts.downloads import keras_home
 from mscnn_parts.files import notebooks_folder, path_from, read_model_config
-from mscnn_parts.settings import PRETRAINED, MSCNNError
+from mscnn_parts.settings import PRETRAINED, MSCNNError, check_stage1
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -133,6 +133,30 @@ def network_ids(model: MultiStageCNN) -> dict[str, int]:
     return {name: id(network) for name, network in networks.items()}
 
 
+def checked_network(network: str | dict | keras.Model) -> str | keras.Model:
+    """The network that Stage 1 is to be: a name, or one's own; as a model file holds it, it is made again.
+
+    Raises:
+        MSCNNError: an unknown name, or a class that a model file could not name.
+    """
+    if isinstance(network, dict):
+        network = keras.saving.deserialize_keras_object(network)
+    if isinstance(network, str):
+        check_stage1(network)
+        return network
+    if not isinstance(network, keras.Model):
+        raise MSCNNError(f"network is a {type(network).__name__}: give a name, such as resnet, or a keras.Model.")
+    kind = type(network)
+    if not kind.__module__.startswith("keras.") and not keras.saving.get_registered_object(
+        keras.saving.get_registered_name(kind)
+    ):
+        raise MSCNNError(
+            f"{kind.__name__} is not registered, so that no model file could name it: put "
+            "@keras.saving.register_keras_serializable() above the class."
+        )
+    return network
+
+
 def _not_replaceable(name: str) -> MSCNNError:
     return MSCNNError(
         f"{name} cannot be replaced: the file of a model holds weights for the networks it was built with. "
@@ -144,7 +168,16 @@ def check_assignable(name: str) -> None:
     """Raises MSCNNError for an attribute that a model, once built, cannot change."""
     if name in ("stage1", "stage2_base", "stage2"):
         raise _not_replaceable(name)
-    if name in ("category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"):
+    if name in (
+        "category_names",
+        "image_shape",
+        "flip",
+        "dataset",
+        "data_fingerprint",
+        "policy",
+        "network",
+        "image_size",
+    ):
         raise MSCNNError(f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN.")
 
 
@@ -173,6 +206,7 @@ def check_matches(model: MultiStageCNN, data: Dataset) -> None:
     pairs = {
         "data set": (model.dataset, data.name),
         "image shape": (model.image_shape, data.input_shape),
+        "image size": (model.image_size, data.image_size or data.input_shape[0]),
         "list of categories": (", ".join(model.category_names), ", ".join(data.category_names)),
     }
     for what, (mine, given) in pairs.items():

@@ -1,18 +1,41 @@
-"""The one builder of Stage 1 and Stage 2 CNNs."""
+"""Builds the networks of both stages: the project's own CNN, those of the zoo, and the Stage 2 heads."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.layers import Conv2D, FusedBatchNormalization, RandomFlipCrop, WhiteningConv
+from mscnn_parts.layers import (
+    Beside,
+    Conv2D,
+    FusedBatchNormalization,
+    RandomFlipCrop,
+    ReverseChannels,
+    WhiteningConv,
+)
+from mscnn_parts.settings import MSCNNError
+from mscnn_parts.zoo import NETWORKS, Network
 
 STAGE1_WIDTHS = (64, 256, 256)  # 118 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
+OWN_INPUT = "own_input"  # the layer whose output one's own network is given
+HEAD_WIDTH = 64  # of a Stage 2 head
+CAFFE_MEAN = (103.939, 116.779, 123.68)  # of the channels of ImageNet, blue first, in pixel values
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # red first
+
+
+def widths_for(size: int, widths: Sequence[int]) -> tuple[int, ...]:
+    """The widths of the blocks for images of `size` pixels: those for 32, after a narrow block for each doubling.
+
+    So the blocks behind see maps of the size they were designed for, and the cost grows by little.
+    """
+    more = max(0, round(np.log2(size / 32)))
+    return tuple(max(16, widths[0] // 2 ** (more - i)) for i in range(more)) + tuple(widths)
 
 
 def build_cnn(
@@ -26,6 +49,7 @@ def build_cnn(
     policy: str,
     logit_scale: float = 0.25,
     activation: str = "relu",
+    size: int = 0,
 ) -> keras.Model:
     """A small CNN from uint8 images (B, H, W, channels) to float32 logits (B, categories).
 
@@ -40,10 +64,11 @@ def build_cnn(
         logit_scale: factor of the dense layer's inputs. Below 1 its steps are smaller: at a high learning
             rate this layer is the first to diverge.
         activation: Keras' name of it.
+        size: pixels to which smaller images are enlarged; 0: as they are.
     """
     layers = keras.layers
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
-    x = RandomFlipCrop(flip, name="augmentation")(x)
+    x = _enlarged(RandomFlipCrop(flip, name="augmentation")(x), size)
     scale, shift = [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     x = layers.Rescaling(scale, shift, dtype="float32", name="normalization")(x)
     x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
@@ -60,26 +85,137 @@ def build_cnn(
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
-def feature_extractor(stage1: keras.Model) -> keras.Model:
-    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T + 2 D).
+def build_stages(
+    network: str | keras.Model,
+    stage1_widths: Sequence[int],
+    stage2_widths: Sequence[int],
+    logit_scale: float,
+    activation: str,
+    **common,
+) -> tuple[keras.Model, Callable[..., keras.Model]]:
+    """Stage 1, and the function that builds a Stage 2 network of a name.
+
+    Args:
+        network: see `MultiStageCNN`. stage1_widths, stage2_widths: of `build_cnn`; empty: those for the size.
+        common: input_shape, categories, mean, std, flip, policy and size, see `build_cnn`.
+    """
+    entry = NETWORKS[network] if isinstance(network, str) else Network("", 0, "one's own")
+    compact = functools.partial(build_cnn, logit_scale=logit_scale, activation=activation, **common)
+    stage2_widths = stage2_widths or entry.stage2_widths or widths_for(common["size"], STAGE2_WIDTHS)
+    if network == "compact":
+        stage1 = compact(name="stage1", widths=stage1_widths or widths_for(common["size"], STAGE1_WIDTHS))
+    else:
+        stage1 = build_network(entry if isinstance(network, str) else network, **common)
+    if entry.pretrained:
+        features = stage1.get_layer("pooled").output.shape[-1]
+        return stage1, functools.partial(build_head, features=features, categories=common["categories"])
+    return stage1, functools.partial(compact, widths=stage2_widths)
+
+
+def _enlarged(images: keras.KerasTensor, size: int, always: bool = False) -> keras.KerasTensor:
+    """Images brought to `size`; `always`: also where only training's crops are smaller."""
+    if size in (0, images.shape[1]) and not always:
+        return images
+    return keras.layers.Resizing(size, size, dtype="float32", name="enlarged")(images)  # (B, size, size, channels)
+
+
+def build_network(
+    network: Network | keras.Model,
+    input_shape: Sequence[int],
+    categories: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    flip: bool,
+    policy: str,
+    size: int,
+    name: str = "stage1",
+) -> keras.Model:
+    """A network of the zoo, or one's own, as a Stage 1: uint8 images (B, H, W, channels) -> float32 logits (B, C).
+
+    Beside it stand the whitening filters of `build_cnn`, for the OOD score.
+
+    Args:
+        network: an entry of `zoo.NETWORKS`; or a model from float32 images (B, size, size, channels) of 0 to 255 to
+            logits, which scales its input itself.
+        mean, std, flip, policy, size: see `build_cnn`.
+    """
+    layers, own = keras.layers, isinstance(network, keras.Model)
+    inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
+    x = RandomFlipCrop(flip, shift=max(2, input_shape[0] // 16), name="augmentation")(x)
+    x = _enlarged(x, size, always=not own and network.pretrained)
+    normal = layers.Rescaling(
+        [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)], dtype="float32", name="standardized"
+    )(x)
+    whitened = WhiteningConv(name="whitening", dtype="float32")(normal)
+    whitened = layers.Activation("relu", dtype="float32", name="whitened")(whitened)
+    if not own:
+        x = Beside(dtype="float32")([scaled(x, normal, network), whitened])
+        return keras.Model(inputs, network.build(x, categories, policy, **network.variant), name=name)
+    # What is inside one's own is not known: means and variances of the colors stand for its first block.
+    squares = layers.Multiply(dtype="float32")([normal, normal])
+    colors = layers.Concatenate(dtype="float32", name="block1")([normal, squares])  # (B, H, W, 2 channels)
+    x = Beside(dtype="float32", name=OWN_INPUT)([Beside(dtype="float32")([x, whitened]), colors])
+    logits = network(x)
+    if tuple(logits.shape[1:]) != (categories,):
+        raise MSCNNError(f"{network.name} gives {tuple(logits.shape)}: it has to give {categories} logits per image.")
+    return keras.Model(inputs, layers.Identity(dtype="float32", name="logits")(logits), name=name)
+
+
+def scaled(images: keras.KerasTensor, normal: keras.KerasTensor, network: Network) -> keras.KerasTensor:
+    """Images (B, H, W, channels) of 0 to 255 as a network of the zoo was made to see them."""
+    layers = keras.layers
+    if network.three_channels and images.shape[-1] == 1:
+        images = layers.Concatenate(dtype="float32")([images] * 3)
+    if network.scaling == "standardized":  # by the mean and the standard deviation of the data set
+        return normal
+    if network.scaling == "around zero":
+        return layers.Rescaling(1 / 128, -127 / 128, dtype="float32")(images)
+    if network.scaling == "imagenet":
+        shift = [-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+        return layers.Rescaling([1 / s for s in IMAGENET_STD], shift, dtype="float32")(images)
+    if network.scaling == "caffe":
+        return layers.Rescaling(1.0, [-m for m in CAFFE_MEAN], dtype="float32")(
+            ReverseChannels(dtype="float32")(images)
+        )
+    return images
+
+
+def build_head(name: str, features: int, categories: int, width: int = HEAD_WIDTH) -> keras.Model:
+    """A Stage 2 network on Stage 1's pooled features: float32 (B, features) -> logits (B, C)."""
+    layers = keras.layers
+    inputs = x = keras.Input((features,))
+    x = layers.BatchNormalization(dtype="float32")(x)
+    x = layers.Dropout(0.3, dtype="float32")(x)
+    x = layers.Dense(width, activation="relu", dtype="float32", name="hidden")(x)
+    return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
+
+
+def feature_extractor(stage1: keras.Model, pooled: bool = False) -> keras.Model:
+    """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T + 2 D + K).
 
     Side by side: C logits; the means of the T channels of the first block; the means of the 2 D whitened
-    channels, D filters and their negatives.
+    channels, D filters and their negatives; if `pooled`, the K features that Stage 2 heads see.
     """
     layers = keras.layers
     block1_means, whitened = (
         layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer(name).output) for name in ("block1", "whitened")
     )
-    return keras.Model(
-        stage1.inputs[0], layers.Concatenate(dtype="float32")([stage1.outputs[0], block1_means, whitened])
-    )
+    parts = [stage1.outputs[0], block1_means, whitened] + ([stage1.get_layer("pooled").output] if pooled else [])
+    return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")(parts))
 
 
 def set_whitening(networks: Iterable[keras.Model], images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """Gives networks the whitening kernel of about 5,000 of the train images, uint8 (N, H, W, channels)."""
-    sample = images[:: -(-len(images) // 5000)]  # from all over: images may be sorted by category
+    """Gives networks the whitening kernel of some train images, uint8 (N, H, W, channels): of 32 pixels about 5,000.
+
+    Heads, which see no images, have none.
+    """
+    filtering = [network for network in networks if len(network.input_shape) == 4]
+    size = filtering[0].get_layer("whitening").input.shape[1]
+    few = max(200, 5000 * 32**2 // size**2)
+    sample = images[:: -(-len(images) // few)]  # from all over: images may be sorted by category
+    sample = sample if size == sample.shape[1] else np.asarray(tf.image.resize(sample, (size, size)))
     kernel = whitening_kernel(sample, mean, std)
-    for network in networks:
+    for network in filtering:
         network.get_layer("whitening").kernel.assign(kernel)
 
 

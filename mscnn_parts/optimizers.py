@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
 
 from mscnn_parts.settings import MSCNNError
+from mscnn_parts.zoo import NETWORKS
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training: which groups of layers it frees beside the last dense layer, for how long, how fast."""
+
+    groups: tuple[int, ...]  # of `zoo.Network.groups`; (): the dense layer alone, on features that are computed once
+    epochs: int
+    learning_rate: float  # peak
+
+
+def staged(groups: int, epochs: int) -> tuple[Phase, ...]:
+    """The dense layer, then the last two groups, then all but the first three, which see edges and colors.
+
+    Args:
+        groups: how many there are. epochs: of the phases that compute gradients of the network.
+    """
+    first = max(1, epochs // 3)
+    late, most = tuple(range(max(0, groups - 2), groups)), tuple(range(min(3, groups // 2), groups))
+    phases = (Phase((), 20, 1e-3), Phase(late, first, 5e-4), Phase(most, epochs - first, 3e-4))
+    return tuple(phase for phase in phases if phase.epochs)
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,11 @@ class Recipe:
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
     stage2_fraction: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
+    optimizer: str = "muon"  # of Stage 1; or "sgd" or "adam", for networks that Muon was not tried on
+    optimizer_rate: float = 0.05  # peak learning rate of sgd or adam
+    optimizer_decay: float = 5e-4  # weight decay of sgd or adam
+    least_crop: float = 1.0  # below 1, each batch sees a random share, at least this, of its images' height and width
+    phases: tuple[Phase, ...] = ()  # staged unfreezing, of networks with ImageNet weights
 
     @property
     def peak(self) -> float:
@@ -34,7 +62,7 @@ class Recipe:
         return self.learning_rate * self.batch_size / 512
 
 
-def default_recipe(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
+def default_recipe(images: int, epochs: int = 0, batch_size: int = 0, network: str = "compact") -> Recipe:
     """The recipe for a number of train images; epochs or batch size 0 leave the choice to it.
 
     With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and Stage 2 and
@@ -44,6 +72,16 @@ def default_recipe(images: int, epochs: int = 0, batch_size: int = 0) -> Recipe:
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 0:
             raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
+    entry = NETWORKS.get(network, NETWORKS["alexnet"])  # one's own is trained by Adam
+    if entry.pretrained:
+        epochs = epochs or 9
+        recipe = dataclasses.replace(
+            default_recipe(images, epochs, batch_size or 32), stage2_base_epochs=30, **entry.recipe
+        )
+        return dataclasses.replace(recipe, phases=staged(len(entry.groups), epochs), small_crops=0.0)
+    if entry.recipe:
+        recipe = default_recipe(images, epochs, batch_size or (128 if images >= 20_000 else 64))
+        return dataclasses.replace(recipe, small_crops=0.0, **entry.recipe)
     epochs = epochs or 20
     if images < 20_000:
         return Recipe(
@@ -75,7 +113,8 @@ class WarmupLinearDecay(keras.optimizers.schedules.LearningRateSchedule):
 
 def learning_rate_schedule(recipe: Recipe, steps: int) -> WarmupLinearDecay:
     """Of Stage 1 and the Stage 2 base network, for a training of so many steps."""
-    return WarmupLinearDecay(recipe.peak, int(recipe.warm_up * steps), steps)
+    peak = recipe.peak if recipe.optimizer == "muon" else recipe.optimizer_rate
+    return WarmupLinearDecay(peak, int(recipe.warm_up * steps), steps)
 
 
 class Muon(keras.optimizers.SGD):
@@ -134,13 +173,24 @@ def orthogonalize(matrix: tf.Tensor, rounds: int = 3) -> tf.Tensor:
     return x @ transform
 
 
-def stage1_optimizer(recipe: Recipe, steps: int) -> Muon:
+def stage1_optimizer(recipe: Recipe, steps: int) -> keras.optimizers.Optimizer:
     """The optimizer of Stage 1 and the Stage 2 base network, for a training of so many steps."""
+    if recipe.optimizer != "muon":
+        schedule = learning_rate_schedule(recipe, steps)
+        if recipe.optimizer == "sgd":
+            return keras.optimizers.SGD(schedule, 0.9, nesterov=True, weight_decay=recipe.optimizer_decay)
+        return keras.optimizers.AdamW(schedule, recipe.optimizer_decay)
     return Muon(learning_rate_schedule(recipe, steps), recipe.kernel_learning_rate / recipe.peak, recipe)
 
 
-def stage2_optimizer(recipe: Recipe, batch_size: int, steps: int) -> Muon:
-    """The optimizer of a Stage 2 CNN, whose learning rate falls from the first step on."""
+def stage2_optimizer(recipe: Recipe, batch_size: int, steps: int, heads: bool = False) -> keras.optimizers.Optimizer:
+    """The optimizer of a Stage 2 network, whose learning rate falls from the first step on.
+
+    Args:
+        heads: the networks are heads on Stage 1's features.
+    """
+    if heads:
+        return keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(5e-4, steps, alpha=0.01), 1e-3)
     rate = recipe.stage2_learning_rate * batch_size / 256
     falling = keras.optimizers.schedules.CosineDecay(rate, steps, alpha=0.01)
     return Muon(falling, recipe.stage2_kernel_learning_rate / rate, recipe)

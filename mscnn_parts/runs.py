@@ -28,6 +28,7 @@ from mscnn_parts.run_folder import (
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
 from mscnn_parts.sources import load_dataset
 from mscnn_parts.thresholds import check_certification_size, threshold_for_coverage, threshold_text
+from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -67,7 +68,8 @@ def commit() -> str | None:
 
 def _load_data(settings: Settings, name: str) -> Dataset:
     """A data set as the parameters ask for it."""
-    data = load_dataset(name, settings.light_mode, settings.seed, settings.image_size)
+    size = settings.image_size or NETWORKS[settings.stage1].image_size
+    data = load_dataset(name, settings.light_mode, settings.seed, size)
     return dataclasses.replace(data, flip=data.flip and settings.mirror)
 
 
@@ -167,7 +169,7 @@ def continue_run_data(run: Run) -> Dataset:
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
-    for name in ("dataset", "light_mode", "image_size", "mirror", "seed"):
+    for name in ("dataset", "light_mode", "stage1", "image_size", "mirror", "seed"):
         given = getattr(settings, name)
         if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
             raise MSCNNError(

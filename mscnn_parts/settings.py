@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mscnn_parts.zoo import NETWORKS
+
 VERSION = "0.2.0"
 OTHER = "OTHER"
 PRETRAINED = "pretrained/cifar10.keras"  # what load_model="pretrained" stands for, among the notebooks
@@ -166,6 +168,12 @@ def check_image_size(size: int) -> None:
         raise MSCNNError(f"image_size is {size!r}: use 16 to 512 pixels, or 0 for the network's own.")
 
 
+def check_stage1(name: str) -> None:
+    """Raises MSCNNError unless there is a network of that name."""
+    if name not in NETWORKS:
+        raise MSCNNError(f"Unknown stage1 '{name}'.{did_you_mean(name, NETWORKS)} Choose among: {', '.join(NETWORKS)}.")
+
+
 def _parameter(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -197,7 +205,10 @@ class Settings:
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
     )
     dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
-    image_size: int = _parameter(0, "pixels that images are brought to, 16 to 512; 0: the network's own, 32")
+    stage1: str = _parameter(
+        "compact", "network of Stage 1: compact, resnet, efficientnet_lite0, ...; see docs/networks.md"
+    )
+    image_size: int = _parameter(0, "pixels that images are brought to, 16 to 512; 0: the network's own")
     mirror: bool = _parameter(True, "mirror images, in training and decisions, if the data set allows it")
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
@@ -218,6 +229,7 @@ class Settings:
             if getattr(self, name) < 0:
                 raise MSCNNError(f"{name} is {getattr(self, name)}: it has to be 0 or more.")
         check_seed(self.seed)
+        check_stage1(self.stage1)
         check_image_size(self.image_size)
         check_threshold(self.threshold)
         for name in ("target_risk", "target_coverage"):

@@ -58,7 +58,8 @@ BUILT_IN = ("cifar10", "digits", "mnist", "fashion_mnist")  # names of data sets
 def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0, image_size: int = 0) -> Dataset:
     """Loads a data set and splits it; see `Settings.dataset` for the names.
 
-    All images are brought to `image_size` pixels in height and width; 0 means 32.
+    Images are shrunk to `image_size` pixels in height and width, 0 meaning 32. Smaller ones stay as they are, but for
+    those below 32, and are enlarged by Stage 1.
 
     `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
     `fallback=True`. A named data set never falls back.

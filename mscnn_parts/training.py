@@ -12,166 +12,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mscnn_parts.callbacks import (
-    AlternatingFlip,
-    EpochTimer,
-    ProgressBar,
-    ProgressiveCrops,
-    RestoreBestWeights,
-    ShowProgress,
-    in_notebook,
-)
+from mscnn_parts.callbacks import EpochTimer, ProgressBar
 from mscnn_parts.data import Dataset, train_and_calibration
+from mscnn_parts.fitting import Trainer, batches, seed_training, steps_per_execution, train_classifier
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
 from mscnn_parts.ood import fit_ood
-from mscnn_parts.optimizers import Recipe, stage1_optimizer, stage2_optimizer
-from mscnn_parts.settings import MSCNNError, Settings, categories_from
+from mscnn_parts.optimizers import Recipe, stage2_optimizer
+from mscnn_parts.settings import Settings, categories_from
+from mscnn_parts.transfer import features_of, train_head, train_in_phases
+from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
-
-
-def batches(
-    labels: np.ndarray, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
-) -> tf.data.Dataset:
-    """Batches for `fit` of a `Trainer`: indices int64 (B,) and labels (B, ...).
-
-    tf.data's autotuning is off: nothing is left for it to tune, and ending its thread was seen to take 16 s at the end
-    of a 24 s epoch (TensorFlow 2.21, on CPU).
-
-    Args:
-        labels: of all images, (N, ...), of any dtype.
-        order: indices int64 in the order wanted, with repetitions if need be; None: each image once.
-        shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
-    """
-    with tf.device("CPU"):  # where tf.data works
-        labels = tf.convert_to_tensor(labels)
-    indices = tf.data.Dataset.from_tensor_slices(np.arange(len(labels)) if order is None else order)
-    if shuffle_seed is not None:
-        indices = indices.shuffle(len(indices), seed=shuffle_seed)
-
-    @tf.autograph.experimental.do_not_convert
-    def look_up(index):
-        return index, tf.gather(labels, index)
-
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return indices.batch(batch_size).map(look_up).prefetch(2).with_options(options)
-
-
-def _seed(network: keras.Model, seed: int) -> None:
-    """Seeds all that is random in a training: Python, NumPy, TensorFlow (shuffling), and the augmentation."""
-    keras.utils.set_random_seed(seed)
-    network.get_layer("augmentation").reseed(seed)
-
-
-def steps_per_execution(epoch: int) -> int:
-    """How many training steps `fit` takes in one call of a graph: on a GPU all those of an epoch, on CPU one.
-
-    A GPU takes a step in milliseconds, so that Python between two steps would cost as much. On CPU it costs little,
-    and single steps can be interrupted. The trained weights are the same but for rounding.
-    """
-    return epoch if tf.config.list_physical_devices("GPU") else 1
-
-
-class Trainer(keras.Model):
-    """A network with the images of its training, which lie on the device that computes: for `fit` on their indices.
-
-    Optimizer and metrics end here, not in the network's model file. A callback's `self.model` is a Trainer: `predict`
-    also takes images, and `save` saves the network.
-
-    Args:
-        network: its layers are trained.
-        images: uint8 (N, H, W, channels). A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing
-            else; it is no weight.
-        head: a layer for what the network says; None: nothing is done with it.
-    """
-
-    def __init__(self, network: keras.Model, images: np.ndarray, head: keras.layers.Layer | None = None):
-        super().__init__()
-        self.network, self.head = network, head or keras.layers.Identity()
-        self.images = tf.Variable(images, trainable=False)
-        self.built = True  # the network is
-
-    def call(self, inputs, training=False):
-        """Indices int64 (B,), or images uint8 (B, H, W, channels) -> what the head makes of the network's output."""
-        images = tf.gather(self.images, inputs) if len(inputs.shape) == 1 else inputs
-        return self.head(self.network(images, training=training))
-
-    def save(self, filepath: str | Path, **kwargs) -> None:
-        self.network.save(filepath, **kwargs)
-
-    def save_weights(self, filepath: str | Path, **kwargs) -> None:
-        self.network.save_weights(filepath, **kwargs)
-
-
-def compile_classifier(
-    model: keras.Model, recipe: Recipe, steps: int, optimizer: keras.optimizers.Optimizer | None = None
-) -> keras.Model:
-    """Compiles a model for training by the recipe, and returns it.
-
-    Args:
-        steps: of the whole training, over which the learning rate rises and falls.
-        optimizer: in place of the recipe's.
-    """
-    model.compile(
-        optimizer or stage1_optimizer(recipe, steps),
-        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        metrics=["accuracy"],
-        jit_compile=False,  # XLA was slower on CPU wherever it was measured; on GPU it has not been tried
-        steps_per_execution=steps_per_execution(steps // recipe.epochs),
-    )
-    return model
-
-
-def train_classifier(
-    network: keras.Model,
-    data: Dataset,
-    recipe: Recipe,
-    seed: int = 0,
-    log_dir: str | Path | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-    trainer_class: type[Trainer] = Trainer,
-    optimizer: keras.optimizers.Optimizer | None = None,
-) -> dict[str, list[float]]:
-    """Trains a CNN on all categories of the train split, by `fit`; Stage 1 and the Stage 2 base network.
-
-    Args:
-        log_dir: folder for TensorBoard logs; None: none are written.
-        callbacks: more of Keras' callbacks; their `model` is a `Trainer`.
-        trainer_class: what takes the steps. optimizer: in place of the recipe's.
-
-    Returns:
-        The history: lists of loss, accuracy, val_loss, val_accuracy (val: calibration split) and seconds, one
-        value per epoch.
-
-    Raises:
-        MSCNNError: the network is frozen.
-    """
-    if not network.trainable:
-        raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
-    _seed(network, seed)
-    both = train_and_calibration(data)
-    one_hot = keras.utils.to_categorical(both.labels, len(data.category_names))
-    train, calibration = np.split(np.arange(len(both)), [len(data.train)])
-    steps = -(-len(train) // recipe.batch_size) * recipe.epochs
-    trainer = compile_classifier(trainer_class(network, both.images), recipe, steps, optimizer)
-    del both  # the trainer has its own copy
-    augmentation, timer = network.get_layer("augmentation"), EpochTimer()
-    by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
-    logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
-    title = network.name.replace("_", " ").replace("stage", "Stage ")
-    progress = [ShowProgress(title)] if in_notebook() else []  # a hook after each step is not free
-    try:
-        history = trainer.fit(
-            batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
-            validation_data=batches(one_hot, 500, calibration),
-            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
-        )  # fmt: skip
-    finally:  # also of a training that was interrupted
-        augmentation.reset()
-    return {**history.history, "seconds": timer.seconds}
 
 
 def train_stage1(
@@ -182,14 +35,22 @@ def train_stage1(
     log_dir: str | Path | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
-    """Trains Stage 1 where it stands, see `train_classifier`, and fits the OOD statistics.
+    """Trains Stage 1 where it stands, see `train_classifier` and `train_in_phases`, and fits the OOD statistics.
 
     What was calibrated to it is void.
     """
-    history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
+    if recipe.phases:
+        history = train_in_phases(model.stage1, NETWORKS[model.network], data, recipe, seed, log_dir, callbacks)
+    else:
+        history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
     model.reset_calibration()
     fit_ood(model, data)
     return history
+
+
+def has_heads(model: MultiStageCNN) -> bool:
+    """Whether Stage 2 are heads on Stage 1's features, not CNNs of their own."""
+    return len(model.stage2_base.input_shape) == 2
 
 
 def train_stage2_base(
@@ -197,7 +58,11 @@ def train_stage2_base(
 ) -> dict[str, list[float]]:
     """Trains the Stage 2 base network, then makes every trainable Stage 2 CNN a copy of it."""
     own = dataclasses.replace(recipe, epochs=recipe.stage2_base_epochs or recipe.epochs)
-    history = train_classifier(model.stage2_base, data, own, seed + 1, log_dir)
+    if has_heads(model):
+        history = train_head(model.stage2_base, features_of(model, data), data, own, seed + 1)
+    else:
+        own = dataclasses.replace(own, optimizer="muon", label_smoothing=Recipe.label_smoothing)
+        history = train_classifier(model.stage2_base, data, own, seed + 1, log_dir)
     for category in model.trainable_categories():
         model.stage2_cnn(category).set_weights(model.stage2_base.get_weights())
     model.reset_calibration(model.trainable_categories())
@@ -247,8 +112,14 @@ class Stage2Trainer:
         self.steps = max(1, round(images / self.batch_size / self.HISTORY_POINTS))  # a round
         self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
         self.predicted = model.stage1_outputs(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
-        images, self.labels = train_and_calibration(data)
-        self.network = model.build_stage2()  # not a clone, which would be frozen where the Stage 2 base network is
+        self.views, heads = 1, has_heads(model)
+        if heads:
+            features = features_of(model, data)
+            images, self.views = np.concatenate([features.train, features.calibration]), features.views
+            self.labels = np.concatenate([np.tile(data.train.labels, self.views), data.calibration.labels])
+        else:
+            images, self.labels = train_and_calibration(data)
+        self.network = model.build_stage2(name="stage2")  # not a clone, which would be frozen where the base network is
         self.head = LogOdds()
         self.trainer = trainer_class(self.network, images, self.head)
 
@@ -256,7 +127,7 @@ class Stage2Trainer:
             return tf.cast((log_odds > 0) == (correct > 0.5), tf.float32)
 
         self.trainer.compile(
-            stage2_optimizer(recipe, self.batch_size, self.steps * self.HISTORY_POINTS),
+            stage2_optimizer(recipe, self.batch_size, self.steps * self.HISTORY_POINTS, heads),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[accuracy],
             jit_compile=False,
@@ -266,14 +137,14 @@ class Stage2Trainer:
     def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
         """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value per round."""
         timer = EpochTimer()
-        _seed(self.network, seed)
+        seed_training(self.network, seed)
         self.network.set_weights(start.get_weights())
         self.head.category.assign(category)
         for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
             variable.assign(tf.zeros_like(variable))
         correct = np.float32(self.labels == category)  # (N,), 1 where it is correct to say `category`
         # In the calibration split the question is only asked where Stage 1 says `category`.
-        asked = len(self.data.train) + np.flatnonzero(self.predicted == category)
+        asked = self.views * len(self.data.train) + np.flatnonzero(self.predicted == category)
         history = self.trainer.fit(
             batches(correct, self.batch_size, self._order(category, np.random.default_rng(seed))),
             epochs=self.HISTORY_POINTS, steps_per_epoch=self.steps, shuffle=False, verbose=0, callbacks=[timer],
@@ -286,7 +157,9 @@ class Stage2Trainer:
     def _order(self, category: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of the train images of one whole training."""
         count = self.HISTORY_POINTS * self.steps * self.batch_size
-        return sample_hard_negatives(self.data.train.labels, self.probability[:, category], category, count, rng)
+        labels = self.data.train.labels
+        indices = sample_hard_negatives(labels, self.probability[:, category], category, count, rng)
+        return indices if self.views == 1 else indices + len(labels) * rng.integers(self.views, size=count)
 
 
 def train_stage2(

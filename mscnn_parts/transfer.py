@@ -1,0 +1,168 @@
+"""Transfer learning: features of a network that stands still, heads trained on them, and staged unfreezing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
+from mscnn_parts.data import Dataset
+from mscnn_parts.fitting import Trainer, batches, compile_classifier, seed_training, train_classifier
+from mscnn_parts.model_files import sha256_of
+from mscnn_parts.optimizers import Recipe
+from mscnn_parts.zoo import Network
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
+
+VIEWS = 3  # augmented views of each train image, of which features are computed
+
+
+class TrunkFeatures(NamedTuple):
+    """Pooled features, float32: of `views` augmented views of the N train images, one view after the other."""
+
+    train: np.ndarray  # (views N, K)
+    calibration: np.ndarray  # (M, K), of the images as they are
+    views: int
+
+
+def trunk_features(
+    stage1: keras.Model, data: Dataset, views: int = VIEWS, seed: int = 0, least_crop: float = 0.6
+) -> TrunkFeatures:
+    """Computes what the layers before Stage 1's last ones make of the train and the calibration split.
+
+    Args:
+        least_crop: see `Recipe`.
+    """
+    augmentation = stage1.get_layer("augmentation")
+    trunk = keras.Model(augmentation.output, stage1.get_layer("pooled").output)
+    augmentation.reseed(seed)
+    shares = np.random.default_rng(seed)
+
+    @tf.function(reduce_retracing=True)
+    def features(images, training):
+        return trunk(augmentation(images, training=training), training=False)
+
+    def all_features(images: np.ndarray, training: bool) -> np.ndarray:
+        found = []
+        for start in range(0, len(images), 64):
+            augmentation.crop_fraction.assign(shares.uniform(least_crop, 1.0))
+            found.append(features(tf.constant(images[start : start + 64]), training).numpy())
+        augmentation.reset()
+        return np.concatenate(found)
+
+    train = np.concatenate([all_features(data.train.images, True) for _ in range(views)])
+    return TrunkFeatures(train, all_features(data.calibration.images, False), views)
+
+
+def features_of(model: MultiStageCNN, data: Dataset, seed: int = 0) -> TrunkFeatures:
+    """As `trunk_features`, computed once as long as Stage 1 and the data stay what they are."""
+    key = (sha256_of(model.stage1.get_weights()), data.fingerprint, seed)
+    kept = getattr(model, "_kept_features", None)
+    if kept is None or kept[0] != key:
+        kept = (key, trunk_features(model.stage1, data, seed=seed))
+        model._kept_features = kept
+    return kept[1]
+
+
+def stage2_base_logits(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
+    """Logits (B, C) of the Stage 2 base network for uint8 images (B, H, W, channels)."""
+    if len(model.stage2_base.input_shape) == 4:
+        return model.stage2_base.predict(images, batch_size=500, verbose=0)
+    trunk = keras.Model(model.stage1.inputs[0], model.stage1.get_layer("pooled").output)
+    return model.stage2_base.predict(trunk.predict(images, batch_size=64, verbose=0), verbose=0)
+
+
+def train_head(
+    head: keras.Model, features: TrunkFeatures, data: Dataset, recipe: Recipe, seed: int = 0
+) -> dict[str, list[float]]:
+    """Trains a network from pooled features (B, K) to logits (B, C) on all categories, in seconds.
+
+    An epoch has as many steps as the train split has batches; each image is seen in any of its views.
+
+    Returns:
+        A history as `train_classifier` gives it.
+    """
+    seed_training(head, seed)
+    labels = np.concatenate([np.tile(data.train.labels, features.views), data.calibration.labels])
+    one_hot = keras.utils.to_categorical(labels, len(data.category_names))
+    train, calibration = np.split(np.arange(len(labels)), [len(features.train)])
+    steps, timer = -(-len(data.train) // recipe.batch_size), EpochTimer()
+    trainer = Trainer(head, np.concatenate([features.train, features.calibration]))
+    compile_classifier(trainer, recipe, steps * recipe.epochs)
+    history = trainer.fit(
+        batches(one_hot, recipe.batch_size, train, seed).repeat(), epochs=recipe.epochs, steps_per_epoch=steps,
+        verbose=0, validation_data=batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
+    )  # fmt: skip
+    return {**history.history, "seconds": timer.seconds}
+
+
+def layers_by_group(stage1: keras.Model, network: Network) -> dict[str, list[keras.layers.Layer]]:
+    """The layers with weights of each group of a network of the zoo, and its last layers under "head"."""
+    groups = {str(i): begins for i, begins in enumerate(network.groups)}
+    weighted = [layer for layer in stage1.layers if layer.weights and layer.name != "whitening"]
+    found = {group: [one for one in weighted if one.name.startswith(begins)] for group, begins in groups.items()}
+    return found | {"head": [stage1.get_layer("logits")]}
+
+
+def free_groups(stage1: keras.Model, network: Network, groups: Sequence[int]) -> None:
+    """Frees the head and some groups, and freezes the rest.
+
+    BatchNormalization stays frozen everywhere: its statistics are those of ImageNet, and small batches would move them
+    to worse ones.
+    """
+    free = {"head", *map(str, groups)}
+    stage1.trainable = True
+    for group, layers in layers_by_group(stage1, network).items():
+        for layer in layers:
+            layer.trainable = group in free and not isinstance(layer, keras.layers.BatchNormalization)
+
+
+def group_fingerprints(stage1: keras.Model, network: Network) -> dict[str, str]:
+    """SHA-256 of the weights of each group, so that anyone can check what a phase has left untouched."""
+    return {
+        group: sha256_of([array for layer in layers for array in layer.get_weights()])
+        for group, layers in layers_by_group(stage1, network).items()
+    }
+
+
+def train_in_phases(
+    stage1: keras.Model,
+    network: Network,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int = 0,
+    log_dir: str | Path | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> dict[str, list[float]]:
+    """Trains a Stage 1 with ImageNet weights by the phases of the recipe; the best phase's weights are kept.
+
+    Returns:
+        The histories of the phases, one behind the other.
+    """
+    history: dict[str, list[float]] = {}
+    best, weights = -1.0, stage1.get_weights()
+    for phase in recipe.phases:
+        own = dataclasses.replace(
+            recipe, epochs=phase.epochs, optimizer_rate=phase.learning_rate, phases=(), small_crops=0.0
+        )
+        freed = f"groups {', '.join(map(str, phase.groups))} and the last layer" if phase.groups else "the last layer"
+        print(f"{phase.epochs} epochs with {freed} free, learning rate {phase.learning_rate:g}", flush=True)
+        if phase.groups:
+            free_groups(stage1, network, phase.groups)
+            found = train_classifier(stage1, data, own, seed, log_dir, callbacks)
+        else:
+            head = keras.Model(stage1.get_layer("pooled").output, stage1.outputs[0])
+            found = train_head(head, trunk_features(stage1, data, seed=seed), data, own, seed)
+        history = {key: [*history.get(key, []), *values] for key, values in found.items()}
+        if max(found["val_accuracy"]) >= best:
+            best, weights = max(found["val_accuracy"]), stage1.get_weights()
+        stage1.set_weights(weights)
+    stage1.trainable = True
+    return history

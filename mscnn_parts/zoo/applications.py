@@ -1,0 +1,53 @@
+"""Networks of `keras.applications`, with ImageNet weights that Keras downloads."""
+
+from __future__ import annotations
+
+import re
+
+import keras
+
+from mscnn_parts.layers import Beside
+from mscnn_parts.settings import MSCNNError
+
+EARLY = {"EfficientNetB0": "stem_activation", "ResNet50": "conv1_relu", "DenseNet121": "conv1_relu"}
+OF_ITS_OWN = {"EfficientNetB0": "block7a_project_conv", "ResNet50": "conv5_block3_3_conv",
+              "DenseNet121": "conv5_block16_2_conv"}  # fmt: skip
+
+
+def build(x: keras.KerasTensor, categories: int, policy: str, name: str) -> keras.KerasTensor:
+    """Scaled images (B, H, W, 3) -> logits (B, categories).
+
+    Args:
+        name: of the function in `keras.applications`.
+    """
+    layers = keras.layers
+    body = getattr(keras.applications, name)(include_top=False, weights=None, input_tensor=x)
+    early = layers.Identity(dtype="float32", name="block1")(body.get_layer(EARLY[name]).output)
+    x = Beside(dtype="float32", name="features")([body.output, early])
+    x = layers.GlobalAveragePooling2D(dtype="float32", name="pooled")(x)
+    return layers.Dense(categories, dtype="float32", name="logits")(x)
+
+
+def load_weights(network: keras.Model) -> None:
+    """Fills the layers before `pooled` with the ImageNet weights.
+
+    Raises:
+        MSCNNError: they are not on disk and cannot be downloaded.
+    """
+    mine = {_plain(layer.name): layer for layer in network.layers}
+    name = next(one for one, layer in OF_ITS_OWN.items() if layer in mine)
+    try:
+        body = getattr(keras.applications, name)(include_top=False, weights="imagenet")
+    except Exception as error:  # of the network, the file system, HDF5
+        raise MSCNNError(
+            f"The ImageNet weights of {name} cannot be downloaded ({type(error).__name__}): choose efficientnet_lite0, "
+            "whose weights are a package, or build the model with weights=None."
+        ) from error
+    for layer in body.layers:
+        if layer.weights:
+            mine[_plain(layer.name)].set_weights(layer.get_weights())
+
+
+def _plain(name: str) -> str:
+    """A layer's name without the number that Keras gives to layers of no name of their own."""
+    return re.sub(r"^(normalization|rescaling)_\d+$", r"\1", name)

