@@ -16,6 +16,7 @@ import numpy as np
 from mscnn_parts.files import path_from, write_atomically
 from mscnn_parts.pictures import IMAGE_SUFFIXES, read_image
 from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
+from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -148,15 +149,25 @@ def card(model: MultiStageCNN) -> str:
     mode = "light mode, " if config["light_mode"] else ""
     weights = sum(array.size for array in model.stage1.get_weights())
     small = sum(array.size for array in model.stage2_base.get_weights())
+    network = NETWORKS.get(model.network)
+    kind = "heads" if network and network.pretrained else "CNNs"
     lines = {
         "data": f"{model.dataset} ({mode}seed {config['seed']}), fingerprint {model.data_fingerprint[:16]}",
         "categories": f"{len(names)}: {', '.join(names)}",
-        "images": " × ".join(map(str, model.image_shape)),
-        "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 CNNs {small:,}; {model.policy}",
+        "images": _images_text(model),
+        "stage1": f"{model.network}: {network.text}" if network else "a network of one's own",
+        "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 {kind} {small:,}; {model.policy}",
         "threshold": threshold_text(model) if model.is_calibrated else "not calibrated yet: run notebook 03",
     }
     parts = [f"  {name:24} {value[:16]}" for name, value in model.fingerprints().items()]
     return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), "fingerprints", *parts])
+
+
+def _images_text(model: MultiStageCNN) -> str:
+    """Height, width and channels of the images, and the size that Stage 1 works at where it is another."""
+    shape = " × ".join(map(str, model.image_shape))
+    size = model.image_size
+    return shape if size == model.image_shape[0] else f"{shape}, enlarged by Stage 1 to {size} × {size}"
 
 
 COMMANDS = {"decide": decide, "info": info}

@@ -74,10 +74,12 @@ def read_image_folder(folder: Path, size: int = IMAGE_SIZE) -> RawData:
     if len(names) < 2:
         raise MSCNNError(f"{train} needs a folder for each of at least two categories; it has {len(names)}.")
     left_out = [entry for entry in _entries(train) if not entry.is_dir()]
+    divided = train != folder
+    held = splits["val"] if divided and splits["val"] and _holds_enough(splits["val"], names) else None
+    _check_memory([part for part in (train, held, test if divided else None) if part], names, size)
     x_train, y_train, unread = _read_categories(train, names, size)
     raw, left_out = RawData(folder.name, str(folder), names, x_train, y_train), left_out + unread
-    if train != folder:
-        held = splits["val"] if splits["val"] and _holds_enough(splits["val"], names) else None
+    if divided:
         left_out += [entry for entry in _entries(folder) if entry not in (train, held, test)]
         if held:
             raw.x_held, raw.y_held, unread = _read_categories(held, names, size)
@@ -98,6 +100,29 @@ def _holds_enough(folder: Path, names: Sequence[str]) -> bool:
         reason = f"it has {', '.join(few[:5])}{' and more' if len(few) > 5 else ''}"
         print(f"{folder} is left out: it takes two images or more of each category, and {reason}.", flush=True)
     return not few
+
+
+def free_memory() -> int | None:
+    """Bytes that a program can still take without swapping; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _check_memory(folders: Sequence[Path], names: Sequence[str], size: int) -> None:
+    """Raises MSCNNError if the images would take more than half of the free memory; none of them is read for that."""
+    count = sum(len(_image_files(folder / name)[0]) for folder in folders for name in names)
+    needed, free = count * size**2 * 3, free_memory()
+    if free is None or needed <= free / 2:
+        return
+    fitting = int((free / 2 / 3 / count) ** 0.5)
+    remedy = f"give image_size {fitting} or less" if fitting >= 16 else "leave images out"
+    raise MSCNNError(
+        f"{count:,} images of {size} px take {needed / 1e9:,.2f} GB, more than half of the {free / 1e9:,.2f} GB of "
+        f"memory that are free: {remedy}, or close other programs. (light_mode reads all images before it chooses.)"
+    )
 
 
 def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -194,7 +219,7 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
     name = "The image" if isinstance(picture, Image.Image) else path_from(str(picture), Path())
     try:
         with contextlib.ExitStack() as stack:
-            opened = picture if isinstance(picture, Image.Image) else stack.enter_context(Image.open(name))
+            opened = picture if isinstance(picture, Image.Image) else stack.enter_context(_open(name, width, height))
             flat = _drop_alpha(_upright(opened)).convert("RGB" if channels == 3 else "L")
     except IsADirectoryError as error:
         raise MSCNNError(f"{name} is a folder: give the path of a picture file.") from error
@@ -205,6 +230,18 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
         raise MSCNNError(f"{name} cannot be read as an image: {reason}") from error
     fitted = ImageOps.fit(flat, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted, np.uint8).reshape(height, width, channels)
+
+
+def _open(path: Path, width: int, height: int):
+    """A Pillow image of a file. A large JPEG is decoded at a half, a quarter or an eighth, which takes a third as long.
+
+    It stays twice as large as what will be made of it, and at 512 pixels or more.
+    """
+    from PIL import Image
+
+    opened = Image.open(path)
+    opened.draft(None, (max(512, 2 * width), max(512, 2 * height)))
+    return opened
 
 
 def _image_of(array: np.ndarray):

@@ -73,6 +73,17 @@ def _load_data(settings: Settings, name: str) -> Dataset:
     return dataclasses.replace(data, flip=data.flip and settings.mirror)
 
 
+TOLD_FROM = 50e6  # bytes of images
+
+
+def _tell_memory(data: Dataset) -> None:
+    """Prints what a large data set takes, such as '2,091 images of 160 px: 161 MB'."""
+    images = [split.images for split in (data.train, data.calibration, data.certification, data.test)]
+    taken = sum(array.nbytes for array in images)
+    if taken > TOLD_FROM:
+        print(f"{sum(map(len, images)):,} images of {data.input_shape[0]} px: {taken / 1e6:,.0f} MB", flush=True)
+
+
 def validate_run(run: Run) -> Dataset:
     """Loads the data set, and refuses now what a later notebook would refuse, perhaps after an hour of training.
 
@@ -82,6 +93,7 @@ def validate_run(run: Run) -> Dataset:
     """
     check_places(run)
     data = _load_data(run.settings, run.settings.dataset)
+    _tell_memory(data)
     run.settings.mode(data.category_names)
     if run.settings.target_risk:
         check_certification_size(len(data.certification), run.settings.target_risk)

@@ -12,6 +12,7 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_parts import commands
 from mscnn_parts.thresholds import threshold_text
+from mscnn_parts.zoo import NETWORKS
 
 
 @pytest.fixture
@@ -89,3 +90,18 @@ def test_the_card_says_what_the_model_is(trained_model_path, capsys):
         assert fact in told
     assert all(f"{name:24} {value[:16]}" in told for name, value in model.fingerprints().items())
     assert np.prod(model.stage1.get_weights()[-1].shape) == len(model.category_names)
+    assert f"compact: {NETWORKS['compact'].text}\n" in told and "images      32 × 32 × 3\n" in told
+    assert f"each of {len(model.category_names)} Stage 2 CNNs" in told
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_card_names_another_network_and_its_size(own):
+    """Of heads on a network of the zoo, and of one's own network."""
+    inputs = mscnn.keras.Input((48, 48, 3))
+    pooled = mscnn.keras.layers.GlobalAveragePooling2D()(inputs)
+    network = mscnn.keras.Model(inputs, mscnn.keras.layers.Dense(2)(pooled)) if own else "efficientnet_lite0"
+    model = mscnn.MultiStageCNN(["a", "b"], (32, 32, 3), [128] * 3, [64] * 3, network=network, image_size=48)
+    told = commands.card(model)
+    assert "images      32 × 32 × 3, enlarged by Stage 1 to 48 × 48\n" in told
+    assert f"each of 2 Stage 2 {'CNNs' if own else 'heads'} " in told
+    assert ("a network of one's own" if own else f"efficientnet_lite0: {NETWORKS['efficientnet_lite0'].text}") in told

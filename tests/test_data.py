@@ -32,7 +32,7 @@ from mscnn_helpers import MSCNNError, Split, load_dataset
 from mscnn_parts.data import RawData, split_data
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import project_root
-from mscnn_parts.pictures import as_uint8
+from mscnn_parts.pictures import as_uint8, free_memory
 from mscnn_parts.settings import FALLBACK_NOTICE
 from mscnn_parts.sources import (
     CIFAR10_MD5,
@@ -1013,6 +1013,36 @@ def test_a_picture_is_turned_as_the_camera_says(tmp_path):
     turned = mscnn.read_image(picture(tmp_path, pixels, exif=orientation))
     assert (turned[:16] == 0).all()
     assert (turned[16:] == 255).all()
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path, turn):
+    """A half, a quarter or an eighth of its pixels; the picture that a caller has opened stays as large as it is."""
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)).resize((4000, 3000))
+    orientation = Image.Exif()
+    orientation[0x0112] = turn
+    smooth.save(tmp_path / "phone.jpg", quality=92, exif=orientation)
+    read = mscnn.read_image(tmp_path / "phone.jpg", (160, 160, 3))
+    with Image.open(tmp_path / "phone.jpg") as opened:
+        whole = mscnn.read_image(opened, (160, 160, 3))
+        assert opened.size == (4000, 3000)
+    assert 0 < np.abs(read.astype(int) - whole).max() <= 6
+
+
+def test_a_folder_that_does_not_fit_in_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """Twenty images of each of two categories of 64 pixels take 491,520 bytes."""
+    write_images(tmp_path / "pets", 20)
+    patch_rooms(monkeypatch, "free_memory", lambda: 2 * 491_520)
+    assert load_dataset(str(tmp_path / "pets"), image_size=64).input_shape == (64, 64, 3)
+    patch_rooms(monkeypatch, "free_memory", lambda: 2 * 491_519)
+    patch_rooms(monkeypatch, "read_image", None)
+    with pytest.raises(MSCNNError, match=r"40 images of 64 px take 0\.00 GB.* give image_size 63 or less"):
+        load_dataset(str(tmp_path / "pets"), image_size=64)
+
+
+def test_free_memory_is_what_linux_says():
+    free = free_memory()
+    assert free is None if not Path("/proc/meminfo").is_file() else free > 2**20
 
 
 def test_a_picture_that_is_not_there(tmp_path):

@@ -52,6 +52,14 @@ def test_notebook_01_writes_down_what_the_run_is_about(settings, tiny_data):
     assert metrics["device"] == mscnn.device_name() != ""
 
 
+def test_the_memory_of_a_large_data_set_is_told(settings, monkeypatch, capsys):
+    validate_run(Run("01_data_and_light_mode", settings))
+    assert " px: " not in capsys.readouterr().out
+    patch_rooms(monkeypatch, "TOLD_FROM", 2e6)
+    validate_run(Run("01_data_and_light_mode", settings))
+    assert "700 images of 32 px: 2 MB\n" in capsys.readouterr().out
+
+
 def test_notebook_01_begins_the_metrics_anew(settings):
     run = Run("01_data_and_light_mode", settings)
     run.write("metrics", stage1={"accuracy": 1.0}, seconds={"02_stage1_training": 1.0})
