@@ -98,7 +98,8 @@ def train_head(
     compile_classifier(trainer, recipe, steps * recipe.epochs)
     history = trainer.fit(
         batches(one_hot, recipe.batch_size, train, seed).repeat(), epochs=recipe.epochs, steps_per_epoch=steps,
-        verbose=0, validation_data=batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
+        shuffle=False, verbose=0,
+        validation_data=batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
     )  # fmt: skip
     return {**history.history, "seconds": timer.seconds}
 
