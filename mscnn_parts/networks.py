@@ -116,7 +116,8 @@ def _enlarged(images: keras.KerasTensor, size: int, always: bool = False) -> ker
     """Images brought to `size`; `always`: also where only training's crops are smaller."""
     if size in (0, images.shape[1]) and not always:
         return images
-    return keras.layers.Resizing(size, size, dtype="float32", name="enlarged")(images)  # (B, size, size, channels)
+    resizing = keras.layers.Resizing(size, size, dtype="float32", name="enlarged")  # (B, size, size, channels)
+    return resizing(images, training=False)  # its default is True, which the layers behind it would inherit
 
 
 def build_network(

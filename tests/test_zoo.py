@@ -64,6 +64,18 @@ def test_scaling_is_what_the_weights_were_trained_with(name):
     assert np.allclose(first, expected[name], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet", "compact"])
+def test_a_call_that_says_nothing_of_training_is_none(name):
+    """Keras' Resizing calls itself training unless told otherwise, and the layers behind it would believe it."""
+    data = mscnn.load_dataset("digits", light_mode=True)
+    model = MultiStageCNN.for_dataset(dataclasses.replace(data, image_size=48), network=name, weights=None)
+    images, before = data.train.images[:4], model.fingerprints()
+    np.testing.assert_array_equal(model.stage1(images), model.stage1(images, training=False))
+    features = keras.Model(model.stage1.inputs[0], model.stage1.get_layer("pooled").output)
+    np.testing.assert_array_equal(features(images), features(images, training=False))
+    assert model.fingerprints() == before
+
+
 def test_compact_grows_by_narrow_blocks():
     assert widths_for(32, STAGE1_WIDTHS) == STAGE1_WIDTHS == widths_for(28, STAGE1_WIDTHS)
     assert widths_for(64, STAGE1_WIDTHS) == (32, 64, 256, 256) and widths_for(128, (32, 64, 64)) == (16, 16, 32, 64, 64)
