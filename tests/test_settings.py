@@ -216,6 +216,7 @@ def test_documented_defaults():
         "load_model": "",
         "save_model": "multistage_cnn_model",
         "dataset": "auto",
+        "stage1": "compact",
         "image_size": 0,
         "mirror": True,
         "seed": 0,

@@ -67,7 +67,7 @@ def load_weights(network: keras.Model) -> None:
     Raises:
         MSCNNError: the package is not installed, or its file is not the one that is known.
     """
-    arrays = read_arrays(_weights_file())
+    arrays = read_arrays(weights_file())
     for layer in network.layers:
         name = _their_name(layer.name)
         if name and layer.name.endswith("_conv"):
@@ -81,7 +81,7 @@ def load_weights(network: keras.Model) -> None:
 
 def imagenet_classifier() -> tuple[np.ndarray, np.ndarray]:
     """The dense layer of the 1,000 ImageNet classes: kernel (1280, 1000) and bias (1000,)."""
-    arrays = read_arrays(_weights_file())
+    arrays = read_arrays(weights_file())
     return arrays["_fc.weight"].T, arrays["_fc.bias"]
 
 
@@ -96,7 +96,12 @@ def _their_name(name: str) -> str:
     return f"_blocks.{number}.{f'_{kind}_conv' if what == 'conv' else norms[kind]}"
 
 
-def _weights_file() -> Path:
+def weights_file() -> Path:
+    """The package's file of weights.
+
+    Raises:
+        MSCNNError: the package is not installed, or its file is not the one that is known.
+    """
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise MSCNNError(
