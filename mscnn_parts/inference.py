@@ -103,6 +103,11 @@ class Networks:
         self.stage1, self.stage2, self.stage2_base, self.views = stage1, tuple(stage2), stage2_base, views
         self.heads = len(stage2_base.input_shape) == 2
 
+    def _at_once(self, batch_size: int) -> int:
+        """How many images to run at a time: of more than 32 pixels fewer, so that memory stays what it is."""
+        size = self.stage1.get_layer("whitening").input.shape[1]
+        return batch_size if size <= 32 else min(batch_size, max(8, 512 * 32**2 // size**2))
+
     @functools.cached_property
     def stage1_graph(self) -> Callable:
         """Images -> Stage 1's logits on a single view, (B, C)."""
@@ -119,7 +124,7 @@ class Networks:
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits on a single view, float32 (B, C)."""
-        return in_batches(self.stage1_graph, images, batch_size)
+        return in_batches(self.stage1_graph, images, self._at_once(batch_size))
 
     def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
         """Stage 1's logits on each view, and the means over the views of what it sees first."""
@@ -127,7 +132,7 @@ class Networks:
 
     def _outputs_and_features(self, images: np.ndarray, batch_size: int) -> tuple[Stage1Outputs, np.ndarray]:
         """Stage 1's outputs, and what Stage 2 sees: the images; or for heads the pooled features, (B, views, K)."""
-        both = in_batches(self.stage1_outputs_graph, images, batch_size)
+        both = in_batches(self.stage1_outputs_graph, images, self._at_once(batch_size))
         widths = [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
         parts = np.stack(np.split(both, self.views, axis=1))  # (views, B, C + T + 2 D + K)
         outputs = split_outputs(parts, widths[0], widths[1], widths[2] // 2)
@@ -149,7 +154,7 @@ class Networks:
             logits = in_batches(graph, seen.reshape(-1, seen.shape[-1]), batch_size)  # (B views, C)
             by_view = list(logits.reshape(len(seen), self.views, -1).swapaxes(0, 1))
         else:
-            by_view = np.split(in_batches(graph, seen, batch_size), self.views, axis=1)
+            by_view = np.split(in_batches(graph, seen, self._at_once(batch_size)), self.views, axis=1)
         return np.mean([log_odds(view, where) for view in by_view], axis=0)
 
     def scores(self, images: np.ndarray, batch_size: int = 512) -> StageScores:

@@ -9,6 +9,7 @@ import time
 import ablations
 import common
 import keras
+import networks
 import numpy as np
 import ood
 import pytest
@@ -79,7 +80,7 @@ def test_results_are_made_from_the_figures():
     text = common.RESULTS.read_text("utf-8")
     sections = {
         "quality": quality.table, "speed": speed.section, "ablations": ablations.table,
-        "selective": selective.table, "ood": ood.table, "verifiers": verifiers.table,
+        "selective": selective.table, "ood": ood.table, "verifiers": verifiers.table, "networks": networks.table,
     }  # fmt: skip
     for name, make in sections.items():
         figures = common.read_json(name, None)
@@ -479,3 +480,11 @@ def test_the_quick_form_trains_every_variant(tmp_path, monkeypatch):
     assert list(variants) == list(ablations.VARIANTS)
     assert all(0.05 < run["accuracy"] < 0.9 for runs in variants.values() for run in runs)
     assert variants["the recipe"][0]["accuracy"] > 0.2, "chance is 0.1"
+
+
+@pytest.mark.slow
+def test_a_network_is_measured():
+    figures = networks.measure(networks.QUICK, 0)
+    assert figures["parameters"] > 184_586 and len(figures["val_accuracy"]) == 1
+    row = {"MNIST, mnist": {"0": {**figures, "commit": "a", "device": "b"}}}
+    assert f"| MNIST, mnist | 28 | {figures['accuracy']:.1%} |" in networks.table(row)

@@ -138,7 +138,10 @@ def functional(categories: int) -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(categories)(x), name="mine")
 
 
-@pytest.mark.parametrize("chosen", ["mnist", "efficientnet_lite0", functional, subclassed])
+SLOW = [pytest.param(chosen, marks=pytest.mark.slow) for chosen in ("mnist", "efficientnet_lite0", subclassed)]
+
+
+@pytest.mark.parametrize("chosen", [functional, *SLOW])
 def test_all_the_way(chosen, digits, tmp_path):
     """Train, save, load, retrain one category, certify and explain, with every kind of Stage 1."""
     name = chosen if isinstance(chosen, str) else "own"

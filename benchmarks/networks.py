@@ -1,0 +1,159 @@
+"""Measures Stage 1's networks on several data sets: accuracy, ranking, size and time of both stages.
+
+    python benchmarks/networks.py --row "TrashNet, efficientnet_lite0"     one row, seed 0; --seed 1 for another
+    python benchmarks/networks.py --quick                                 a small slice: shows that it works
+    python benchmarks/networks.py --tables                                the tables anew, from networks.json
+
+A row that is measured again replaces its figures of that seed; the others stay, so that the table can be filled row by
+row. A seed decides splits and training. The test split is looked at once, after the training. TrashNet is looked for
+as a folder `trashnet`, EuroSAT as `eurosat.npz`, both in MSCNN_DATA_DIR.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from common import markdown, origin, read_json, spread, write
+from speed import multiply_adds
+
+import mscnn_helpers as mscnn
+from mscnn_parts.downloads import data_folder
+
+
+class Row(NamedTuple):
+    """What is trained on what; epochs 0 is the default recipe."""
+
+    dataset: str
+    network: str
+    image_size: int
+    epochs: int = 0
+    light_mode: bool = False
+    target: float = 0.0  # accuracy by a single view or, where mirrored images keep their category, by two
+
+
+ROWS = {
+    "TrashNet, efficientnet_lite0": Row("trashnet", "efficientnet_lite0", 160, target=0.94),
+    "TrashNet, compact": Row("trashnet", "compact", 96, 40, target=0.86),
+    "EuroSAT, compact": Row("eurosat.npz", "compact", 64, target=0.975),
+    "EuroSAT, alexnet": Row("eurosat.npz", "alexnet", 64, 10),
+    "EuroSAT, resnet": Row("eurosat.npz", "resnet", 64, 10),
+    "CIFAR-10 light mode, efficientnet_lite0": Row("cifar10", "efficientnet_lite0", 128, 6, True, target=0.88),
+    "CIFAR-10, efficientnet_lite0": Row("cifar10", "efficientnet_lite0", 128, target=0.95),
+    "CIFAR-10, vgg": Row("cifar10", "vgg", 32, 50, target=0.93),
+    "CIFAR-10, resnet": Row("cifar10", "resnet", 32, 50, target=0.935),
+    "CIFAR-10, classic": Row("cifar10", "classic", 32, 10, target=0.80),
+    "MNIST, mnist": Row("mnist", "mnist", 28, 10),
+    "MNIST, mnist_bn": Row("mnist", "mnist_bn", 28, 10, target=0.992),
+}
+QUICK = Row("digits", "mnist", 28, 1, True)
+TRAININGS = {"stage1": mscnn.train_stage1, "stage2_base": mscnn.train_stage2_base, "stage2": mscnn.train_stage2}
+
+
+def measure(row: Row, seed: int) -> dict:
+    """Trains both stages and measures them on the test split, once."""
+    own = data_folder() / row.dataset
+    data = mscnn.load_dataset(own if own.exists() and row.dataset != "mnist" else row.dataset, row.light_mode, seed,
+                              row.image_size)  # fmt: skip
+    model = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network)
+    recipe, minutes, histories = mscnn.default_recipe(len(data.train), row.epochs, 0, row.network), {}, {}
+    for name, train in TRAININGS.items():
+        begun = time.perf_counter()
+        histories[name] = train(model, data, recipe, seed)
+        minutes[name] = (time.perf_counter() - begun) / 60
+    model.calibrate(data.calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        model.save(path)
+        size = path.stat().st_size / 1e6
+    return {
+        **tested(model, data), "minutes": minutes, "MB": size, "parameters": model.stage1.count_params(),
+        "multiply_adds": multiply_adds(model.stage1), "val_accuracy": histories["stage1"]["val_accuracy"],
+        "images": [len(data.train), len(data.test)],
+    }  # fmt: skip
+
+
+def tested(model: mscnn.MultiStageCNN, data: mscnn.Dataset) -> dict:
+    """Accuracy, ranking and speed on the test split, and what is rejected as out of distribution."""
+    model.decide(data.test.images[:512])  # traces the graphs
+    begun = time.perf_counter()
+    decisions = model.decide(data.test.images)
+    seconds = time.perf_counter() - begun
+    metrics = mscnn.evaluate(decisions, data.test.labels, 0.7)
+    correct = decisions.stage1_category == data.test.labels
+    foreign = mscnn.synthetic_ood_images(data.test.images[:200])
+    foreign = {kind: foreign[kind] for kind in ("uniform noise", "one color", "stripes")}
+    foreign["photographs"] = mscnn.foreign_photographs(data.input_shape)
+    other = len(data.category_names)
+    return {
+        "accuracy": metrics["stage1"]["accuracy"], "accuracy_of_answers": float(correct.mean()),
+        "aurc_softmax": metrics["stage1"]["aurc"], "aurc": metrics["two_stage"]["aurc"],
+        "coverage": metrics["two_stage"]["coverage"],
+        "selective_accuracy": metrics["two_stage"]["selective_accuracy"],
+        "in_distribution_rejected": float((~decisions.in_distribution).mean()),
+        "foreign_rejected": {k: float((model.decide(v).category == other).mean()) for k, v in foreign.items()},
+        "images_per_second": len(data.test) / seconds,
+    }  # fmt: skip
+
+
+def table(figures: dict) -> str:
+    """The section of RESULTS.md; `figures`: a row's name -> a seed -> what `measure` and `origin` say."""
+    lines, origins = [], []
+    for name, row in ROWS.items():
+        seeds = figures.get(name, {})
+        command = f'`python benchmarks/networks.py --row "{name}"`'
+        if not seeds:
+            lines.append([name, f"{row.image_size}", "not measured here:", command, "", "", "", "", ""])
+            continue
+        each = list(seeds.values())
+        origins += [f"- {name}, seed {seed}: commit {one['commit']}, {one['device']}" for seed, one in seeds.items()]
+
+        def column(key: str, form: str, each: list[dict] = each) -> str:
+            return spread([one[key] for one in each], form)
+
+        saved = [1 - one["aurc"] / one["aurc_softmax"] for one in each]
+        lines.append([
+            name, f"{row.image_size}", column("accuracy", "{:.1%}"), column("accuracy_of_answers", "{:.1%}"),
+            f"{row.target:.1%}" if row.target else "", spread(saved, "{:.0%}"),
+            f"{column('coverage', '{:.1%}')}, {column('selective_accuracy', '{:.1%}')}",
+            f"{each[0]['MB']:.0f} MB, {each[0]['multiply_adds'] / 1e6:.0f} M",
+            f"{np.median([sum(one['minutes'].values()) for one in each]):.0f} min, "
+            f"{np.median([one['images_per_second'] for one in each]):.0f}/s",
+        ])  # fmt: skip
+    header = ["data, network", "pixels", "accuracy, a single view", "of the answers", "target", "AURC below softmax",
+              "coverage and selective accuracy at 0.7", "model file, multiply-adds", "training, decide()"]  # fmt: skip
+    return "\n".join([
+        "## Networks", "",
+        "Stage 1's networks, each trained by its own recipe, with its Stage 2. Test split; of several seeds median",
+        "(minimum to maximum). *AURC below softmax*: how much smaller the two stages' AURC is than that of Stage 1's",
+        "softmax on a single view. Not among them: STL-10 and the networks of `keras.applications`, whose data and",
+        "weights could not be downloaded where these figures were made.", "",
+        *markdown(header, lines), *origins,
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Measures a row and writes networks.json and its section of RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small slice; writes nothing")
+    parser.add_argument("--row", choices=ROWS, action="append", default=[], help="which row; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits and of the training")
+    parser.add_argument("--tables", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    figures = read_json("networks", {})
+    if options.quick:
+        print(measure(QUICK, options.seed))
+        return
+    for name in options.row:
+        made = origin(f'python benchmarks/networks.py --row "{name}" --seed {options.seed}')
+        figures.setdefault(name, {})[str(options.seed)] = {**made, **measure(ROWS[name], options.seed)}
+        write("networks", figures, table(figures))
+    if options.tables:
+        write("networks", figures, table(figures))
+    print(table(figures))
+
+
+if __name__ == "__main__":
+    main()
