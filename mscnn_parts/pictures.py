@@ -219,7 +219,9 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
     name = "The image" if isinstance(picture, Image.Image) else path_from(str(picture), Path())
     try:
         with contextlib.ExitStack() as stack:
-            opened = picture if isinstance(picture, Image.Image) else stack.enter_context(_open(name, width, height))
+            opened = (
+                picture if isinstance(picture, Image.Image) else stack.enter_context(_open(Path(name), width, height))
+            )
             flat = _drop_alpha(_upright(opened)).convert("RGB" if channels == 3 else "L")
     except IsADirectoryError as error:
         raise MSCNNError(f"{name} is a folder: give the path of a picture file.") from error

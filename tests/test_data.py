@@ -29,6 +29,7 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Split, load_dataset
+from mscnn_parts import sources
 from mscnn_parts.data import RawData, split_data
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import project_root
@@ -37,7 +38,6 @@ from mscnn_parts.settings import FALLBACK_NOTICE
 from mscnn_parts.sources import (
     CIFAR10_MD5,
     CIFAR10_NAMES,
-    CIFAR10_URL,
     FASHION_MD5,
     FASHION_NAMES,
     _cifar10,
@@ -157,7 +157,7 @@ def test_a_damaged_batch_is_named_and_not_opened(batches, tmp_path, dataset):
     (folder / "data_batch_3").write_bytes(bomb)
     with pytest.raises(MSCNNError) as error:
         load_dataset(dataset)
-    for part in (str(folder / "data_batch_3"), md5(bomb), CIFAR10_MD5["data_batch_3"]):
+    for part in (str(folder / "data_batch_3"), md5(bomb), sources.CIFAR10_MD5["data_batch_3"]):
         assert part in str(error.value)
     assert not (tmp_path / "it went off").exists()
 
@@ -444,7 +444,7 @@ def test_a_refusing_server_and_a_refusing_proxy(archive, monkeypatch):
         monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, method, refuse, raising=False)
     with pytest.raises(MSCNNError, match=r"127\.0\.0\.1:\d+ answers 403 Forbidden"):
         load_dataset("cifar10")
-    monkeypatch.setenv("HTTPS_PROXY", CIFAR10_URL.rpartition("/")[0])
+    monkeypatch.setenv("HTTPS_PROXY", sources.CIFAR10_URL.rpartition("/")[0])
     patch_rooms(monkeypatch, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
     with pytest.raises(MSCNNError, match=r"proxy does not let it through: Tunnel connection failed: 403 Forbidden"):
         load_dataset("cifar10")
@@ -1515,7 +1515,8 @@ def test_images_are_brought_to_the_size_that_is_asked_for(tmp_path, size):
     data = mscnn.load_dataset(tmp_path / "pictures", image_size=size)
     assert data.input_shape == (size, size, 3)
     digits = mscnn.load_dataset("digits", light_mode=True, image_size=size)
-    assert digits.test.images.shape[1:] == (size, size, 1)
+    side = min(size, 32)  # small images stay small; Stage 1 enlarges them
+    assert digits.test.images.shape[1:] == (side, side, 1) and digits.image_size == size
     assert mscnn.load_dataset("digits", light_mode=True).input_shape == (32, 32, 1)
 
 

@@ -74,7 +74,7 @@ def test_the_pretrained_model_is_what_its_card_says():
     assert FILE.stat().st_size <= pretrained.ALLOWED_BYTES
     code = (
         "import json, mscnn_helpers as m\n"
-        "model = m.load_model('notebooks/' + m.PRETRAINED)\n"
+        "model = m.load_model('pretrained')\n"
         "print(json.dumps([model.fingerprints(), model.threshold, model.is_calibrated]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
