@@ -6,7 +6,6 @@ import sys
 import time
 
 import keras
-import numpy as np
 
 from mscnn_parts.layers import RandomFlipCrop
 
@@ -99,20 +98,6 @@ class ProgressiveCrops(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.augmentation.crop_fraction.assign(SMALL_CROP if epoch < self.epochs else 1.0)
-
-
-class RandomCrops(keras.callbacks.Callback):
-    """Lets each batch see another share of its images' height and width, for networks that bring them to one size."""
-
-    def __init__(self, augmentation: RandomFlipCrop, least: float, seed: int):
-        super().__init__()
-        self.augmentation, self.least, self.random = augmentation, least, np.random.default_rng(seed)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.augmentation.crop_fraction.assign(self.random.uniform(self.least, 1.0))
-
-    def on_test_begin(self, logs=None):
-        self.augmentation.crop_fraction.assign(1.0)
 
 
 class RestoreBestWeights(keras.callbacks.Callback):

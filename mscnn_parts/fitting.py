@@ -13,7 +13,6 @@ from mscnn_parts.callbacks import (
     AlternatingFlip,
     EpochTimer,
     ProgressiveCrops,
-    RandomCrops,
     RestoreBestWeights,
     ShowProgress,
     in_notebook,
@@ -152,8 +151,6 @@ def train_classifier(
     del both  # the trainer has its own copy
     augmentation, timer = network.get_layer("augmentation"), EpochTimer()
     by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
-    if recipe.least_crop < 1:
-        by_epoch.append(RandomCrops(augmentation, recipe.least_crop, seed))
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
     title = network.name.replace("_", " ").replace("stage", "Stage ")
     progress = [ShowProgress(title)] if in_notebook() else []  # a hook after each step is not free

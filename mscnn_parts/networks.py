@@ -112,9 +112,8 @@ def build_stages(
     return stage1, functools.partial(compact, widths=stage2_widths)
 
 
-def _enlarged(images: keras.KerasTensor, size: int, always: bool = False) -> keras.KerasTensor:
-    """Images brought to `size`; `always`: also where only training's crops are smaller."""
-    if size in (0, images.shape[1]) and not always:
+def _enlarged(images: keras.KerasTensor, size: int) -> keras.KerasTensor:
+    if size in (0, images.shape[1]):
         return images
     resizing = keras.layers.Resizing(size, size, dtype="float32", name="enlarged")  # (B, size, size, channels)
     return resizing(images, training=False)  # its default is True, which the layers behind it would inherit
@@ -143,7 +142,7 @@ def build_network(
     layers, own = keras.layers, isinstance(network, keras.Model)
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
     x = RandomFlipCrop(flip, shift=max(2, input_shape[0] // 16), name="augmentation")(x)
-    x = _enlarged(x, size, always=not own and network.pretrained)
+    x = _enlarged(x, size)
     normal = layers.Rescaling(
         [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)], dtype="float32", name="standardized"
     )(x)

@@ -29,7 +29,7 @@ def staged(groups: int, epochs: int) -> tuple[Phase, ...]:
     """
     first = max(1, epochs // 3)
     late, most = tuple(range(max(0, groups - 2), groups)), tuple(range(min(3, groups // 2), groups))
-    phases = (Phase((), 20, 1e-3), Phase(late, first, 5e-4), Phase(most, epochs - first, 3e-4))
+    phases = (Phase((), 20, 1e-3), Phase(late, first, 1e-3), Phase(most, epochs - first, 5e-4))
     return tuple(phase for phase in phases if phase.epochs)
 
 
@@ -53,7 +53,6 @@ class Recipe:
     optimizer: str = "muon"  # of Stage 1; or "sgd" or "adam", for networks that Muon was not tried on
     optimizer_rate: float = 0.05  # peak learning rate of sgd or adam
     optimizer_decay: float = 5e-4  # weight decay of sgd or adam
-    least_crop: float = 1.0  # below 1, each batch sees a random share, at least this, of its images' height and width
     phases: tuple[Phase, ...] = ()  # staged unfreezing, of networks with ImageNet weights
 
     @property

@@ -32,30 +32,19 @@ class TrunkFeatures(NamedTuple):
     views: int
 
 
-def trunk_features(
-    stage1: keras.Model, data: Dataset, views: int = VIEWS, seed: int = 0, least_crop: float = 0.6
-) -> TrunkFeatures:
-    """Computes what the layers before Stage 1's last ones make of the train and the calibration split.
-
-    Args:
-        least_crop: see `Recipe`.
-    """
+def trunk_features(stage1: keras.Model, data: Dataset, views: int = VIEWS, seed: int = 0) -> TrunkFeatures:
+    """Computes what the layers before Stage 1's last ones make of the train and the calibration split."""
     augmentation = stage1.get_layer("augmentation")
     trunk = keras.Model(augmentation.output, stage1.get_layer("pooled").output)
     augmentation.reseed(seed)
-    shares = np.random.default_rng(seed)
 
     @tf.function(reduce_retracing=True)
     def features(images, training):
         return trunk(augmentation(images, training=training), training=False)
 
     def all_features(images: np.ndarray, training: bool) -> np.ndarray:
-        found = []
-        for start in range(0, len(images), 64):
-            augmentation.crop_fraction.assign(shares.uniform(least_crop, 1.0))
-            found.append(features(tf.constant(images[start : start + 64]), training).numpy())
-        augmentation.reset()
-        return np.concatenate(found)
+        parts = [images[i : i + 64] for i in range(0, len(images), 64)]
+        return np.concatenate([features(tf.constant(part), training).numpy() for part in parts])
 
     train = np.concatenate([all_features(data.train.images, True) for _ in range(views)])
     return TrunkFeatures(train, all_features(data.calibration.images, False), views)

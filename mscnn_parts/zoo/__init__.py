@@ -44,13 +44,7 @@ class Network(NamedTuple):
 
 ADAM = {"optimizer": "adam", "optimizer_rate": 1e-3, "optimizer_decay": 1e-4, "label_smoothing": 0.0}
 SGD = {"optimizer": "sgd", "optimizer_rate": 0.05, "optimizer_decay": 5e-4, "label_smoothing": 0.1}
-STAGED = {
-    "optimizer": "adam",
-    "optimizer_rate": 1e-3,
-    "optimizer_decay": 1e-4,
-    "label_smoothing": 0.1,
-    "least_crop": 0.6,
-}
+STAGED = {**ADAM, "label_smoothing": 0.1}
 LITE0_GROUPS = (
     ("stem",), ("block0_",), ("block1_", "block2_"), ("block3_", "block4_"), ("block5_", "block6_", "block7_"),
     ("block8_", "block9_", "block10_"), ("block11_", "block12_", "block13_", "block14_"), ("block15_",), ("top",),
