@@ -33,7 +33,10 @@ def test_every_network_has_its_line():
     assert {*PARAMETERS, "compact"} == set(NETWORKS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+DEEP = ("efficientnet_b0", "resnet50", "densenet121")  # these take long to build
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in PARAMETERS])
 def test_a_network_has_its_parameters_and_layers(name):
     count, size, channels = PARAMETERS[name]
     network = stage1_of(name, size, channels)
@@ -48,7 +51,10 @@ def test_a_network_has_its_parameters_and_layers(name):
         assert len(grouped) == len(set(map(id, grouped))) and set(map(id, grouped)) == set(map(id, weighted))
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "densenet121", "efficientnet_b0"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in DEEP if name != "resnet50"]
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", *OTHERS])
 def test_scaling_is_what_the_weights_were_trained_with(name):
     """A gray of 127 is near 0; the channels of ResNet50 are reversed."""
     images = np.zeros((1, 64, 64, 3), np.uint8) + np.array([130, 120, 110], np.uint8)
