@@ -55,7 +55,7 @@ TRAININGS = {"stage1": mscnn.train_stage1, "stage2_base": mscnn.train_stage2_bas
 def measure(row: Row, seed: int) -> dict:
     """Trains both stages and measures them on the test split, once."""
     own = data_folder() / row.dataset
-    data = mscnn.load_dataset(own if own.exists() and row.dataset != "mnist" else row.dataset, row.light_mode, seed,
+    data = mscnn.load_dataset(own if own.exists() else row.dataset, row.light_mode, seed,
                               row.image_size)  # fmt: skip
     model = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network)
     recipe, minutes, histories = mscnn.default_recipe(len(data.train), row.epochs, 0, row.network), {}, {}

@@ -16,7 +16,7 @@ import numpy as np
 from mscnn_parts.files import path_from, write_atomically
 from mscnn_parts.pictures import IMAGE_SUFFIXES, read_image
 from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
-from mscnn_parts.zoo import NETWORKS
+from mscnn_parts.zoo import OWN, network_named
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -149,13 +149,13 @@ def card(model: MultiStageCNN) -> str:
     mode = "light mode, " if config["light_mode"] else ""
     weights = sum(array.size for array in model.stage1.get_weights())
     small = sum(array.size for array in model.stage2_base.get_weights())
-    network = NETWORKS.get(model.network)
-    kind = "heads" if network and network.pretrained else "CNNs"
+    network = network_named(model.network)
+    kind = "heads" if network.pretrained else "CNNs"
     lines = {
         "data": f"{model.dataset} ({mode}seed {config['seed']}), fingerprint {model.data_fingerprint[:16]}",
         "categories": f"{len(names)}: {', '.join(names)}",
         "images": _images_text(model),
-        "stage1": f"{model.network}: {network.text}" if network else "a network of one's own",
+        "stage1": network.text if network is OWN else f"{model.network}: {network.text}",
         "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 {kind} {small:,}; {model.policy}",
         "threshold": threshold_text(model) if model.is_calibrated else "not calibrated yet: run notebook 03",
     }

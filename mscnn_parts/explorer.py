@@ -31,8 +31,8 @@ class ThresholdExplorer:
         rejected: np.ndarray | None = None,
     ):
         confidence, correct = checked_pair(confidence, correct, share=True)
-        open_to_all = np.full(len(confidence), True) if rejected is None else ~np.asarray(rejected)
-        self.images, self.confidence, self.correct = len(confidence), confidence[open_to_all], correct[open_to_all]
+        remaining = slice(None) if rejected is None else ~np.asarray(rejected)
+        self.images, self.confidence, self.correct = len(confidence), confidence[remaining], correct[remaining]
         self.threshold = float(np.mean(threshold))
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from mscnn_parts.settings import MSCNNError
-from mscnn_parts.zoo import NETWORKS
+from mscnn_parts.zoo import network_named
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,14 @@ def default_recipe(images: int, epochs: int = 0, batch_size: int = 0, network: s
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 0:
             raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
-    entry = NETWORKS.get(network, NETWORKS["alexnet"])  # one's own is trained by Adam
+    entry = network_named(network)
+    changes = {"small_crops": 0.0, **entry.recipe}
     if entry.pretrained:
-        epochs = epochs or 9
-        recipe = dataclasses.replace(
-            default_recipe(images, epochs, batch_size or 32), stage2_base_epochs=30, **entry.recipe
-        )
-        return dataclasses.replace(recipe, phases=staged(len(entry.groups), epochs), small_crops=0.0)
+        epochs, batch_size = epochs or 9, batch_size or 32
+        changes |= {"stage2_base_epochs": 30, "phases": staged(len(entry.groups), epochs)}
     if entry.recipe:
-        recipe = default_recipe(images, epochs, batch_size or (128 if images >= 20_000 else 64))
-        return dataclasses.replace(recipe, small_crops=0.0, **entry.recipe)
+        batch_size = batch_size or (128 if images >= 20_000 else 64)
+        return dataclasses.replace(default_recipe(images, epochs, batch_size), **changes)
     epochs = epochs or 20
     if images < 20_000:
         return Recipe(

@@ -30,16 +30,25 @@ class Network(NamedTuple):
     recipe: Mapping[str, Any] = NOTHING  # what differs from the default recipe
     stage2_widths: tuple[int, ...] = ()  # of the Stage 2 CNNs; (): those of compact at this size
     pretrained: bool = False  # ImageNet weights: Stage 2 are heads on its features
+    packaged: bool = False  # they come with a package
     three_channels: bool = False  # gray images are given as three equal channels
+
+    def _function(self, name: str) -> Callable:
+        return getattr(importlib.import_module(f"mscnn_parts.zoo.{self.module}"), name)
 
     @property
     def build(self) -> Callable:
-        return importlib.import_module(f"mscnn_parts.zoo.{self.module}").build
+        return self._function("build")
 
     @property
     def load_weights(self) -> Callable:
         """Fills a built network with the weights that it was trained with on ImageNet."""
-        return importlib.import_module(f"mscnn_parts.zoo.{self.module}").load_weights
+        return self._function("load_weights")
+
+    def check_weights(self) -> None:
+        """Raises MSCNNError if the package that brings the weights is not installed; Keras' downloads are not tried."""
+        if self.packaged:
+            self._function("weights_file")()
 
 
 ADAM = {"optimizer": "adam", "optimizer_rate": 1e-3, "optimizer_decay": 1e-4, "label_smoothing": 0.0}
@@ -67,7 +76,7 @@ NETWORKS: dict[str, Network] = {
     "resnet34": Network("resnet", 32, "34 layers with shortcuts", {"blocks": (3, 4, 6, 3)}, recipe=SGD),
     "efficientnet_lite0": Network(
         "efficientnet_lite0", 160, "ImageNet weights from the extra `transfer`", scaling="around zero",
-        groups=LITE0_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
+        groups=LITE0_GROUPS, recipe=STAGED, pretrained=True, packaged=True, three_channels=True,
     ),
     "efficientnet_b0": Network(
         "applications", 224, "ImageNet weights that Keras downloads", {"name": "EfficientNetB0"}, scaling="none",
@@ -82,3 +91,9 @@ NETWORKS: dict[str, Network] = {
         groups=DENSENET_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
     ),
 }  # fmt: skip
+OWN = Network("", 0, "a network of one's own", recipe=ADAM)
+
+
+def network_named(name: str) -> Network:
+    """The entry of a model's network; a name that is not among them stands for a network of one's own."""
+    return NETWORKS.get(name, OWN)

@@ -10,7 +10,6 @@ import importlib.util
 from pathlib import Path
 
 import keras
-import numpy as np
 
 from mscnn_parts.settings import MSCNNError
 from mscnn_parts.torch_files import read_arrays
@@ -77,12 +76,6 @@ def load_weights(network: keras.Model) -> None:
             layer.set_weights([kernel])
         elif name:
             layer.set_weights([arrays[f"{name}.{one}"] for one in ("weight", "bias", "running_mean", "running_var")])
-
-
-def imagenet_classifier() -> tuple[np.ndarray, np.ndarray]:
-    """The dense layer of the 1,000 ImageNet classes: kernel (1280, 1000) and bias (1000,)."""
-    arrays = read_arrays(weights_file())
-    return arrays["_fc.weight"].T, arrays["_fc.bias"]
 
 
 def _their_name(name: str) -> str:

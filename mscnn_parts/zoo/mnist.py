@@ -12,8 +12,9 @@ def build(x: keras.KerasTensor, categories: int, policy: str, normalized: bool =
         normalized: three padded 3 x 3 convolutions with BatchNormalization, in place of two unpadded 5 x 5 ones.
     """
     layers = keras.layers
-    for block, width in enumerate((32, 64, 128) if normalized else (32, 64), start=1):
-        name = f"block{block}" if width != (128 if normalized else 64) else "features"
+    widths = (32, 64, 128) if normalized else (32, 64)
+    for block, width in enumerate(widths, start=1):
+        name = "features" if width == widths[-1] else f"block{block}"
         if normalized:
             x = layers.Conv2D(width, 3, padding="same", dtype=policy)(x)
             x = layers.BatchNormalization(dtype=policy)(x)
