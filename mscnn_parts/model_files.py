@@ -93,6 +93,8 @@ def load_model(path: str | Path) -> MultiStageCNN:
     try:
         model = keras.saving.load_model(path)
     except Exception as error:  # a broken file fails in many ways: zip, JSON, HDF5, Keras
+        if "Could not locate class" in str(error):  # of one's own network
+            raise MSCNNError(f"{path} has a network of a class that is not there yet: import it first.") from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise MSCNNError(f"{path} is damaged or not a model of this project: {reason}") from error
     if not isinstance(model, expected):
@@ -168,16 +170,8 @@ def check_assignable(name: str) -> None:
     """Raises MSCNNError for an attribute that a model, once built, cannot change."""
     if name in ("stage1", "stage2_base", "stage2"):
         raise _not_replaceable(name)
-    if name in (
-        "category_names",
-        "image_shape",
-        "flip",
-        "dataset",
-        "data_fingerprint",
-        "policy",
-        "network",
-        "image_size",
-    ):
+    fixed = {"category_names", "image_shape", "image_size", "flip", "dataset", "data_fingerprint", "policy", "network"}
+    if name in fixed:
         raise MSCNNError(f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN.")
 
 
@@ -203,10 +197,15 @@ def checked_target(model: MultiStageCNN, filepath: str | Path, overwrite: bool) 
 
 def check_matches(model: MultiStageCNN, data: Dataset) -> None:
     """Raises MSCNNError if the model was made for another data set, or for other splits of it."""
+    size = data.image_size or data.input_shape[0]
+    if model.dataset == data.name and model.image_size != size:
+        raise MSCNNError(
+            f"The model was trained with image_size {model.image_size}, and the data has {size}: set image_size as it "
+            "was, or train a new model."
+        )
     pairs = {
         "data set": (model.dataset, data.name),
         "image shape": (model.image_shape, data.input_shape),
-        "image size": (model.image_size, data.image_size or data.input_shape[0]),
         "list of categories": (", ".join(model.category_names), ", ".join(data.category_names)),
     }
     for what, (mine, given) in pairs.items():

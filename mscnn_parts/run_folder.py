@@ -197,7 +197,8 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
         config = read_model_config(path or Path())["config"]
         known = {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
         known |= {"mirror": config["flip"], "image_size": config.get("image_size", config["image_shape"][0])}
-        known |= {"stage1": config.get("network", "compact")}
+        network = config.get("network", "compact")
+        known |= {"stage1": network} if isinstance(network, str) else {}  # one's own has no name
     except Exception:  # a broken file fails in many ways; `load_model` says which
         return {}
     if known.get("dataset") not in BUILT_IN and run.settings.dataset == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -28,7 +29,7 @@ from mscnn_parts.run_folder import (
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, Settings
 from mscnn_parts.sources import load_dataset
 from mscnn_parts.thresholds import check_certification_size, threshold_for_coverage, threshold_text
-from mscnn_parts.zoo import NETWORKS, efficientnet_lite0
+from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -93,6 +94,7 @@ def validate_run(run: Run) -> Dataset:
             or a folder that cannot be written.
     """
     check_places(run)
+    _check_network(run)
     data = _load_data(run.settings, run.settings.dataset)
     _tell_memory(data)
     run.settings.mode(data.category_names)
@@ -101,12 +103,24 @@ def validate_run(run: Run) -> Dataset:
     start = run.starting_model()
     if start is not None:
         check_matches(load_model(start), data)
-    elif run.settings.stage1 == "efficientnet_lite0":
-        efficientnet_lite0.weights_file()
+    else:
+        NETWORKS[run.settings.stage1].check_weights()
     _check_not_among_images(run, data)
     check_replaces_no_other(run, data)
     make_run_folders(run)
     return data
+
+
+def _check_network(run: Run) -> None:
+    """Raises MSCNNError if the model to start from has another network of the zoo than `stage1` says."""
+    start, network = run.starting_model(), None
+    with contextlib.suppress(Exception):  # a broken file fails in many ways; `load_model` says which
+        network = read_model_config(start)["config"].get("network", "compact") if start else None
+    if isinstance(network, str) and network != run.settings.stage1:
+        raise MSCNNError(
+            f"{start} has the network {network}, and stage1 is {run.settings.stage1}: "
+            f"give stage1 {network} (--stage1 {network}), or another model."
+        )
 
 
 def _check_not_among_images(run: Run, data: Dataset) -> None:

@@ -271,7 +271,7 @@ def test_networks_are_those_of_the_zoo():
         (name, network.image_size, parameters[name]) for name, network in NETWORKS.items()
     ]
     assert [not row[4].startswith("ImageNet") for row in rows] == [not one.pretrained for one in NETWORKS.values()]
-    assert between(DOCS["networks"], "networks")  # where benchmarks/networks.py writes
+    assert between(DOCS["networks"], "networks")  # says where the figures are
 
 
 def test_phases_are_those_of_the_recipe():

@@ -53,6 +53,31 @@ def test_notebook_01_writes_down_what_the_run_is_about(settings, tiny_data):
     assert metrics["device"] == mscnn.device_name() != ""
 
 
+def test_another_network_than_the_models_is_refused_before_the_data_are_read(settings, trained_model_path, monkeypatch):
+    asked = dataclasses.replace(settings, load_model=str(trained_model_path), stage1="resnet")
+    patch_rooms(monkeypatch, "load_dataset", None)
+    with pytest.raises(MSCNNError, match=r"has the network compact, and stage1 is resnet: give stage1 compact"):
+        validate_run(Run("01_data_and_light_mode", asked))
+
+
+def test_another_image_size_than_the_models_is_named(trained_model, tiny_data):
+    with pytest.raises(MSCNNError, match="trained with image_size 32, and the data has 64: set image_size as it was"):
+        check_matches(trained_model, dataclasses.replace(tiny_data, image_size=64))
+
+
+def test_a_model_with_a_network_of_ones_own_says_its_data(settings, tiny_data, tmp_path):
+    """Such a network has no name that `stage1` could take."""
+    keras = mscnn.keras
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(inputs))
+    own = keras.Model(inputs, keras.layers.Dense(len(tiny_data.category_names))(x))
+    mscnn.MultiStageCNN.for_dataset(tiny_data, network=own, stage2_widths=(8, 8, 8)).save(tmp_path / "own.keras")
+    given = {"load_model": str(tmp_path / "own.keras"), "run_dir": str(tmp_path / "new"), "dataset": settings.dataset}
+    run = mscnn.open_run("05_evaluation_and_cam", given)
+    assert (run.settings.stage1, run.settings.image_size) == ("compact", 32)
+    assert mscnn.continue_run_data(run).fingerprint == tiny_data.fingerprint
+
+
 def test_the_memory_of_a_large_data_set_is_told(settings, monkeypatch, capsys):
     validate_run(Run("01_data_and_light_mode", settings))
     assert " px: " not in capsys.readouterr().out
