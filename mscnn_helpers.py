@@ -84,7 +84,7 @@ from mscnn_parts.decision import (
     log_odds,
     margin,
 )
-from mscnn_parts.explanation import class_activation_map, grad_cam, has_cam, map_layers, trace_decisions
+from mscnn_parts.explanation import class_activation_map, grad_cam, has_cam, map_layers, split_at, trace_decisions
 from mscnn_parts.explorer import ThresholdExplorer
 from mscnn_parts.figures import (
     CAM_COLORMAP,
@@ -199,7 +199,7 @@ from mscnn_parts.training import (
     weakest_categories,
 )
 from mscnn_parts.transfer import stage2_base_logits
-from mscnn_parts.zoo import NETWORKS
+from mscnn_parts.zoo import NETWORKS, network_named
 
 __all__ = [
     "ACCEPTED", "CAM_COLORMAP", "LOW_CONFIDENCE", "NETWORKS", "NOTEBOOKS", "OTHER", "OUT_OF_DISTRIBUTION",
@@ -214,10 +214,10 @@ __all__ = [
     "open_run", "orthogonalize", "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery",
     "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
     "plot_thresholds", "read_image", "reliability", "retrain_stage2", "risk_coverage", "sample_hard_negatives",
-    "set_threshold", "stage1_optimizer", "stage2_base_logits", "stage_report_labels", "synthetic_ood_images",
-    "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk", "thresholds_by_category",
-    "trace_decisions", "train_classifier", "train_stage1", "train_stage2", "train_stage2_base", "unnoticed",
-    "versions", "weakest_categories",
+    "set_threshold", "split_at", "stage1_optimizer", "stage2_base_logits", "stage_report_labels",
+    "synthetic_ood_images", "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk",
+    "thresholds_by_category", "trace_decisions", "train_classifier", "train_stage1", "train_stage2",
+    "train_stage2_base", "unnoticed", "versions", "weakest_categories",
 ]  # fmt: skip
 
 
@@ -334,8 +334,8 @@ class MultiStageCNN(keras.Model):
             policy=policy, source_fingerprint=data.source_fingerprint, light_mode=data.light_mode, seed=data.seed,
             network=network, image_size=data.image_size, **settings,
         )  # fmt: skip
-        if weights and isinstance(network, str) and NETWORKS[network].pretrained:
-            NETWORKS[network].load_weights(model.stage1)
+        if weights and network_named(model.network).pretrained:
+            network_named(model.network).load_weights(model.stage1)
         set_whitening([model.stage1, model.stage2_base, *model.stage2.values()], data.train.images, mean, std)
         return model
 

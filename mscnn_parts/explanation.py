@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from mscnn_parts.checks import check_categories_within, checked_labels
 from mscnn_parts.layers import log_odds_tensor
-from mscnn_parts.networks import OWN_INPUT
+from mscnn_parts.networks import OWN_INPUT, on_images
 from mscnn_parts.settings import OTHER, MSCNNError, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,14 +31,6 @@ def map_layers(network: keras.Model) -> tuple[str, str]:
 def has_cam(network: keras.Model) -> bool:
     """Whether `class_activation_map` can read a map off the last dense layer, which sees nothing but means."""
     return "pooled" in [layer.name for layer in network.layers]
-
-
-def verifier(model: MultiStageCNN, category: int) -> keras.Model:
-    """The Stage 2 network of a category as one from images to logits: a head with what Stage 1 shows it."""
-    network = model.stage2_cnn(category)
-    if len(network.input_shape) == 4:
-        return network
-    return keras.Model(model.stage1.inputs[0], network(model.stage1.get_layer("pooled").output), name=network.name)
 
 
 def class_activation_map(network: keras.Model, images: np.ndarray, category: int) -> np.ndarray:
@@ -73,7 +65,7 @@ def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: 
     """
     layer = layer or map_layers(network)[0]
     _check_explained(network, images, layer)
-    maps, head = _split(network, images, layer)  # (B, h, w, K)
+    maps, head = split_at(network, images, layer)  # (B, h, w, K)
     with tf.GradientTape() as tape:
         tape.watch(maps)
         value = target(head(maps, training=False))
@@ -82,14 +74,15 @@ def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: 
     return np.asarray(tf.nn.relu(tf.reduce_sum(weights * tf.cast(maps, tf.float32), axis=-1)))
 
 
-def _split(network: keras.Model, images: np.ndarray, layer: str) -> tuple[tf.Tensor, keras.Model]:
+def split_at(network: keras.Model, images: np.ndarray, layer: str) -> tuple[tf.Tensor, keras.Model]:
     """A layer's feature maps (B, h, w, K) of images, and the network from there on."""
     features = network.get_layer(layer).output
     maps = keras.Model(network.inputs[0], features)(images, training=False)
     if layer != OWN_INPUT:
         return maps, keras.Model(features, network.outputs[0])
     own = next(one for one in network.layers if isinstance(one, keras.Model))
-    inner = [one.output for one in own.layers if len(getattr(one, "output", features[:, 0, 0]).shape) == 4]
+    outputs = [layer.output for layer in own.layers if hasattr(layer, "output")]
+    inner = [output for output in outputs if len(output.shape) == 4]
     if not inner:  # a class of one's own, whose layers only it can run
         return maps, own
     return keras.Model(own.inputs[0], inner[-1])(maps, training=False), keras.Model(inner[-1], own.outputs[0])
@@ -129,7 +122,7 @@ def trace_decisions(
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
     labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
-    verifiers = {c: verifier(model, c) for c in np.unique(decisions.stage1_category)}
+    verifiers = {c: on_images(model.stage1, model.stage2_cnn(c)) for c in np.unique(decisions.stage1_category)}
     traces = []
     for i, c in enumerate(decisions.stage1_category):
         image = images[i : i + 1]

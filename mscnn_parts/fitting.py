@@ -18,6 +18,7 @@ from mscnn_parts.callbacks import (
     in_notebook,
 )
 from mscnn_parts.data import Dataset, train_and_calibration
+from mscnn_parts.networks import is_head
 from mscnn_parts.optimizers import Recipe, stage1_optimizer
 from mscnn_parts.settings import MSCNNError
 
@@ -53,7 +54,7 @@ def batches(
 def seed_training(network: keras.Model, seed: int) -> None:
     """Seeds all that is random in a training: Python, NumPy, TensorFlow (shuffling), and the augmentation."""
     keras.utils.set_random_seed(seed)
-    if len(network.input_shape) == 4:  # a head sees features, which nothing augments
+    if not is_head(network):  # nothing augments features
         network.get_layer("augmentation").reseed(seed)
 
 

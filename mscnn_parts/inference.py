@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import Image
 
 from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
-from mscnn_parts.networks import feature_extractor
+from mscnn_parts.networks import feature_extractor, is_head
 from mscnn_parts.pictures import Images, read_image
 from mscnn_parts.settings import MSCNNError
 
@@ -101,7 +101,7 @@ class Networks:
 
     def __init__(self, stage1: keras.Model, stage2: Sequence[keras.Model], stage2_base: keras.Model, views: int):
         self.stage1, self.stage2, self.stage2_base, self.views = stage1, tuple(stage2), stage2_base, views
-        self.heads = len(stage2_base.input_shape) == 2
+        self.heads = is_head(stage2_base)
 
     def _at_once(self, batch_size: int) -> int:
         """How many images to run at a time: of more than 32 pixels fewer, so that memory stays what it is."""

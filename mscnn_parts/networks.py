@@ -19,7 +19,7 @@ from mscnn_parts.layers import (
     WhiteningConv,
 )
 from mscnn_parts.settings import MSCNNError
-from mscnn_parts.zoo import NETWORKS, Network
+from mscnn_parts.zoo import OWN, Network, network_named
 
 STAGE1_WIDTHS = (64, 256, 256)  # 118 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
@@ -99,13 +99,13 @@ def build_stages(
         network: see `MultiStageCNN`. stage1_widths, stage2_widths: of `build_cnn`; empty: those for the size.
         common: input_shape, categories, mean, std, flip, policy and size, see `build_cnn`.
     """
-    entry = NETWORKS[network] if isinstance(network, str) else Network("", 0, "one's own")
+    entry = network_named(network) if isinstance(network, str) else OWN
     compact = functools.partial(build_cnn, logit_scale=logit_scale, activation=activation, **common)
     stage2_widths = stage2_widths or entry.stage2_widths or widths_for(common["size"], STAGE2_WIDTHS)
     if network == "compact":
         stage1 = compact(name="stage1", widths=stage1_widths or widths_for(common["size"], STAGE1_WIDTHS))
     else:
-        stage1 = build_network(entry if isinstance(network, str) else network, **common)
+        stage1 = build_network(network if entry is OWN else entry, **common)
     if entry.pretrained:
         features = stage1.get_layer("pooled").output.shape[-1]
         return stage1, functools.partial(build_head, features=features, categories=common["categories"])
@@ -190,6 +190,18 @@ def build_head(name: str, features: int, categories: int, width: int = HEAD_WIDT
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
+def is_head(network: keras.Model) -> bool:
+    """Whether a Stage 2 network sees Stage 1's pooled features, not images."""
+    return len(network.input_shape) == 2
+
+
+def on_images(stage1: keras.Model, network: keras.Model) -> keras.Model:
+    """A Stage 2 network as one from uint8 images (B, H, W, channels): a head behind what Stage 1 shows it."""
+    if not is_head(network):
+        return network
+    return keras.Model(stage1.inputs[0], network(stage1.get_layer("pooled").output), name=network.name)
+
+
 def feature_extractor(stage1: keras.Model, pooled: bool = False) -> keras.Model:
     """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T + 2 D + K).
 
@@ -209,7 +221,7 @@ def set_whitening(networks: Iterable[keras.Model], images: np.ndarray, mean: np.
 
     Heads, which see no images, have none.
     """
-    filtering = [network for network in networks if len(network.input_shape) == 4]
+    filtering = [network for network in networks if not is_head(network)]
     size = filtering[0].get_layer("whitening").input.shape[1]
     few = max(200, 5000 * 32**2 // size**2)
     sample = images[:: -(-len(images) // few)]  # from all over: images may be sorted by category

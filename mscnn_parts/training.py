@@ -17,6 +17,7 @@ from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.fitting import Trainer, batches, seed_training, steps_per_execution, train_classifier
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
+from mscnn_parts.networks import is_head
 from mscnn_parts.ood import fit_ood
 from mscnn_parts.optimizers import Recipe, stage2_optimizer
 from mscnn_parts.settings import Settings, categories_from
@@ -48,17 +49,12 @@ def train_stage1(
     return history
 
 
-def has_heads(model: MultiStageCNN) -> bool:
-    """Whether Stage 2 are heads on Stage 1's features, not CNNs of their own."""
-    return len(model.stage2_base.input_shape) == 2
-
-
 def train_stage2_base(
     model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
 ) -> dict[str, list[float]]:
     """Trains the Stage 2 base network, then makes every trainable Stage 2 CNN a copy of it."""
     own = dataclasses.replace(recipe, epochs=recipe.stage2_base_epochs or recipe.epochs)
-    if has_heads(model):
+    if is_head(model.stage2_base):
         history = train_head(model.stage2_base, features_of(model, data), data, own, seed + 1)
     else:
         own = dataclasses.replace(own, optimizer="muon", label_smoothing=Recipe.label_smoothing)
@@ -112,11 +108,10 @@ class Stage2Trainer:
         self.steps = max(1, round(images / self.batch_size / self.HISTORY_POINTS))  # a round
         self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
         self.predicted = model.stage1_outputs(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
-        self.views, heads = 1, has_heads(model)
+        self.views, heads = 1, is_head(model.stage2_base)
         if heads:
             features = features_of(model, data)
-            images, self.views = np.concatenate([features.train, features.calibration]), features.views
-            self.labels = np.concatenate([np.tile(data.train.labels, self.views), data.calibration.labels])
+            (images, self.labels), self.views = features.with_labels(data), features.views
         else:
             images, self.labels = train_and_calibration(data)
         self.network = model.build_stage2(name="stage2")  # not a clone, which would be frozen where the base network is

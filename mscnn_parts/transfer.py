@@ -15,6 +15,7 @@ from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
 from mscnn_parts.data import Dataset
 from mscnn_parts.fitting import Trainer, batches, compile_classifier, seed_training, train_classifier
 from mscnn_parts.model_files import sha256_of
+from mscnn_parts.networks import is_head, on_images
 from mscnn_parts.optimizers import Recipe
 from mscnn_parts.zoo import Network
 
@@ -30,6 +31,11 @@ class TrunkFeatures(NamedTuple):
     train: np.ndarray  # (views N, K)
     calibration: np.ndarray  # (M, K), of the images as they are
     views: int
+
+    def with_labels(self, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """All features, train before calibration, (views N + M, K), and their labels."""
+        labels = [np.tile(data.train.labels, self.views), data.calibration.labels]
+        return np.concatenate([self.train, self.calibration]), np.concatenate(labels)
 
 
 def trunk_features(stage1: keras.Model, data: Dataset, views: int = VIEWS, seed: int = 0) -> TrunkFeatures:
@@ -62,10 +68,8 @@ def features_of(model: MultiStageCNN, data: Dataset, seed: int = 0) -> TrunkFeat
 
 def stage2_base_logits(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
     """Logits (B, C) of the Stage 2 base network for uint8 images (B, H, W, channels)."""
-    if len(model.stage2_base.input_shape) == 4:
-        return model.stage2_base.predict(images, batch_size=500, verbose=0)
-    trunk = keras.Model(model.stage1.inputs[0], model.stage1.get_layer("pooled").output)
-    return model.stage2_base.predict(trunk.predict(images, batch_size=64, verbose=0), verbose=0)
+    at_once = 64 if is_head(model.stage2_base) else 500
+    return on_images(model.stage1, model.stage2_base).predict(images, batch_size=at_once, verbose=0)
 
 
 def train_head(
@@ -79,11 +83,11 @@ def train_head(
         A history as `train_classifier` gives it.
     """
     seed_training(head, seed)
-    labels = np.concatenate([np.tile(data.train.labels, features.views), data.calibration.labels])
+    seen, labels = features.with_labels(data)
     one_hot = keras.utils.to_categorical(labels, len(data.category_names))
     train, calibration = np.split(np.arange(len(labels)), [len(features.train)])
     steps, timer = -(-len(data.train) // recipe.batch_size), EpochTimer()
-    trainer = Trainer(head, np.concatenate([features.train, features.calibration]))
+    trainer = Trainer(head, seen)
     compile_classifier(trainer, recipe, steps * recipe.epochs)
     history = trainer.fit(
         batches(one_hot, recipe.batch_size, train, seed).repeat(), epochs=recipe.epochs, steps_per_epoch=steps,
