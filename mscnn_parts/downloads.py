@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import sys
+import tarfile
 import tempfile
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
-from mscnn_parts.files import current_folder, path_from, project_root
+from mscnn_parts.files import current_folder, path_from, project_root, write_atomically
+from mscnn_parts.settings import MSCNNError
 
 DOWNLOAD_TIMEOUT = 10  # seconds to wait for a server's first answer
 
@@ -83,6 +87,75 @@ def download(url: str, known_hash: str, name: str) -> Path:
 
 def may_read(folder: Path) -> bool:
     return not os.path.isdir(folder) or os.access(folder, os.R_OK | os.X_OK)
+
+
+class Archive(NamedTuple):
+    """A `.tar.gz` as its publishers offer it, and those of its files that are read."""
+
+    url: str
+    md5: str
+    folder: str  # where the files lie in the archive, and below the data folder
+    files: dict[str, str]  # name -> MD5, which is checked before a file is opened
+
+    def _folders(self) -> dict[Path, list[str]]:
+        """Where the files may lie, and which of them are not there."""
+        base, name = data_folder(), self.url.rpartition("/")[2]
+        # The second and third are where Keras itself unpacks an archive.
+        places = [base, base / f"{self.folder}-target", base / name.removesuffix(".tar.gz")]
+        folders = [place / self.folder for place in places] + [base]
+        return {f: [file for file in self.files if not os.path.isfile(f / file)] for f in folders}
+
+    def find(self) -> Path | None:
+        """The folder that has all files; None if there is none."""
+        return next((folder for folder, lacking in self._folders().items() if not lacking), None)
+
+    def fetch(self) -> Path:
+        """The folder of the files, which are downloaded and unpacked if they are not there.
+
+        Raises:
+            FileNotFoundError: they cannot be had; the message has the reason.
+        """
+        return self.find() or self._unpack()
+
+    def _unpack(self) -> Path:
+        target = data_folder() / self.folder
+        try:
+            with tarfile.open(download(self.url, f"md5:{self.md5}", self.url.rpartition("/")[2])) as tar:
+                wanted = {f"{self.folder}/{name}": target / name for name in self.files}
+                for member in tar:  # in their order: to go back is to unpack from the start
+                    if member.name in wanted and (file := tar.extractfile(member)):
+                        content = file.read()
+                        write_atomically(wanted.pop(member.name), lambda path, c=content: path.write_bytes(c))
+                    if not wanted:
+                        break
+            return target
+        except (FileNotFoundError, MSCNNError) as error:
+            folders = self._folders()
+            problems = [f"{folder} cannot be read: Permission denied." for folder in folders if not may_read(folder)]
+            problems += [
+                f"{folder} is incomplete: it lacks {', '.join(lacking)}."
+                for folder, lacking in folders.items()
+                if len(lacking) < len(self.files)
+            ]
+            raise FileNotFoundError(" ".join([*problems, str(error)])) from error
+
+    def read(self, folder: Path, name: str) -> bytes:
+        """One of the files in the folder of `fetch`, after its hash was checked.
+
+        Raises:
+            FileNotFoundError: it cannot be read. MSCNNError: it is not the published one.
+        """
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}. Mend that.") from error
+        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if digest != self.files[name]:
+            raise MSCNNError(
+                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {digest}, "
+                f"published is {self.files[name]}. Delete it and start again."
+            )
+        return content
 
 
 def _ask(url: str) -> Exception | None:

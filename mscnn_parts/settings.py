@@ -204,7 +204,9 @@ class Settings:
     save_model: str = _parameter(
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
     )
-    dataset: str = _parameter("auto", "auto, cifar10, digits, mnist, fashion_mnist, a .npz file or an image folder")
+    dataset: str = _parameter(
+        "auto", "auto, cifar10, digits, mnist, fashion_mnist, cifar100, stl10, a .npz file or an image folder"
+    )
     stage1: str = _parameter(
         "compact", "network of Stage 1: compact, resnet, efficientnet_lite0, ...; see docs/networks.md"
     )

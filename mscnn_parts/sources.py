@@ -1,23 +1,22 @@
-"""Where data sets come from: CIFAR-10, digits, MNIST, Fashion-MNIST, .npz files and image folders."""
+"""Where data sets come from: published ones by their names, .npz files and image folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import os
 import pickle
-import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mscnn_parts.data import IMAGE_SIZE, Dataset, RawData, split_data
-from mscnn_parts.downloads import data_folder, download, may_read
-from mscnn_parts.files import current_folder, places_of, project_root, write_atomically
+from mscnn_parts.downloads import Archive, data_folder, download
+from mscnn_parts.files import current_folder, places_of, project_root
 from mscnn_parts.pictures import as_uint8, read_image_folder
 from mscnn_parts.settings import FALLBACK_NOTICE, MSCNNError, check_image_size, check_seed, did_you_mean
 
@@ -34,16 +33,38 @@ FASHION_NAMES = (
     "bag",
     "ankle boot",
 )
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
-CIFAR10_MD5 = {  # of the files in the archive, as torchvision's reader checks them
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
+STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+CIFAR10 = Archive(
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
+    "cifar-10-batches-py",
+    {  # as torchvision's reader checks them
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "test_batch": "40351d587109b95175f43aff81a1287e",
+    },
+)  # fmt: skip
+CIFAR100 = Archive(
+    "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+    "cifar-100-python",
+    {
+        "train": "16019d7e3df5f24257cddd939b257f8d",
+        "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        "meta": "7973b15100ade9c7d40fb424638fde48",
+    },
+)  # fmt: skip
+STL10 = Archive(
+    "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb",
+    "stl10_binary",
+    {
+        "train_X.bin": "918c2871b30a85fa023e0c44e0bee87f",
+        "train_y.bin": "5a34089d4802c674881badbb80307741",
+        "test_X.bin": "7f263ba9f9e0b06b93213547f721ac82",
+        "test_y.bin": "36f9794fa4beb8a2c72628de14fa638e",
+    },
+)  # fmt: skip
 KERAS_DATA_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"
 MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 FASHION_MD5 = {  # zalandoresearch/fashion-mnist, README
@@ -52,7 +73,14 @@ FASHION_MD5 = {  # zalandoresearch/fashion-mnist, README
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-BUILT_IN = ("cifar10", "digits", "mnist", "fashion_mnist")  # names of data sets; `./digits` is a folder
+BUILT_IN = (
+    "cifar10",
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "cifar100",
+    "stl10",
+)  # names of data sets; `./digits` is a folder
 
 
 def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0, image_size: int = 0) -> Dataset:
@@ -89,7 +117,7 @@ def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int 
 
 
 def _read_dataset(name: str, size: int) -> RawData:
-    builtin = dict(zip(BUILT_IN, (_cifar10, _digits, _mnist, _fashion_mnist), strict=True))
+    builtin = dict(zip(BUILT_IN, (_cifar10, _digits, _mnist, _fashion_mnist, _cifar100, _stl10), strict=True))
     if name in builtin:
         try:
             return builtin[name]()
@@ -117,64 +145,55 @@ def find_data(name: str) -> tuple[Path | None, list[Path]]:
     return next((place for place in places if os.path.exists(place)), None), places
 
 
+def find_cifar10() -> Path | None:
+    return CIFAR10.find()
+
+
 def _cifar10() -> RawData:
     """CIFAR-10 in the publishers' layout: 50,000 train and 10,000 test images, uint8 (N, 32, 32, 3)."""
-    folder = find_cifar10() or _download_cifar10()
-    parts = []
-    for name, expected in CIFAR10_MD5.items():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            raise FileNotFoundError(f"{folder / name} cannot be read: {error.strerror}. Mend that.") from error
-        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if digest != expected:  # before it is unpickled: a pickle can run code
-            raise MSCNNError(
-                f"{folder / name} is damaged or incomplete ({len(content):,} bytes): its MD5 is {digest}, "
-                f"published is {expected}. Delete it and start again."
-            )
-        batch = pickle.loads(content, encoding="bytes")
-        images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (10000, 32, 32, 3)
-        parts.append((images, np.asarray(batch[b"labels"])))
-    x_train, y_train = (np.ascontiguousarray(np.concatenate(one)) for one in zip(*parts[:5], strict=True))
-    test = map(np.ascontiguousarray, parts[5])
+    folder = CIFAR10.fetch()
+    parts = [_cifar_images(CIFAR10.read(folder, name), b"labels") for name in CIFAR10.files]
+    x_train, y_train = map(np.concatenate, zip(*parts[:5], strict=True))
     return RawData(
-        "cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, next(test), next(test),
-        published=json.dumps(CIFAR10_MD5),
+        "cifar10", str(folder), CIFAR10_NAMES, x_train, y_train, *parts[5], published=json.dumps(CIFAR10.files)
+    )
+
+
+def _cifar100() -> RawData:
+    """CIFAR-100 with its 100 fine categories: 50,000 train and 10,000 test images, uint8 (N, 32, 32, 3)."""
+    folder = CIFAR100.fetch()
+    train, test = (_cifar_images(CIFAR100.read(folder, name), b"fine_labels") for name in ("train", "test"))
+    names = [name.decode() for name in _unpickled(CIFAR100.read(folder, "meta"))[b"fine_label_names"]]
+    return RawData("cifar100", str(folder), names, *train, *test, published=json.dumps(CIFAR100.files))
+
+
+def _cifar_images(content: bytes, labels: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 32, 32, 3) and labels (N,) of a file of CIFAR."""
+    batch = _unpickled(content)
+    images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
+    return np.ascontiguousarray(images), np.asarray(batch[labels])
+
+
+def _unpickled(content: bytes) -> dict[bytes, Any]:
+    """Of `Archive.read` only, which checks the hash: a pickle can run code."""
+    return pickle.loads(content, encoding="bytes")
+
+
+def _stl10() -> RawData:
+    """STL-10 in the publishers' binary files: 5,000 train and 8,000 test images, uint8 (N, 96, 96, 3)."""
+    folder = STL10.fetch()
+
+    def values(name: str) -> np.ndarray:
+        return np.frombuffer(STL10.read(folder, name), np.uint8)
+
+    def images(name: str) -> np.ndarray:
+        columns_first = values(name).reshape(-1, 3, 96, 96)  # (N, channels, columns, rows)
+        return np.ascontiguousarray(columns_first.transpose(0, 3, 2, 1))
+
+    return RawData(
+        "stl10", str(folder), STL10_NAMES, images("train_X.bin"), values("train_y.bin") - 1,
+        images("test_X.bin"), values("test_y.bin") - 1, published=json.dumps(STL10.files),
     )  # fmt: skip
-
-
-def _cifar10_folders() -> dict[Path, list[str]]:
-    """Where CIFAR-10 may lie, and which of its files are not there."""
-    base = data_folder()
-    # The second and third are where Keras itself unpacks it.
-    places = [base, base / "cifar-10-batches-py-target", base / "cifar-10-python"]
-    folders = [place / "cifar-10-batches-py" for place in places] + [base]
-    return {f: [name for name in CIFAR10_MD5 if not os.path.isfile(f / name)] for f in folders}
-
-
-def find_cifar10() -> Path | None:
-    return next((folder for folder, lacking in _cifar10_folders().items() if not lacking), None)
-
-
-def _download_cifar10() -> Path:
-    try:
-        archive = download(CIFAR10_URL, f"md5:{CIFAR10_ARCHIVE_MD5}", "cifar-10-python.tar.gz")
-        target = data_folder() / "cifar-10-batches-py"
-        with tarfile.open(archive) as tar:
-            for name in CIFAR10_MD5:
-                file = tar.extractfile(f"cifar-10-batches-py/{name}")
-                content = file.read() if file else b""  # a folder of that name: its hash will be wrong
-                write_atomically(target / name, lambda path, content=content: path.write_bytes(content))
-        return target
-    except (FileNotFoundError, MSCNNError) as error:
-        folders = _cifar10_folders()
-        problems = [f"{folder} cannot be read: Permission denied." for folder in folders if not may_read(folder)]
-        problems += [
-            f"{folder} is incomplete: it lacks {', '.join(lacking)}."
-            for folder, lacking in folders.items()
-            if len(lacking) < len(CIFAR10_MD5)
-        ]
-        raise FileNotFoundError(" ".join([*problems, str(error)])) from error
 
 
 def _digits() -> RawData:

@@ -31,19 +31,22 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Split, load_dataset
 from mscnn_parts import sources
 from mscnn_parts.data import RawData, split_data
-from mscnn_parts.downloads import data_folder
+from mscnn_parts.downloads import Archive, data_folder
 from mscnn_parts.files import project_root
 from mscnn_parts.pictures import as_uint8, free_memory
 from mscnn_parts.settings import FALLBACK_NOTICE
 from mscnn_parts.sources import (
-    CIFAR10_MD5,
+    CIFAR10,
     CIFAR10_NAMES,
     FASHION_MD5,
     FASHION_NAMES,
+    STL10_NAMES,
     _cifar10,
+    _cifar100,
     _fashion_mnist,
     _mnist,
     _npz,
+    _stl10,
     find_cifar10,
 )
 
@@ -52,6 +55,11 @@ SPLITS = ("train", "calibration", "certification", "test")
 
 def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
+
+
+def with_hashes(archive: Archive, files: dict[str, bytes]) -> Archive:
+    """The archive, with the MD5s of these files taken for the published ones."""
+    return archive._replace(files={name: md5(content) for name, content in files.items()})
 
 
 def files_in(folder: Path) -> list[str]:
@@ -76,7 +84,7 @@ def data_dir(tmp_path, monkeypatch) -> Path:
 # CIFAR-10 on disk
 # ------------------------------------------------------------------------------------------------------------
 
-BATCHES = tuple(CIFAR10_MD5)
+BATCHES = tuple(CIFAR10.files)
 
 
 def small_batches(count: int = 40) -> tuple[np.ndarray, np.ndarray, dict[str, bytes]]:
@@ -100,7 +108,7 @@ def batches(data_dir, monkeypatch):
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    patch_rooms(monkeypatch, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
+    patch_rooms(monkeypatch, "CIFAR10", with_hashes(CIFAR10, files))
     return folder, images, labels
 
 
@@ -157,7 +165,7 @@ def test_a_damaged_batch_is_named_and_not_opened(batches, tmp_path, dataset):
     (folder / "data_batch_3").write_bytes(bomb)
     with pytest.raises(MSCNNError) as error:
         load_dataset(dataset)
-    for part in (str(folder / "data_batch_3"), md5(bomb), sources.CIFAR10_MD5["data_batch_3"]):
+    for part in (str(folder / "data_batch_3"), md5(bomb), sources.CIFAR10.files["data_batch_3"]):
         assert part in str(error.value)
     assert not (tmp_path / "it went off").exists()
 
@@ -252,7 +260,7 @@ def test_digits_that_are_asked_for_are_no_fallback(data_dir, digits, capsys):
     assert not digits.flip, "a mirrored digit is another one"
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "mnist", "fashion_mnist"])
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist", "fashion_mnist", "cifar100", "stl10"])
 def test_a_named_data_set_never_falls_back(data_dir, dataset):
     with pytest.raises(MSCNNError, match=r"cannot be downloaded now.*set MSCNN_DATA_DIR") as error:
         load_dataset(dataset)
@@ -318,22 +326,25 @@ def server(tmp_path, monkeypatch):
         running.shutdown()
 
 
+def offered(archive: Archive, files: dict[str, bytes], address: str, served: Path) -> Archive:
+    """Puts an archive of these files into the folder of the server, between others; returns its description."""
+    path = served / archive.url.rpartition("/")[2]
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in {"readme": b"", **dict(reversed(files.items())), "unlabeled_X.bin": b""}.items():
+            entry = tarfile.TarInfo(f"{archive.folder}/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return with_hashes(archive, files)._replace(url=address + path.name, md5=md5(path.read_bytes()))
+
+
 @pytest.fixture
 def archive(server, tmp_path, monkeypatch):
     """The server offers a small CIFAR-10 archive in the publishers' place; yields (data folder, images, archive)."""
     address, served = server
     images, _, files = small_batches()
-    path = served / "cifar-10-python.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    patch_rooms(monkeypatch, "CIFAR10_URL", address + path.name)
-    patch_rooms(monkeypatch, "CIFAR10_ARCHIVE_MD5", md5(path.read_bytes()))
-    patch_rooms(monkeypatch, "CIFAR10_MD5", {name: md5(content) for name, content in files.items()})
+    patch_rooms(monkeypatch, "CIFAR10", offered(CIFAR10, files, address, served))
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path / "new" / "datasets"))
-    return tmp_path / "new" / "datasets", images, path
+    return tmp_path / "new" / "datasets", images, served / "cifar-10-python.tar.gz"
 
 
 def test_cifar10_is_downloaded_once(archive, monkeypatch):
@@ -444,8 +455,9 @@ def test_a_refusing_server_and_a_refusing_proxy(archive, monkeypatch):
         monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, method, refuse, raising=False)
     with pytest.raises(MSCNNError, match=r"127\.0\.0\.1:\d+ answers 403 Forbidden"):
         load_dataset("cifar10")
-    monkeypatch.setenv("HTTPS_PROXY", sources.CIFAR10_URL.rpartition("/")[0])
-    patch_rooms(monkeypatch, "CIFAR10_URL", "https://example.org/cifar-10-python.tar.gz")
+    monkeypatch.setenv("HTTPS_PROXY", sources.CIFAR10.url.rpartition("/")[0])
+    elsewhere = sources.CIFAR10._replace(url="https://example.org/cifar-10-python.tar.gz")
+    patch_rooms(monkeypatch, "CIFAR10", elsewhere)
     with pytest.raises(MSCNNError, match=r"proxy does not let it through: Tunnel connection failed: 403 Forbidden"):
         load_dataset("cifar10")
 
@@ -458,7 +470,7 @@ def test_an_archive_that_cannot_be_unpacked(archive, monkeypatch, capsys):
 
     patch_rooms(monkeypatch, "write_atomically", full)
     assert load_dataset("auto").fallback
-    assert f"Cannot write {folder / 'cifar-10-batches-py' / 'data_batch_1'}: No space left" in capsys.readouterr().out
+    assert f"Cannot write {folder / 'cifar-10-batches-py' / 'test_batch'}: No space left" in capsys.readouterr().out
 
 
 def write_mnist(path: Path) -> dict[str, np.ndarray]:
@@ -552,6 +564,67 @@ def test_fashion_mnist(data_dir, server, monkeypatch, downloaded):
     assert (data.name, data.flip, data.input_shape) == ("fashion_mnist", True, (32, 32, 1))
     assert data.category_names == FASHION_NAMES
     assert files_in(data_dir) == sorted(f"fashion-mnist/{name}" for name in files)
+
+
+def cifar100_files() -> tuple[dict[str, bytes], np.ndarray, np.ndarray]:
+    """The three files of CIFAR-100 with few images: files, images (1200, 32, 32, 3), fine labels (1200,)."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), np.uint8), np.arange(1200) % 100
+    files = {}
+    for name, part in (("train", slice(0, 1000)), ("test", slice(1000, 1200))):
+        rows = images[part].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        batch = {b"data": rows, b"fine_labels": labels[part].tolist(), b"coarse_labels": (labels[part] // 5).tolist()}
+        files[name] = pickle.dumps(batch, protocol=2)
+    names = [b"fine %d" % label for label in range(100)]
+    files["meta"] = pickle.dumps({b"fine_label_names": names, b"coarse_label_names": names[:20]}, protocol=2)
+    return files, images, labels
+
+
+def stl10_files() -> tuple[dict[str, bytes], np.ndarray, np.ndarray]:
+    """The four files of STL-10 with few images: files, images (140, 96, 96, 3), labels (140,)."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (140, 96, 96, 3), np.uint8), np.arange(140) % 10
+    files = {}
+    for name, part in (("train", slice(0, 100)), ("test", slice(100, 140))):
+        # Channel by channel, and each of them column by column.
+        columns = [
+            one[:, column, channel].tobytes() for one in images[part] for channel in range(3) for column in range(96)
+        ]
+        files |= {f"{name}_X.bin": b"".join(columns), f"{name}_y.bin": bytes((labels[part] + 1).tolist())}
+    return files, images, labels
+
+
+PUBLISHED = {"cifar100": (cifar100_files, _cifar100, 1000), "stl10": (stl10_files, _stl10, 100)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_archive_is_downloaded_and_read(name, server, tmp_path, monkeypatch):
+    make, read, train = PUBLISHED[name]
+    files, images, labels = make()
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path / "new"))
+    archive = offered(getattr(sources, name.upper()), files, *server)
+    patch_rooms(monkeypatch, name.upper(), archive)
+    raw = read()
+    assert files_in(tmp_path / "new") == sorted(
+        [archive.url.rpartition("/")[2], *(f"{archive.folder}/{f}" for f in files)]
+    )
+    assert np.array_equal(raw.x_train, images[:train])
+    assert np.array_equal(raw.x_test, images[train:])
+    assert raw.y_train.tolist() + raw.y_test.tolist() == labels.tolist()
+    data = load_dataset(name, image_size=64)
+    assert (data.name, data.flip, data.image_size) == (name, True, 64)
+    assert data.input_shape == ((64, 64, 3) if name == "stl10" else (32, 32, 3))
+    assert data.category_names == (STL10_NAMES if name == "stl10" else tuple(f"fine {label}" for label in range(100)))
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar100", "meta"), ("cifar100", "train"), ("stl10", "test_y.bin")])
+def test_a_damaged_published_file_is_named_and_not_opened(name, file, data_dir, tmp_path, monkeypatch):
+    archive, files = getattr(sources, name.upper()), PUBLISHED[name][0]()[0]
+    (data_dir / archive.folder).mkdir()
+    for one, content in files.items():
+        (data_dir / archive.folder / one).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")) if one == file else content)
+    patch_rooms(monkeypatch, name.upper(), with_hashes(archive, files))
+    with pytest.raises(MSCNNError, match=rf"{file} is damaged or incomplete.*MD5.*Delete it"):
+        load_dataset(name)
+    assert not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -809,7 +882,9 @@ def test_a_damaged_npz_is_named(npz, damage):
 
 @pytest.mark.parametrize("name", ["cifar", ""])
 def test_an_unknown_data_set_lists_the_known_ones(name):
-    with pytest.raises(MSCNNError, match=r"cifar10, digits, mnist, fashion_mnist, a \.npz file or an image folder"):
+    with pytest.raises(
+        MSCNNError, match=r"cifar10, digits, mnist, fashion_mnist, cifar100, stl10, a \.npz file or an image folder"
+    ):
         load_dataset(name)
 
 
