@@ -11,13 +11,17 @@ from typing import NamedTuple
 import numpy as np
 
 from mscnn_parts.files import digest_of
+from mscnn_parts.on_disk import indexed, joined, unless_on_disk
 from mscnn_parts.settings import OTHER, MSCNNError
 
 IMAGE_SIZE = 32  # pixels, if nothing else is asked for; images are resized when they are loaded
 
 
 class Split(NamedTuple):
-    """Images uint8 (N, H, W, channels) and labels int64 (N,)."""
+    """Images uint8 (N, H, W, channels) and labels int64 (N,).
+
+    `IndexedImages` stand in for the array of images that do not fit in memory.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -70,7 +74,10 @@ class Dataset:
 
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the train split, (channels,) each, of pixels in 0..255."""
-        counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in np.moveaxis(self.train.images, -1, 0)])
+        counts = np.zeros((self.input_shape[-1], 256), np.int64)
+        for start in range(0, len(self.train), 1000):
+            pixels = np.asarray(self.train.images[start : start + 1000])
+            counts += [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, -1, 0)]
         levels, share = np.arange(256), counts / counts.sum(axis=1, keepdims=True)  # (channels, 256)
         mean = share @ levels
         return mean, np.sqrt(np.maximum(share @ levels**2 - mean**2, 1.0))
@@ -113,12 +120,14 @@ class RawData:
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
     """uint8 (N, h, w, channels) -> (N, size, size, channels), a thousand images at a time."""
     if images.shape[1:3] == (size, size):
-        return images
+        return unless_on_disk(images)
     import tensorflow as tf
 
-    chunks = [images[i : i + 1000] for i in range(0, len(images), 1000)]
-    resize = functools.partial(tf.image.resize, size=(size, size), antialias=True)
-    return np.concatenate([np.clip(np.round(resize(chunk)), 0, 255).astype(np.uint8) for chunk in chunks])
+    resized = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
+    for start in range(0, len(images), 1000):
+        chunk = tf.image.resize(images[start : start + 1000], (size, size), antialias=True)
+        resized[start : start + 1000] = np.clip(np.round(chunk), 0, 255)
+    return resized
 
 
 LIGHT_MODE_MINIMUM = (1500, 300, 500)  # light mode keeps at least so many train, test and validation images
@@ -138,12 +147,15 @@ def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE
     least = LEAST if raw.x_held is None else 2
     _check_categories(raw, least + (raw.x_test is None))
     source_fingerprint = raw.fingerprint
-    train = Split(raw.x_train, raw.y_train.astype(np.int64))
+    # Splits of splits are only indexed: no image is copied before the last ones are known.
+    train = Split(indexed(raw.x_train), raw.y_train.astype(np.int64))
     if raw.x_test is None or raw.y_test is None:
         train, test = _stratified_split(train, round(0.2 * len(train)), seed, (least, 1))
     else:
-        test = Split(raw.x_test, raw.y_test.astype(np.int64))
-    rest = None if raw.x_held is None or raw.y_held is None else Split(raw.x_held, raw.y_held.astype(np.int64))
+        test = Split(indexed(raw.x_test), raw.y_test.astype(np.int64))
+    rest = None
+    if raw.x_held is not None and raw.y_held is not None:
+        rest = Split(indexed(raw.x_held), raw.y_held.astype(np.int64))
 
     def tenth(split: Split, floor: int, few: int) -> Split:
         enough = light_mode and len(split) >= floor + len(raw.names)
@@ -220,4 +232,6 @@ def _stratified_split(split: Split, count: int, seed: int, least: tuple[int, int
 
 def train_and_calibration(data: Dataset) -> Split:
     """Train and calibration split as one, in this order: all that a training looks at."""
-    return Split(*(np.concatenate(parts) for parts in zip(data.train, data.calibration, strict=True)))
+    return Split(
+        joined(data.train.images, data.calibration.images), np.concatenate([data.train.labels, data.calibration.labels])
+    )

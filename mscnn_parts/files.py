@@ -137,5 +137,6 @@ def digest_of(names: Sequence[str], *arrays: np.ndarray) -> str:
     """SHA-256 over category names and arrays, in order."""
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+        for start in range(0, len(array), 1000):  # it may be on disk, and larger than the memory
+            digest.update(np.ascontiguousarray(array[start : start + 1000]).data)
     return digest.hexdigest()

@@ -19,12 +19,17 @@ from mscnn_parts.callbacks import (
 )
 from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.networks import is_head
+from mscnn_parts.on_disk import IndexedImages
 from mscnn_parts.optimizers import Recipe, stage1_optimizer
 from mscnn_parts.settings import MSCNNError
 
 
 def batches(
-    labels: np.ndarray, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
+    labels: np.ndarray,
+    batch_size: int,
+    order: np.ndarray | None = None,
+    shuffle_seed: int | None = None,
+    images: IndexedImages | None = None,
 ) -> tf.data.Dataset:
     """Batches for `fit` of a `Trainer`: indices int64 (B,) and labels (B, ...).
 
@@ -35,6 +40,7 @@ def batches(
         labels: of all images, (N, ...), of any dtype.
         order: indices int64 in the order wanted, with repetitions if need be; None: each image once.
         shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
+        images: the batches have these, uint8 (B, H, W, channels), in place of their indices; two are read ahead.
     """
     with tf.device("CPU"):  # where tf.data works
         labels = tf.convert_to_tensor(labels)
@@ -44,7 +50,11 @@ def batches(
 
     @tf.autograph.experimental.do_not_convert
     def look_up(index):
-        return index, tf.gather(labels, index)
+        return index if images is None else read(index), tf.gather(labels, index)
+
+    def read(index):
+        pixels = tf.numpy_function(lambda chosen: np.asarray(images[chosen]), [index], tf.uint8)
+        return tf.ensure_shape(pixels, (None, *images.shape[1:]))  # (B, H, W, channels)
 
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -76,20 +86,27 @@ class Trainer(keras.Model):
     Args:
         network: its layers are trained.
         images: uint8 (N, H, W, channels). A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing
-            else; it is no weight.
+            else; it is no weight. `IndexedImages` stay on disk, and `batches` reads them.
         head: a layer for what the network says; None: nothing is done with it.
     """
 
     def __init__(self, network: keras.Model, images: np.ndarray, head: keras.layers.Layer | None = None):
         super().__init__()
         self.network, self.head = network, head or keras.layers.Identity()
-        self.images = tf.Variable(images, trainable=False)
+        self.on_disk = images if isinstance(images, IndexedImages) else None
+        self.images = None if self.on_disk else tf.Variable(images, trainable=False)
         self.built = True  # the network is
 
     def call(self, inputs, training=False):
         """Indices int64 (B,), or images uint8 (B, H, W, channels) -> what the head makes of the network's output."""
         images = tf.gather(self.images, inputs) if len(inputs.shape) == 1 else inputs
         return self.head(self.network(images, training=training))
+
+    def batches(
+        self, labels: np.ndarray, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
+    ) -> tf.data.Dataset:
+        """As the function `batches`, with indices of the images that lie here, or with those on disk."""
+        return batches(labels, batch_size, order, shuffle_seed, self.on_disk)
 
     def save(self, filepath: str | Path, **kwargs) -> None:
         self.network.save(filepath, **kwargs)
@@ -157,8 +174,8 @@ def train_classifier(
     progress = [ShowProgress(title)] if in_notebook() else []  # a hook after each step is not free
     try:
         history = trainer.fit(
-            batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
-            validation_data=batches(one_hot, 500, calibration),
+            trainer.batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
+            validation_data=trainer.batches(one_hot, 500, calibration),
             callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted

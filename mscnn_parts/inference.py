@@ -13,6 +13,7 @@ from PIL import Image
 
 from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
 from mscnn_parts.networks import feature_extractor, is_head
+from mscnn_parts.on_disk import IndexedImages
 from mscnn_parts.pictures import Images, read_image
 from mscnn_parts.settings import MSCNNError
 
@@ -29,7 +30,11 @@ def validated_images(images: Images, shape: Sequence[int]) -> np.ndarray:
     images = [images] if isinstance(images, kinds) else images
     if isinstance(images, (list, tuple)) and all(isinstance(one, (*kinds, np.ndarray)) for one in images):
         images = read_image(images, shape)
-    if not isinstance(images, np.ndarray) or images.shape[1:] != tuple(shape) or images.dtype != np.uint8:
+    if (
+        not isinstance(images, (np.ndarray, IndexedImages))
+        or images.shape[1:] != tuple(shape)
+        or images.dtype != np.uint8
+    ):
         raise MSCNNError(
             f"Images are {getattr(images, 'dtype', type(images).__name__)} {np.shape(images)}: this model takes "
             f"uint8 (B, {', '.join(map(str, shape))}). load_dataset() gives that, and read_image() one of them: "

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import numpy as np
 
 from mscnn_parts.data import IMAGE_SIZE, RawData
-from mscnn_parts.files import path_from
+from mscnn_parts.files import digest_of, path_from
+from mscnn_parts.on_disk import file_of, indexed
 from mscnn_parts.settings import MSCNNError
 
 if TYPE_CHECKING:
@@ -76,19 +78,21 @@ def read_image_folder(folder: Path, size: int = IMAGE_SIZE) -> RawData:
     left_out = [entry for entry in _entries(train) if not entry.is_dir()]
     divided = train != folder
     held = splits["val"] if divided and splits["val"] and _holds_enough(splits["val"], names) else None
-    _check_memory([part for part in (train, held, test if divided else None) if part], names, size)
-    x_train, y_train, unread = _read_categories(train, names, size)
-    raw, left_out = RawData(folder.name, str(folder), names, x_train, y_train), left_out + unread
     if divided:
         left_out += [entry for entry in _entries(folder) if entry not in (train, held, test)]
-        if held:
-            raw.x_held, raw.y_held, unread = _read_categories(held, names, size)
-            left_out += unread + [entry for entry in _entries(held) if entry.name not in names]
-        if test:
-            raw.x_test, raw.y_test, unread = _read_categories(test, names, size)
-            left_out += unread + [entry for entry in _entries(test) if entry.name not in names]
+    parts = {"train": train, "held": held, "test": test if divided else None}
+    found = {part: _files_of(place, names) for part, place in parts.items() if place}
+    arrays = dict(zip(found, _read_parts(folder, list(found.values()), size), strict=True))
+    for part in found.values():
+        others = [] if part.folder == train else [one for one in _entries(part.folder) if one.name not in names]
+        left_out += part.left_out + others
     if left_out:
         print(f"Not read in {folder}: {_in_kinds(left_out)}.", flush=True)
+    raw = RawData(folder.name, str(folder), names, arrays["train"], found["train"].labels)
+    if held:
+        raw.x_held, raw.y_held = arrays["held"], found["held"].labels
+    if "test" in found:
+        raw.x_test, raw.y_test = arrays["test"], found["test"].labels
     return raw
 
 
@@ -111,18 +115,63 @@ def free_memory() -> int | None:
     return None
 
 
-def _check_memory(folders: Sequence[Path], names: Sequence[str], size: int) -> None:
-    """Raises MSCNNError if the images would take more than half of the free memory; none of them is read for that."""
-    count = sum(len(_image_files(folder / name)[0]) for folder in folders for name in names)
-    needed, free = count * size**2 * 3, free_memory()
-    if free is None or needed <= free / 2:
-        return
-    fitting = int((free / 2 / 3 / count) ** 0.5)
-    remedy = f"give image_size {fitting} or less" if fitting >= 16 else "leave images out"
-    raise MSCNNError(
-        f"{count:,} images of {size} px take {needed / 1e9:,.2f} GB, more than half of the {free / 1e9:,.2f} GB of "
-        f"memory that are free: {remedy}, or close other programs. (light_mode reads all images before it chooses.)"
+class _Part(NamedTuple):
+    """The image files of a split, their labels int64 (N,), and what else lies in the categories' folders."""
+
+    folder: Path
+    files: list[Path]
+    labels: np.ndarray
+    left_out: list[Path]
+
+
+def _files_of(folder: Path, names: Sequence[str]) -> _Part:
+    """Looks through a split's folders of categories. Raises MSCNNError if one of them has no images."""
+    files, labels, left_out = [], [], []
+    for label, name in enumerate(names):
+        own, entries = _image_files(folder / name)
+        if not own:
+            besides = f" (it has {_in_kinds(entries)})" if entries else ""
+            raise MSCNNError(
+                f"No images of category '{name}' in {folder / name}{besides}: add some, or take the category out."
+            )
+        files += own
+        labels += [label] * len(own)
+        left_out += sorted(set(entries) - set(own))
+    return _Part(folder, files, np.asarray(labels), left_out)
+
+
+def _read_parts(folder: Path, parts: Sequence[_Part], size: int) -> list[np.ndarray]:
+    """The images of splits, uint8 (N, size, size, 3) each; on disk if they take more than half of the free memory.
+
+    Raises:
+        MSCNNError: some images of a split cannot be read; or there is no room for them on the disk.
+    """
+    counts, free = [len(part.files) for part in parts], free_memory()
+    shape = (sum(counts), size, size, 3)
+    if free is None or math.prod(shape) <= free / 2:
+        arrays = [np.empty((count, *shape[1:]), np.uint8) for count in counts]
+        for part, array in zip(parts, arrays, strict=True):
+            for i, image in enumerate(_read_files(part, size)):
+                array[i] = image
+        return arrays
+    stored = file_of(*_names_of(folder, parts, size), shape, (one for part in parts for one in _read_files(part, size)))
+    print(
+        f"{shape[0]:,} images of {size} px, {math.prod(shape) / 1e6:,.0f} MB, do not fit in half of the free memory "
+        f"({free / 1e6:,.0f} MB): they are kept in {stored.filename} and read from there batch by batch.",
+        flush=True,
     )
+    return [indexed(stored, indices) for indices in np.split(np.arange(len(stored)), np.cumsum(counts)[:-1])]
+
+
+def _names_of(folder: Path, parts: Sequence[_Part], size: int) -> tuple[str, str]:
+    """A name for the images of a folder at a size, and a key that changes with its files and with Pillow's version."""
+    from PIL import __version__
+
+    place = digest_of([os.path.realpath(folder)])[:8]
+    stats = [(str(file), file.stat()) for part in parts for file in part.files]
+    key = digest_of([__version__, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)])[:16]
+    name = re.sub(r"[^-\w]", "_", folder.name)
+    return f"{name}-{place}-{size}px", key
 
 
 def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -159,32 +208,18 @@ def _in_kinds(entries: Sequence[Path]) -> str:
     return f"{len(entries)} ({told}), such as {shown}"
 
 
-def _read_categories(folder: Path, names: Sequence[str], size: int) -> tuple[np.ndarray, np.ndarray, list[Path]]:
-    """Images uint8 (N, size, size, 3), labels (N,), and what else lies in the categories' folders.
-
-    Raises:
-        MSCNNError: a category has no images, or some cannot be read; all of these are named.
-    """
-    images, labels, left_out, unreadable = [], [], [], []
-    for label, name in enumerate(names):
-        files, entries = _image_files(folder / name)
-        left_out += [entry for entry in entries if entry not in files]
-        if not files:
-            besides = f" (it has {_in_kinds(entries)})" if entries else ""
-            raise MSCNNError(
-                f"No images of category '{name}' in {folder / name}{besides}: add some, or take the category out."
-            )
-        for file in files:
-            try:
-                images.append(read_image(file, (size, size, 3)))
-                labels.append(label)
-            except MSCNNError as error:
-                unreadable.append(str(error))
+def _read_files(part: _Part, size: int) -> Iterator[np.ndarray]:
+    """The images of a split one by one, uint8 (size, size, 3). Raises MSCNNError at the end, which names bad files."""
+    unreadable = []
+    for file in part.files:
+        try:
+            yield read_image(file, (size, size, 3))
+        except MSCNNError as error:
+            unreadable.append(str(error))
     if unreadable:
         more = f"\nand {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
         listed = "\n".join(unreadable[:10])
-        raise MSCNNError(f"{listed}{more}\n{len(unreadable)} bad in {folder}: mend or remove, then start again.")
-    return np.stack(images), np.asarray(labels), left_out
+        raise MSCNNError(f"{listed}{more}\n{len(unreadable)} bad in {part.folder}: mend or remove, then start again.")
 
 
 def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE, 3)) -> np.ndarray:

@@ -1,0 +1,137 @@
+"""Images that stay on disk: a file that holds them, and what stands in for an array of some of them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mscnn_parts.downloads import data_folder
+from mscnn_parts.files import write_atomically
+from mscnn_parts.settings import MSCNNError
+
+
+class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
+    """Some images of a larger array, in any order, which are read when they are needed: a stand-in for their array.
+
+    A slice or an index array gives another stand-in, and reads nothing; one index gives an image. All else that an
+    array can do is done on the array, for which all its images are read.
+
+    Args:
+        array: uint8 (M, H, W, channels), in memory or a `np.memmap`.
+        indices: int64 (N,), of the images; None: all of them.
+    """
+
+    ndim = 4
+
+    def __init__(self, array: np.ndarray, indices: np.ndarray | None = None):
+        self.array, self.indices = array, np.arange(len(array)) if indices is None else indices
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.indices), *self.array.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.array, np.memmap)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        place = f"in {self.array.filename}" if isinstance(self.array, np.memmap) else "in memory"
+        return f"<IndexedImages {self.shape} {place}>"
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice) or (isinstance(key, (list, np.ndarray)) and np.ndim(key) == 1):
+            return IndexedImages(self.array, self.indices[key])
+        if isinstance(key, (int, np.integer)):
+            return np.array(self.array[self.indices[key]])
+        return np.asarray(self)[key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        first = int(self.indices[0]) if len(self) else 0
+        in_a_row = np.array_equal(self.indices, np.arange(first, first + len(self)))  # these need no copy
+        pixels = self.array[first : first + len(self)] if in_a_row else self.array[self.indices]
+        return np.array(pixels, dtype) if copy else np.asarray(pixels, dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        read = [np.asarray(one) if isinstance(one, IndexedImages) else one for one in inputs]
+        return getattr(ufunc, method)(*read, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(np.ndarray, name):  # what libraries ask for is not worth reading it all
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        return getattr(np.asarray(self), name)
+
+
+def indexed(images: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray:
+    """`IndexedImages` of an array under its type; such a stand-in is returned as it is."""
+    return images if isinstance(images, IndexedImages) else cast(np.ndarray, IndexedImages(images, indices))
+
+
+def unless_on_disk(images: np.ndarray) -> np.ndarray:
+    """The array for which a stand-in stands; of images on disk the stand-in itself."""
+    return images if isinstance(images, IndexedImages) and images.on_disk else np.asarray(images)
+
+
+def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Images of two splits as one, which are not read if both stand for images of one file."""
+    if isinstance(first, IndexedImages) and isinstance(second, IndexedImages) and first.array is second.array:
+        return indexed(first.array, np.concatenate([first.indices, second.indices]))
+    return np.concatenate([first, second])
+
+
+def file_of(name: str, key: str, shape: Sequence[int], images: Iterable[np.ndarray]) -> np.memmap:
+    """Opens the file `NAME-KEY.npy` in the folder for data sets, which is written if it is not there.
+
+    Files of that name with other keys are deleted then.
+
+    Args:
+        shape: (N, H, W, channels). images: N of them, uint8 (H, W, channels) each, read one by one.
+
+    Raises:
+        MSCNNError: the file cannot be written, or an image cannot be read.
+    """
+    path, needed = cache_folder() / f"{name}-{key}.npy", math.prod(shape)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, header | {"shape": tuple(shape)})
+            for image in images:
+                file.write(image.tobytes())
+
+    if not path.is_file() or path.stat().st_size < needed:
+        for old in cache_folder().glob(f"{name}-*.npy"):
+            old.unlink(missing_ok=True)
+        _check_space(needed)
+        write_atomically(path, write)
+    return cast(np.memmap, np.load(path, mmap_mode="r"))
+
+
+def cache_folder() -> Path:
+    return data_folder() / "mscnn_cache"
+
+
+def _check_space(needed: int) -> None:
+    place = next(place for place in (cache_folder(), *cache_folder().parents) if place.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise MSCNNError(
+            f"The images take {needed / 1e9:,.2f} GB, more than half of the free memory, and more than the "
+            f"{free / 1e9:,.2f} GB that are free on the disk of {cache_folder()}: make room there, give a smaller "
+            "image_size, or set MSCNN_DATA_DIR to a folder on another disk."
+        )
