@@ -14,7 +14,7 @@ This module defines the Keras model, `MultiStageCNN`, and hands on what the note
 `mscnn_parts`, in this order, from which each uses only those before it:
 
     zoo · settings · files · checks · quiet
-    downloads · on_disk · data · pictures · sources · decision · thresholds · ood · metrics
+    on_disk · data · downloads · pictures · sources · decision · thresholds · ood · metrics
     torch_files · kernels · layers · networks
     inference · model_files
     (this module)

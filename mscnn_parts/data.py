@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mscnn_parts.files import digest_of
+from mscnn_parts.files import digest_of, in_chunks
 from mscnn_parts.on_disk import indexed, joined, unless_on_disk
 from mscnn_parts.settings import OTHER, MSCNNError
 
@@ -75,9 +75,9 @@ class Dataset:
     def channel_statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the train split, (channels,) each, of pixels in 0..255."""
         counts = np.zeros((self.input_shape[-1], 256), np.int64)
-        for start in range(0, len(self.train), 1000):
-            pixels = np.asarray(self.train.images[start : start + 1000])
-            counts += [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(pixels, -1, 0)]
+        for chunk in in_chunks(self.train.images):
+            channels = np.moveaxis(np.asarray(chunk), -1, 0)
+            counts += [np.bincount(channel.ravel(), minlength=256) for channel in channels]
         levels, share = np.arange(256), counts / counts.sum(axis=1, keepdims=True)  # (channels, 256)
         mean = share @ levels
         return mean, np.sqrt(np.maximum(share @ levels**2 - mean**2, 1.0))
@@ -118,15 +118,17 @@ class RawData:
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N, h, w, channels) -> (N, size, size, channels), a thousand images at a time."""
+    """uint8 (N, h, w, channels) -> (N, size, size, channels), in chunks."""
     if images.shape[1:3] == (size, size):
         return unless_on_disk(images)
     import tensorflow as tf
 
     resized = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
-    for start in range(0, len(images), 1000):
-        chunk = tf.image.resize(images[start : start + 1000], (size, size), antialias=True)
-        resized[start : start + 1000] = np.clip(np.round(chunk), 0, 255)
+    done = 0
+    for chunk in in_chunks(images):
+        smaller = tf.image.resize(chunk, (size, size), antialias=True)
+        resized[done : done + len(chunk)] = np.clip(np.round(smaller), 0, 255)
+        done += len(chunk)
     return resized
 
 

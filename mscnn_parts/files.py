@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,16 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+def in_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in parts of about 16 MB: it may be on disk, and larger than the memory."""
+    length = max(1, 2**24 * len(array) // max(1, array.nbytes))
+    return (array[start : start + length] for start in range(0, len(array), length))
+
+
 def digest_of(names: Sequence[str], *arrays: np.ndarray) -> str:
     """SHA-256 over category names and arrays, in order."""
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for array in arrays:
-        for start in range(0, len(array), 1000):  # it may be on disk, and larger than the memory
-            digest.update(np.ascontiguousarray(array[start : start + 1000]).data)
+        for chunk in in_chunks(array):
+            digest.update(np.ascontiguousarray(chunk).data)
     return digest.hexdigest()

@@ -94,7 +94,7 @@ class Trainer(keras.Model):
         super().__init__()
         self.network, self.head = network, head or keras.layers.Identity()
         self.on_disk = images if isinstance(images, IndexedImages) else None
-        self.images = None if self.on_disk else tf.Variable(images, trainable=False)
+        self.images = tf.Variable(images, trainable=False) if self.on_disk is None else None
         self.built = True  # the network is
 
     def call(self, inputs, training=False):

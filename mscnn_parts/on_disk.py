@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import write_atomically
 from mscnn_parts.settings import MSCNNError
 
@@ -94,10 +93,8 @@ def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate([first, second])
 
 
-def file_of(name: str, key: str, shape: Sequence[int], images: Iterable[np.ndarray]) -> np.memmap:
-    """Opens the file `NAME-KEY.npy` in the folder for data sets, which is written if it is not there.
-
-    Files of that name with other keys are deleted then.
+def file_of(path: Path, shape: Sequence[int], images: Iterable[np.ndarray]) -> np.memmap:
+    """Opens a file NAME-KEY.npy, which is written if it is not there; files NAME with other keys are deleted then.
 
     Args:
         shape: (N, H, W, channels). images: N of them, uint8 (H, W, channels) each, read one by one.
@@ -105,7 +102,7 @@ def file_of(name: str, key: str, shape: Sequence[int], images: Iterable[np.ndarr
     Raises:
         MSCNNError: the file cannot be written, or an image cannot be read.
     """
-    path, needed = cache_folder() / f"{name}-{key}.npy", math.prod(shape)
+    needed = math.prod(shape)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
@@ -115,23 +112,19 @@ def file_of(name: str, key: str, shape: Sequence[int], images: Iterable[np.ndarr
                 file.write(image.tobytes())
 
     if not path.is_file() or path.stat().st_size < needed:
-        for old in cache_folder().glob(f"{name}-*.npy"):
+        for old in path.parent.glob(f"{path.name.rpartition('-')[0]}-*.npy"):
             old.unlink(missing_ok=True)
-        _check_space(needed)
+        _check_space(path.parent, needed)
         write_atomically(path, write)
     return cast(np.memmap, np.load(path, mmap_mode="r"))
 
 
-def cache_folder() -> Path:
-    return data_folder() / "mscnn_cache"
-
-
-def _check_space(needed: int) -> None:
-    place = next(place for place in (cache_folder(), *cache_folder().parents) if place.is_dir())
+def _check_space(folder: Path, needed: int) -> None:
+    place = next(place for place in (folder, *folder.parents) if place.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise MSCNNError(
             f"The images take {needed / 1e9:,.2f} GB, more than half of the free memory, and more than the "
-            f"{free / 1e9:,.2f} GB that are free on the disk of {cache_folder()}: make room there, give a smaller "
+            f"{free / 1e9:,.2f} GB that are free on the disk of {folder}: make room there, give a smaller "
             "image_size, or set MSCNN_DATA_DIR to a folder on another disk."
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 import numpy as np
 
 from mscnn_parts.data import IMAGE_SIZE, RawData
+from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import digest_of, path_from
 from mscnn_parts.on_disk import file_of, indexed
 from mscnn_parts.settings import MSCNNError
@@ -154,24 +155,25 @@ def _read_parts(folder: Path, parts: Sequence[_Part], size: int) -> list[np.ndar
             for i, image in enumerate(_read_files(part, size)):
                 array[i] = image
         return arrays
-    stored = file_of(*_names_of(folder, parts, size), shape, (one for part in parts for one in _read_files(part, size)))
+    path = _cache_path(folder, parts, size)
     print(
         f"{shape[0]:,} images of {size} px, {math.prod(shape) / 1e6:,.0f} MB, do not fit in half of the free memory "
-        f"({free / 1e6:,.0f} MB): they are kept in {stored.filename} and read from there batch by batch.",
+        f"({free / 1e6:,.0f} MB): they are kept in {path} and read from there batch by batch.",
         flush=True,
     )
+    stored = file_of(path, shape, (image for part in parts for image in _read_files(part, size)))
     return [indexed(stored, indices) for indices in np.split(np.arange(len(stored)), np.cumsum(counts)[:-1])]
 
 
-def _names_of(folder: Path, parts: Sequence[_Part], size: int) -> tuple[str, str]:
-    """A name for the images of a folder at a size, and a key that changes with its files and with Pillow's version."""
+def _cache_path(folder: Path, parts: Sequence[_Part], size: int) -> Path:
+    """Where images of a folder are kept: a name for folder and size, and a key for its files and Pillow's version."""
     from PIL import __version__
 
     place = digest_of([os.path.realpath(folder)])[:8]
-    stats = [(str(file), file.stat()) for part in parts for file in part.files]
+    stats = [(file.relative_to(folder), file.stat()) for part in parts for file in part.files]
     key = digest_of([__version__, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)])[:16]
     name = re.sub(r"[^-\w]", "_", folder.name)
-    return f"{name}-{place}-{size}px", key
+    return data_folder() / "mscnn_cache" / f"{name}-{place}-{size}px-{key}.npy"
 
 
 def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -9,7 +9,7 @@ from conftest import ROOT, SOURCES
 
 FLOORS = """
 zoo settings files checks quiet
-downloads on_disk data pictures sources decision thresholds ood metrics
+on_disk data downloads pictures sources decision thresholds ood metrics
 torch_files kernels layers networks
 inference model_files
 optimizers callbacks fitting transfer training explanation
