@@ -59,7 +59,7 @@ def train_stage2_base(
     own = dataclasses.replace(recipe, epochs=recipe.stage2_base_epochs or recipe.epochs)
     base, free = model.stage2_base, model.trainable_categories()
     if not sees_images(base):
-        history = train_head(base, features_of(model, data), data, own, seed + 1)
+        history = train_head(base, features_of(model, data, recipe.views), data, own, seed + 1)
     else:
         own = dataclasses.replace(own, optimizer="muon", label_smoothing=Recipe.label_smoothing)
         history = train_classifier(base, data, own, seed + 1, log_dir)
@@ -114,7 +114,7 @@ class Stage2Trainer:
         self.predicted = model.stage1_outputs(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
         self.views, heads = 1, not sees_images(model.stage2_base)
         if model.trunk:
-            features = features_of(model, data)
+            features = features_of(model, data, recipe.views)
             (images, self.labels), self.views = features.with_labels(data), features.views
         else:
             images, self.labels = train_and_calibration(data)

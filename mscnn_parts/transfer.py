@@ -22,8 +22,6 @@ from mscnn_parts.zoo import Network
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
 
-VIEWS = 3  # augmented views of each train image, of which features are computed
-
 
 class TrunkFeatures(NamedTuple):
     """Features of a trunk: of `views` augmented views of the N train images, one view after the other."""
@@ -38,7 +36,7 @@ class TrunkFeatures(NamedTuple):
         return np.concatenate([self.train, self.calibration]), np.concatenate(labels)
 
 
-def trunk_features(trunk: keras.Model, data: Dataset, views: int = VIEWS, seed: int = 0) -> TrunkFeatures:
+def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int = 0) -> TrunkFeatures:
     """Computes what a trunk (see `MultiStageCNN.trunk`) makes of the train and the calibration split."""
     augmentation = trunk.get_layer("augmentation")
     behind = keras.Model(augmentation.output, trunk.outputs[0])
@@ -56,12 +54,12 @@ def trunk_features(trunk: keras.Model, data: Dataset, views: int = VIEWS, seed: 
     return TrunkFeatures(train, all_features(data.calibration.images, False), views)
 
 
-def features_of(model: MultiStageCNN, data: Dataset, seed: int = 0) -> TrunkFeatures:
+def features_of(model: MultiStageCNN, data: Dataset, views: int, seed: int = 0) -> TrunkFeatures:
     """As `trunk_features`, computed once as long as the model's trunk and the data stay what they are."""
-    key = (sha256_of(model.trunk.get_weights()), data.fingerprint, seed)
+    key = (sha256_of(model.trunk.get_weights()), data.fingerprint, views, seed)
     kept = getattr(model, "_kept_features", None)
     if kept is None or kept[0] != key:
-        kept = (key, trunk_features(model.trunk, data, seed=seed))
+        kept = (key, trunk_features(model.trunk, data, views, seed))
         model._kept_features = kept
     return kept[1]
 
@@ -154,7 +152,7 @@ def train_in_phases(
         else:
             head = keras.Model(stage1.get_layer("pooled").output, stage1.outputs[0])
             trunk = trunk_of(stage1, head, -1)
-            found = train_head(head, trunk_features(trunk, data, seed=seed), data, own, seed)
+            found = train_head(head, trunk_features(trunk, data, recipe.views, seed), data, own, seed)
         history = {key: [*history.get(key, []), *values] for key, values in found.items()}
         if max(found["val_accuracy"]) >= best:
             best, weights = max(found["val_accuracy"]), stage1.get_weights()
