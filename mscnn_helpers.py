@@ -139,8 +139,10 @@ from mscnn_parts.model_files import (
 from mscnn_parts.networks import (
     build_cnn,
     build_stages,
+    chosen_branch,
     fastest_policy,
     set_whitening,
+    trunk_of,
 )
 from mscnn_parts.ood import (
     OODStatistics,
@@ -237,6 +239,8 @@ class MultiStageCNN(keras.Model):
         network: of Stage 1, a name from `NETWORKS`; or one's own, from float32 images (B, size, size, channels) of 0 to
             255 to logits (B, C), of a class that is registered with Keras.
         image_size: pixels to which Stage 1 enlarges its images; 0: as they are.
+        stage2_branch: how many blocks of the Stage 2 base network its Stage 2 networks share; 0: none, each is a whole
+            CNN; -1: the network's default. None: what a model file meant that does not say.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting. light_mode, seed: of the splits.
         format: of the model file, which `load_model` has checked.
@@ -259,6 +263,7 @@ class MultiStageCNN(keras.Model):
         policy: str = "float32",
         network: str | keras.Model = "compact",
         image_size: int = 0,
+        stage2_branch: int | None = None,
         stage1_widths: Sequence[int] = (),
         stage2_widths: Sequence[int] = (),
         logit_scale: float = 0.25,
@@ -273,11 +278,12 @@ class MultiStageCNN(keras.Model):
         check_keras()
         super().__init__(**kwargs)
         image_size, network = image_size or image_shape[0], checked_network(network)
+        stage2_branch = chosen_branch(network, stage2_branch)
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
             "data_fingerprint": data_fingerprint, "source_fingerprint": source_fingerprint, "policy": policy,
-            "network": network, "image_size": image_size,
+            "network": network, "image_size": image_size, "stage2_branch": stage2_branch,
             "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths), "logit_scale": logit_scale,
             "activation": activation, "light_mode": light_mode, "seed": seed,
         }  # fmt: skip
@@ -286,12 +292,12 @@ class MultiStageCNN(keras.Model):
         self.threshold, self.threshold_source = threshold, threshold_source  # in this order: see the setter
         self.certificate = Certificate(*certificate) if certificate else None
         self.data_fingerprint, count = data_fingerprint, len(self.category_names)
-        self.stage1, self.build_stage2 = build_stages(
-            network, stage1_widths, stage2_widths, logit_scale, activation, input_shape=image_shape, categories=count,
-            mean=mean, std=std, flip=flip, policy=policy, size=image_size,
+        self.stage1, self.stage2_base, self.build_stage2 = build_stages(
+            network, stage2_branch, stage1_widths, stage2_widths, logit_scale, activation, input_shape=image_shape,
+            categories=count, mean=mean, std=std, flip=flip, policy=policy, size=image_size,
         )  # fmt: skip
         self.network, self.image_size = network if isinstance(network, str) else "own", image_size
-        self.stage2_base = self.build_stage2(name="stage2_base")
+        self.stage2_branch = stage2_branch
         self.stage2 = {name: self.build_stage2(name=name) for name in map(_category_key, range(count))}
         self.shared_coefficients = self._unset_weight("shared_coefficients", (3,))
         self.calibration_coefficients = self._unset_weight("calibration_coefficients", (count, 3))
@@ -319,6 +325,7 @@ class MultiStageCNN(keras.Model):
         seed: int = 0,
         network: str | keras.Model = "compact",
         weights: str | None = "imagenet",
+        stage2_branch: int = -1,
         **settings,
     ) -> MultiStageCNN:
         """A new model for a data set: its input statistics and whitening from the train split.
@@ -332,7 +339,7 @@ class MultiStageCNN(keras.Model):
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
             policy=policy, source_fingerprint=data.source_fingerprint, light_mode=data.light_mode, seed=data.seed,
-            network=network, image_size=data.image_size, **settings,
+            network=network, image_size=data.image_size, stage2_branch=stage2_branch, **settings,
         )  # fmt: skip
         if weights and network_named(model.network).pretrained:
             network_named(model.network).load_weights(model.stage1)
@@ -347,7 +354,7 @@ class MultiStageCNN(keras.Model):
         return {"format": FORMAT, **self._settings, "network": network, **chosen, "certificate": certificate}
 
     def stage2_cnn(self, category: int) -> keras.Model:
-        """The Stage 2 CNN of a category: uint8 (B, H, W, channels) -> logits (B, C)."""
+        """The Stage 2 CNN of a category: uint8 (B, H, W, channels), or the trunk's features -> logits (B, C)."""
         return self.stage2[_category_key(category)]
 
     @property
@@ -390,12 +397,18 @@ class MultiStageCNN(keras.Model):
 
         One view of each image; `decide` lets both stages score the mirror image, too.
         """
-        stage2 = [log_odds_tensor(cnn(images, training=training), c) for c, cnn in enumerate(self.stage2.values())]
+        seen = self.trunk(images, training=False) if self.trunk else images
+        stage2 = [log_odds_tensor(cnn(seen, training=training), c) for c, cnn in enumerate(self.stage2.values())]
         return {"stage1": self.stage1(images, training=training), "stage2": tf.stack(stage2, axis=1)}
 
     @functools.cached_property
+    def trunk(self) -> keras.Model | None:
+        """From images to the features that all Stage 2 networks see, which none of them trains; None: the images."""
+        return trunk_of(self.stage1, self.stage2_base, self.stage2_branch)
+
+    @functools.cached_property
     def _networks(self) -> Networks:
-        return Networks(self.stage1, [*self.stage2.values()], self.stage2_base, views=2 if self.flip else 1)
+        return Networks(self.stage1, [*self.stage2.values()], self.trunk, views=2 if self.flip else 1)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits, float32 (B, C), of uint8 images (B, H, W, channels), without its mirror image."""

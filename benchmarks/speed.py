@@ -310,12 +310,12 @@ def measure_training(quick: bool) -> dict:
     }  # fmt: skip
 
 
-def spread_model(flip: bool):
+def spread_model(flip: bool, stage2_branch: int = -1):
     """A calibrated model with random weights whose Stage 1 predicts every category about equally often."""
     import mscnn_helpers as mscnn
 
     data = random_data(2000, flip=flip)
-    model = mscnn.MultiStageCNN.for_dataset(data)
+    model = mscnn.MultiStageCNN.for_dataset(data, stage2_branch=stage2_branch)
     dense = model.stage1.get_layer("logits")
     logits = model.stage1_logits(data.train.images)
     # Standardised logits: each category is the largest about as often as any other.
@@ -346,6 +346,39 @@ def measure_decide(quick: bool) -> dict:
                 "ratio_of_times": [b / a for a, b in zip(seconds["stage1"], seconds["decide"], strict=True)],
                 "ratio_of_multiply_adds": views * (one + two) / one,
             }
+    return results
+
+
+def _cost_of_branches(blocks: int, categories: int, count: int) -> tuple[float, float]:
+    """Seconds to train all Stage 2 CNNs on `count` random images, and MB of the model file."""
+    import mscnn_helpers as mscnn
+
+    data = random_data(count, categories)
+    model = mscnn.MultiStageCNN.for_dataset(data, stage2_branch=blocks)
+    begun = time.perf_counter()
+    mscnn.train_stage2(model, data, mscnn.Recipe(20, 256))
+    seconds = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model.keras")
+        return seconds, Path(f"{folder}/model.keras").stat().st_size / 1e6
+
+
+def measure_branches(quick: bool) -> dict:
+    """What it costs if Stage 2 CNNs share so many blocks: decide() against Stage 1 alone, training, file."""
+    repeats, count, results = (2, 1000, {}) if quick else (7, 20_000, {})
+    for blocks in range(4):
+        model, ratios = spread_model(True, blocks), {}
+        for batch in (1, 512):
+            parts = np.array_split(random_images(max(40, batch))[0], max(40, batch) // batch)
+            tasks = {
+                "stage1": lambda parts=parts, model=model: [model.stage1_logits(part) for part in parts],
+                "decide": lambda parts=parts, model=model: [model.decide(part) for part in parts],
+            }
+            seconds = interleaved(tasks, repeats)
+            ratios[str(batch)] = [b / a for a, b in zip(seconds["stage1"], seconds["decide"], strict=True)]
+        work = 2 * (1 + multiply_adds(model.stage2_base) / multiply_adds(model.stage1))
+        costs = {n: in_fresh_process(_cost_of_branches, blocks, n, count) for n in ((10,) if quick else (10, 100))}
+        results[blocks] = {"ratio_of_times": ratios, "ratio_of_multiply_adds": work, "costs": costs}
     return results
 
 
@@ -486,8 +519,9 @@ def measure_control(quick: bool) -> dict:
 
 
 MEASURES: dict[str, Callable[[bool], dict]] = {
-    "training": measure_training, "decide": measure_decide, "cold_start": measure_cold_start,
-    "time_to_accuracy": measure_time_to_accuracy, "growth": measure_growth, "control": measure_control,
+    "training": measure_training, "decide": measure_decide, "branches": measure_branches,
+    "cold_start": measure_cold_start, "time_to_accuracy": measure_time_to_accuracy, "growth": measure_growth,
+    "control": measure_control,
 }  # fmt: skip
 
 
@@ -522,6 +556,21 @@ def table_decide(results: dict) -> list[str]:
     ]  # fmt: skip
     return markdown(["decide()", "Stage 1 alone, images/s", "decide(), images/s", "times the time",
                      "times the multiply-adds"], rows)  # fmt: skip
+
+
+def table_branches(results: dict) -> list[str]:
+    rows = []
+    for blocks, one in results.items():
+        single, many = one["ratio_of_times"]["1"], one["ratio_of_times"]["512"]
+        costs = [f"{seconds:.0f} s, {megabytes:.1f} MB" for seconds, megabytes in one["costs"].values()]
+        by_work = [ratio / one["ratio_of_multiply_adds"] for ratio in many]
+        rows.append([blocks, spread(single, "{:.2f}"), spread(by_work, "{:.2f}"), *costs])
+    header = [f"training of {n} Stage 2 CNNs, model file" for n in next(iter(results.values()))["costs"]]
+    return [
+        "decide() by two views against Stage 1 on one view: seconds on one image; seconds by multiply-adds on 512.",
+        "Trainings are on random images.", "",
+        *markdown(["blocks shared", "decide(), one image", "decide(), 512 images", *header], rows),
+    ]  # fmt: skip
 
 
 def table_cold_start(results: dict) -> list[str]:
@@ -585,8 +634,9 @@ def table_control(results: dict) -> list[str]:
 
 
 TABLES: dict[str, Callable[[dict], list[str]]] = {
-    "training": table_training, "decide": table_decide, "cold_start": table_cold_start,
-    "time_to_accuracy": table_time_to_accuracy, "growth": table_growth, "control": table_control,
+    "training": table_training, "decide": table_decide, "branches": table_branches,
+    "cold_start": table_cold_start, "time_to_accuracy": table_time_to_accuracy, "growth": table_growth,
+    "control": table_control,
 }  # fmt: skip
 
 

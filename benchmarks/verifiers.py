@@ -2,6 +2,7 @@
 
     python benchmarks/verifiers.py           three seeds: over an hour on two cores; can be interrupted
     python benchmarks/verifiers.py --quick   one seed, a tenth of the data: minutes; shows that it works
+    python benchmarks/verifiers.py --branches   how much of the base network the ten may share, in branches.json
 
 For each seed a whole model is trained on 30,000 of CIFAR-10's train images. All scores are about the answers of its
 Stage 1, are combined with its margin as the model does it, and are calibrated on the same calibration split. They are
@@ -30,7 +31,7 @@ And in the decision alone, with the ten as they are:
 import argparse
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,6 +322,27 @@ def longer_stage2_base(trial: Trial) -> StageScore:
     return by_network(network)
 
 
+def branched(blocks: int, views: int = 3) -> Callable[[Trial], StageScore]:
+    """The ten share the first blocks of the base network, and are trained on its features of some views."""
+
+    def score(trial: Trial) -> StageScore:
+        model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_branch=blocks)
+        model.stage1.set_weights(trial.model.stage1.get_weights())
+        model.stage2_base.set_weights(trial.model.stage2_base.get_weights())
+        trial.model, trial.recipe = model, dataclasses.replace(trial.recipe, views=views)
+        return train_ten(trial)
+
+    return score
+
+
+BRANCHES: dict[str, Callable[[Trial], StageScore]] = {
+    "ours": ours,
+    "block 1 shared": branched(1),
+    "blocks 1 and 2 shared": branched(2),
+    "all blocks shared": branched(3),
+    "all blocks shared, a single view": branched(3, 1),
+    "all blocks shared, 8 views": branched(3, 8),
+}
 SCORES: dict[str, Callable[[Trial], StageScore]] = {
     "ours": ours,
     "stage2_base": stage2_base,
@@ -367,7 +389,7 @@ def _second_score(form: Form, seed: int, name: str) -> dict[str, np.ndarray]:
     trial = trial_of(form, seed)
     splits = {"calibration": trial.data.calibration, "unseen": trial.data.test}
     category = {key: trial.model.stage1_outputs(split.images).logits.mean(axis=0) for key, split in splits.items()}
-    score = SCORES[name](trial)
+    score = (SCORES | BRANCHES)[name](trial)
     return {key: score(split.images, category[key].argmax(axis=1)) for key, split in splits.items()}
 
 
@@ -441,9 +463,9 @@ def digests(images: np.ndarray) -> np.ndarray:
     return np.array([hashlib.sha256(one.tobytes()).hexdigest() for one in images])
 
 
-def unseen_answers(form: Form, seed: int) -> UnseenAnswers:
+def unseen_answers(form: Form, seed: int, ideas: Iterable[str]) -> UnseenAnswers:
     first = kept(form, seed, "Stage 1", _first_score)
-    second = {name: kept(form, seed, name, _second_score, name) for name in SCORES}
+    second = {name: kept(form, seed, name, _second_score, name) for name in ideas}
     commits = {str(one.pop("commit")) for one in (first, *second.values())}
     second = {name: {split: one[split] for split in ("calibration", "unseen")} for name, one in second.items()}
     confidence = {name: fitted(first, odds) for name, odds in second.items()}
@@ -460,7 +482,7 @@ HEADER = ["verifier", "AURC", "against ours", "AUGRC, against ours", "AUROC of f
 CENTRAL = ("one shared verifier", "Stage 2 base network, longer", "stage2_base")  # against ten
 
 
-def table(figures: dict) -> str:
+def table(figures: dict, branches: bool = False) -> str:
     """Its section of RESULTS.md: those that would be better than ours first."""
     results, differences = figures["methods"], figures["differences"]
 
@@ -488,22 +510,31 @@ def table(figures: dict) -> str:
         ]  # fmt: skip
 
     rows = [row(name) for name in sorted(results, key=lambda name: mean(name, "aurc"))]
+    title, command = ("Branches", "verifiers.py --branches") if branches else ("Verifiers", "verifiers.py")
     lines = [
-        "## Verifiers", "",
-        "Written by `python benchmarks/verifiers.py` (see its first lines for the ideas). All score the same answers",
+        f"## {title}", "",
+        f"Written by `python benchmarks/{command}` (see its first lines for the ideas). All score the same answers",
         f"of the same Stage 1, trained on {figures['images'][0]:,} of CIFAR-10's train images, and are measured by "
         f"{figures['images'][1]:,} others;", f"seeds {', '.join(map(str, figures['seeds']))}, mean. Against ours: "
         "relative difference, median and 95 % interval of a paired bootstrap over", "images and seeds; below 0 the "
         "idea is better. The last column is empty where the interval of the AURC holds 0. Of so many comparisons one",
-        "may miss 0 by chance. The central question first: are ten verifiers better than one?", "",
-        *markdown(HEADER, [row(name) for name in ("ours", *CENTRAL) if name in results]),
-        "All ideas:", "",
-        *markdown(HEADER, rows),
-        "What is better here and not kept: cross-fitting needs two more trainings, of half a base network each, and a",
-        "retraining of one category would need their scores of all train images again, or both networks in the",
-        "model file. Wider networks double the multiply-adds of the verifier, and the model file.", "",
-        origin_line(figures),
+        "may miss 0 by chance.", "",
     ]  # fmt: skip
+    if branches:
+        lines += ["*Ours* are ten whole CNNs. The others share the first blocks of their base network.", ""]
+    else:
+        lines += [
+            "The central question first: are ten verifiers better than one?", "",
+            *markdown(HEADER, [row(name) for name in ("ours", *CENTRAL) if name in results]), "All ideas:", "",
+        ]  # fmt: skip
+    lines += markdown(HEADER, rows)
+    if not branches:
+        lines += [
+            "What is better here and not kept: cross-fitting needs two more trainings, of half a base network each, "
+            "and a", "retraining of one category would need their scores of all train images again, or both networks "
+            "in the", "model file. Wider networks double the multiply-adds of the verifier, and the model file.", "",
+        ]  # fmt: skip
+    lines.append(origin_line(figures))
     return "\n".join(lines) + "\n"
 
 
@@ -511,13 +542,16 @@ def main() -> None:
     """Trains what is missing, measures, and writes verifiers.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few images; replaces no full figures")
+    parser.add_argument("--branches", action="store_true", help="how much of the base network the ten may share")
     parser.add_argument("--seeds", type=numbers, default=(), help="only these: before all have been trained")
     options = parser.parse_args()
     form = QUICK if options.quick else FULL._replace(seeds=options.seeds or FULL.seeds)
-    chosen = " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
+    ideas, name = (BRANCHES, "branches") if options.branches else (SCORES, "verifiers")
+    chosen = " --branches" * options.branches
+    chosen += " --quick" if options.quick else f" --seeds {','.join(map(str, options.seeds))}" if options.seeds else ""
     figures = origin(f"python benchmarks/verifiers.py{chosen}")
     figures |= {"seeds": list(form.seeds), "images": [form.train, form.unseen]}
-    results, labels, images, commits = zip(*(unseen_answers(form, seed) for seed in form.seeds), strict=True)
+    results, labels, images, commits = zip(*(unseen_answers(form, seed, ideas) for seed in form.seeds), strict=True)
     _, which = np.unique(np.stack(images), return_inverse=True)
     figures["commit"] = ", ".join(sorted(set.union(*commits)))
     figures["methods"] = {
@@ -527,9 +561,10 @@ def main() -> None:
     figures["differences"] = selective.differences(
         list(results), list(labels), 1000, list(which.reshape(len(results), -1))
     )
-    print(table(figures))
-    if selective.replaces(figures["command"], read_json("verifiers", figures)["command"]):
-        write("verifiers", figures, table(figures))
+    section = table(figures, options.branches)
+    print(section)
+    if selective.replaces(figures["command"], read_json(name, figures)["command"]):
+        write(name, figures, section)
 
 
 if __name__ == "__main__":

@@ -148,15 +148,17 @@ def card(model: MultiStageCNN) -> str:
     config, names = model.get_config(), model.category_names
     mode = "light mode, " if config["light_mode"] else ""
     weights = sum(array.size for array in model.stage1.get_weights())
-    small = sum(array.size for array in model.stage2_base.get_weights())
+    small = sum(array.size for array in model.stage2_cnn(0).get_weights())
+    shared = sum(array.size for array in model.stage2_base.get_weights()) - small
+    own = f"{small:,}" + (f" behind {shared:,} that they share" if shared else "")
     network = network_named(model.network)
-    kind = "heads" if network.pretrained else "CNNs"
+    kind = "CNNs" if model.stage2_branch >= 0 else "heads"
     lines = {
         "data": f"{model.dataset} ({mode}seed {config['seed']}), fingerprint {model.data_fingerprint[:16]}",
         "categories": f"{len(names)}: {', '.join(names)}",
         "images": _images_text(model),
         "stage1": network.text if network is OWN else f"{model.network}: {network.text}",
-        "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 {kind} {small:,}; {model.policy}",
+        "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 {kind} {own}; {model.policy}",
         "threshold": threshold_text(model) if model.is_calibrated else "not calibrated yet: run notebook 03",
     }
     parts = [f"  {name:24} {value[:16]}" for name, value in model.fingerprints().items()]

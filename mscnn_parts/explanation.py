@@ -122,7 +122,8 @@ def trace_decisions(
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
     labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
-    verifiers = {c: on_images(model.stage1, model.stage2_cnn(c)) for c in np.unique(decisions.stage1_category)}
+    asked = np.unique(decisions.stage1_category)
+    verifiers = {c: on_images(model.stage1, model.stage2_base, model.stage2_cnn(c)) for c in asked}
     traces = []
     for i, c in enumerate(decisions.stage1_category):
         image = images[i : i + 1]

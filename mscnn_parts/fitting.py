@@ -18,7 +18,7 @@ from mscnn_parts.callbacks import (
     in_notebook,
 )
 from mscnn_parts.data import Dataset, train_and_calibration
-from mscnn_parts.networks import is_head
+from mscnn_parts.networks import sees_images
 from mscnn_parts.on_disk import IndexedImages
 from mscnn_parts.optimizers import Recipe, stage1_optimizer
 from mscnn_parts.settings import MSCNNError
@@ -64,7 +64,7 @@ def batches(
 def seed_training(network: keras.Model, seed: int) -> None:
     """Seeds all that is random in a training: Python, NumPy, TensorFlow (shuffling), and the augmentation."""
     keras.utils.set_random_seed(seed)
-    if not is_head(network):  # nothing augments features
+    if sees_images(network):  # nothing augments features
         network.get_layer("augmentation").reseed(seed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
-from mscnn_parts.networks import feature_extractor, is_head
+from mscnn_parts.networks import feature_extractor, sees_images
 from mscnn_parts.on_disk import IndexedImages
 from mscnn_parts.pictures import Images, read_image
 from mscnn_parts.settings import MSCNNError
@@ -62,22 +63,23 @@ def _traced(function: Callable, network: keras.Model, *before):
     Called as its one trace, without the checks that would choose among several; and without AutoGraph, since there
     is no Python control flow to translate.
     """
-    signature = [*before, tf.TensorSpec(network.input_shape, network.inputs[0].dtype)]
+    dtype = "uint8" if sees_images(network) else "float32"  # features are cast by the network
+    signature = [*before, tf.TensorSpec(network.input_shape, dtype)]
     return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
 
-def stage2_graph(base: keras.Model, views: int) -> Callable:
+def stage2_graph(network: keras.Model, views: int) -> Callable:
     """Handles of a Stage 2 CNN's variables, images -> its logits on the views, (B, views C); see `stage2_caller`.
 
-    All Stage 2 CNNs are one graph, traced once with the variables of their base network.
+    All Stage 2 CNNs are one graph, traced once with the variables of one of them.
     """
 
     def logits(handles, images):
-        mapping = [(w, _read(h, w)) for w, h in zip(base.weights, handles, strict=True)]
+        mapping = [(w, _read(h, w)) for w, h in zip(network.weights, handles, strict=True)]
         with keras.StatelessScope(state_mapping=mapping):
-            return on_views(base, views, images)
+            return on_views(network, views, images)
 
-    return _traced(logits, base, [tf.TensorSpec((), tf.resource)] * len(base.weights))
+    return _traced(logits, network, [tf.TensorSpec((), tf.resource)] * len(network.weights))
 
 
 def stage2_caller(graph: Callable, network: keras.Model) -> Callable:
@@ -99,14 +101,15 @@ class Networks:
     """Stage 1 and the Stage 2 CNNs run on arrays of uint8 images (B, H, W, channels), as graphs traced once.
 
     Args:
-        stage2: the Stage 2 networks, by category: CNNs, or heads on Stage 1's pooled features. stage2_base: of their
-            shape.
+        stage2: the Stage 2 networks, by category. trunk: from images to the features that they see; None: they see
+            the images.
         views: 1, each image; 2, its mirror image, too (test-time augmentation).
     """
 
-    def __init__(self, stage1: keras.Model, stage2: Sequence[keras.Model], stage2_base: keras.Model, views: int):
-        self.stage1, self.stage2, self.stage2_base, self.views = stage1, tuple(stage2), stage2_base, views
-        self.heads = is_head(stage2_base)
+    SLAB = 2**26  # features that are kept at a time, 256 MB
+
+    def __init__(self, stage1: keras.Model, stage2: Sequence[keras.Model], trunk: keras.Model | None, views: int):
+        self.stage1, self.stage2, self.trunk, self.views = stage1, tuple(stage2), trunk, views
 
     def _at_once(self, batch_size: int) -> int:
         """How many images to run at a time: of more than 32 pixels fewer, so that memory stays what it is."""
@@ -121,11 +124,11 @@ class Networks:
     @functools.cached_property
     def stage1_outputs_graph(self) -> Callable:
         """Images -> what `feature_extractor` gives on the views, side by side: (B, views (C + T + 2 D))."""
-        return _traced(functools.partial(on_views, feature_extractor(self.stage1, self.heads), self.views), self.stage1)
+        return _traced(functools.partial(on_views, feature_extractor(self.stage1, self.trunk), self.views), self.stage1)
 
     @functools.cached_property
     def stage2_graph(self) -> Callable:
-        return stage2_graph(self.stage2_base, 1 if self.heads else self.views)
+        return stage2_graph(self.stage2[0], 1 if self.trunk else self.views)
 
     def stage1_logits(self, images: np.ndarray, batch_size: int = 512) -> np.ndarray:
         """Stage 1's logits on a single view, float32 (B, C)."""
@@ -136,12 +139,12 @@ class Networks:
         return self._outputs_and_features(images, batch_size)[0]
 
     def _outputs_and_features(self, images: np.ndarray, batch_size: int) -> tuple[Stage1Outputs, np.ndarray]:
-        """Stage 1's outputs, and what Stage 2 sees: the images; or for heads the pooled features, (B, views, K)."""
+        """Stage 1's outputs, and what Stage 2 sees: the images, or the trunk's features of the views, (B, views, K)."""
         both = in_batches(self.stage1_outputs_graph, images, self._at_once(batch_size))
         widths = [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
         parts = np.stack(np.split(both, self.views, axis=1))  # (views, B, C + T + 2 D + K)
         outputs = split_outputs(parts, widths[0], widths[1], widths[2] // 2)
-        return outputs, parts[..., sum(widths) :].swapaxes(0, 1) if self.heads else images
+        return outputs, parts[..., sum(widths) :].swapaxes(0, 1) if self.trunk else images
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
         """Log-odds that the images show `category`, by its Stage 2 network, the mean over the views: float64 (B,).
@@ -149,14 +152,15 @@ class Networks:
         Args:
             batch_size: images at a time; the network sees all views of them at once.
         """
-        seen = self._outputs_and_features(images, batch_size)[1] if self.heads else images
+        seen = self._outputs_and_features(images, batch_size)[1] if self.trunk else images
         return self._verified(seen, category, batch_size)
 
     def _verified(self, seen: np.ndarray, category: int, batch_size: int) -> np.ndarray:
         """As `stage2_log_odds`, of what Stage 2 sees."""
         graph, where = stage2_caller(self.stage2_graph, self.stage2[category]), np.full(len(seen), category)
-        if self.heads:
-            logits = in_batches(graph, seen.reshape(-1, seen.shape[-1]), batch_size)  # (B views, C)
+        if self.trunk:
+            features = seen.reshape(-1, *self.trunk.output_shape[1:])  # (B views, ...)
+            logits = in_batches(graph, features, batch_size)  # (B views, C)
             by_view = list(logits.reshape(len(seen), self.views, -1).swapaxes(0, 1))
         else:
             by_view = np.split(in_batches(graph, seen, self._at_once(batch_size)), self.views, axis=1)
@@ -169,6 +173,17 @@ class Networks:
         changes in the mirror has a small margin. Only the Stage 2 network of the predicted category is run: the images
         are sorted by category first.
         """
+        slab = self._slab(batch_size) or max(1, len(images))
+        parts = [self._scores(images[i : i + slab], batch_size) for i in range(0, max(1, len(images)), slab)]
+        fields = zip(StageScores._fields, zip(*parts, strict=True), strict=True)
+        return StageScores(*(np.concatenate(values, axis=int(name == "logits")) for name, values in fields))
+
+    def _slab(self, batch_size: int) -> int:
+        """How many images, in whole batches, have the trunk's features kept at a time; 0: any number."""
+        values = self.views * math.prod(self.trunk.output_shape[1:]) if self.trunk else 0  # of an image
+        return max(1, self.SLAB // values // batch_size) * batch_size if values else 0
+
+    def _scores(self, images: np.ndarray, batch_size: int) -> StageScores:
         outputs, seen = self._outputs_and_features(images, batch_size)
         logits = outputs.logits.mean(axis=0)  # (B, C)
         category = logits.argmax(axis=1)  # (B,)

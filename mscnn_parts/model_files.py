@@ -170,7 +170,10 @@ def check_assignable(name: str) -> None:
     """Raises MSCNNError for an attribute that a model, once built, cannot change."""
     if name in ("stage1", "stage2_base", "stage2"):
         raise _not_replaceable(name)
-    fixed = {"category_names", "image_shape", "image_size", "flip", "dataset", "data_fingerprint", "policy", "network"}
+    fixed = {
+        "category_names", "image_shape", "image_size", "flip", "dataset", "data_fingerprint", "policy", "network",
+        "stage2_branch",
+    }  # fmt: skip
     if name in fixed:
         raise MSCNNError(f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN.")
 

@@ -23,6 +23,7 @@ from mscnn_parts.zoo import OWN, Network, network_named
 
 STAGE1_WIDTHS = (64, 256, 256)  # 118 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
+STAGE2_BRANCH = 0  # blocks that Stage 2 networks share
 OWN_INPUT = "own_input"  # the layer whose output one's own network is given
 HEAD_WIDTH = 64  # of a Stage 2 head
 CAFFE_MEAN = (103.939, 116.779, 123.68)  # of the channels of ImageNet, blue first, in pixel values
@@ -87,17 +88,22 @@ def build_cnn(
 
 def build_stages(
     network: str | keras.Model,
+    stage2_branch: int,
     stage1_widths: Sequence[int],
     stage2_widths: Sequence[int],
     logit_scale: float,
     activation: str,
     **common,
-) -> tuple[keras.Model, Callable[..., keras.Model]]:
-    """Stage 1, and the function that builds a Stage 2 network of a name.
+) -> tuple[keras.Model, keras.Model, Callable[..., keras.Model]]:
+    """Stage 1, the Stage 2 base network, and the function that builds a Stage 2 network of a name.
 
     Args:
-        network: see `MultiStageCNN`. stage1_widths, stage2_widths: of `build_cnn`; empty: those for the size.
+        network, stage2_branch: see `MultiStageCNN`.
+        stage1_widths, stage2_widths: of `build_cnn`; empty: those for the size.
         common: input_shape, categories, mean, std, flip, policy and size, see `build_cnn`.
+
+    Raises:
+        MSCNNError: the Stage 2 base network has no block of that number.
     """
     entry = network_named(network) if isinstance(network, str) else OWN
     compact = functools.partial(build_cnn, logit_scale=logit_scale, activation=activation, **common)
@@ -106,10 +112,16 @@ def build_stages(
         stage1 = compact(name="stage1", widths=stage1_widths or widths_for(common["size"], STAGE1_WIDTHS))
     else:
         stage1 = build_network(network if entry is OWN else entry, **common)
-    if entry.pretrained:
+    if entry.pretrained and stage2_branch < 0:
         features = stage1.get_layer("pooled").output.shape[-1]
-        return stage1, functools.partial(build_head, features=features, categories=common["categories"])
-    return stage1, functools.partial(compact, widths=stage2_widths)
+        build = functools.partial(build_head, features=features, categories=common["categories"])
+        return stage1, build("stage2_base"), build
+    build = functools.partial(compact, widths=stage2_widths)
+    base = build("stage2_base")
+    if stage2_branch > len(stage2_widths):
+        raise MSCNNError(f"stage2_branch is {stage2_branch}: the Stage 2 CNNs have {len(stage2_widths)} blocks.")
+    cut = branching_layer(base, stage2_branch)
+    return stage1, base, functools.partial(build_branch, base=base, cut=cut) if cut else build
 
 
 def _enlarged(images: keras.KerasTensor, size: int) -> keras.KerasTensor:
@@ -190,38 +202,84 @@ def build_head(name: str, features: int, categories: int, width: int = HEAD_WIDT
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
-def is_head(network: keras.Model) -> bool:
-    """Whether a Stage 2 network sees Stage 1's pooled features, not images."""
-    return len(network.input_shape) == 2
+def chosen_branch(network: str | keras.Model, stage2_branch: int | None) -> int:
+    """What `stage2_branch` of `MultiStageCNN` stands for: a number of blocks, or -1 for the features of Stage 1."""
+    on_stage1 = isinstance(network, str) and network_named(network).pretrained
+    if stage2_branch is None:
+        return -1 if on_stage1 else 0
+    return STAGE2_BRANCH if stage2_branch < 0 and not on_stage1 else stage2_branch
 
 
-def on_images(stage1: keras.Model, network: keras.Model) -> keras.Model:
-    """A Stage 2 network as one from uint8 images (B, H, W, channels): a head behind what Stage 1 shows it."""
-    if not is_head(network):
+def branching_layer(base: keras.Model, behind: int) -> str:
+    """The layer of the Stage 2 base network behind which its branches begin: that of a block, or the last features.
+
+    Args:
+        behind: number of blocks before it; 0: none, so that there are no branches ("").
+    """
+    blocks = [layer.name for layer in base.layers if layer.name.startswith("block")]
+    return "" if not behind else "pooled" if behind == len(blocks) else blocks[behind - 1]
+
+
+def build_branch(name: str, base: keras.Model, cut: str) -> keras.Model:
+    """A new network of the kind of the layers of `base` behind the layer `cut`: features (B, ...) -> logits (B, C)."""
+    features = base.get_layer(cut).output
+    inputs = x = keras.Input(features.shape[1:], dtype=features.dtype)
+    for layer in base.layers[base.layers.index(base.get_layer(cut)) + 1 :]:  # they are a chain
+        x = type(layer).from_config({**layer.get_config(), "trainable": True})(x)  # the base may be frozen
+    return keras.Model(inputs, x, name=name)
+
+
+def sees_images(network: keras.Model) -> bool:
+    """Whether a network sees uint8 images, not the features of a trunk."""
+    return network.inputs[0].dtype == "uint8"
+
+
+def trunk_of(stage1: keras.Model, base: keras.Model, stage2_branch: int) -> keras.Model | None:
+    """What all Stage 2 networks share, from images to features (B, ...); None: nothing, each sees the images."""
+    owner, cut = (base, branching_layer(base, stage2_branch)) if sees_images(base) else (stage1, "pooled")
+    return keras.Model(owner.inputs[0], owner.get_layer(cut).output) if cut else None
+
+
+def weights_behind(base: keras.Model, network: keras.Model) -> list[np.ndarray]:
+    """The weights of the Stage 2 base network that a Stage 2 network of its kind has as its own."""
+    return base.get_weights()[-len(network.weights) :]
+
+
+def on_images(stage1: keras.Model, base: keras.Model, network: keras.Model) -> keras.Model:
+    """A Stage 2 network as one from uint8 images (B, H, W, channels), with a copy of what all share."""
+    if sees_images(network):
         return network
-    return keras.Model(stage1.inputs[0], network(stage1.get_layer("pooled").output), name=network.name)
+    if not sees_images(base):  # a head on Stage 1's features
+        return keras.Model(stage1.inputs[0], network(stage1.get_layer("pooled").output), name=network.name)
+    whole = keras.models.clone_model(base)
+    whole.set_weights([*base.get_weights()[: -len(network.weights)], *network.get_weights()])
+    return whole
 
 
-def feature_extractor(stage1: keras.Model, pooled: bool = False) -> keras.Model:
+def feature_extractor(stage1: keras.Model, trunk: keras.Model | None = None) -> keras.Model:
     """From uint8 images (B, H, W, channels) to Stage 1's view of them, float32 (B, C + T + 2 D + K).
 
     Side by side: C logits; the means of the T channels of the first block; the means of the 2 D whitened
-    channels, D filters and their negatives; if `pooled`, the K features that Stage 2 heads see.
+    channels, D filters and their negatives; the K features, flattened, that a trunk shows to Stage 2.
     """
     layers = keras.layers
     block1_means, whitened = (
         layers.GlobalAveragePooling2D(dtype="float32")(stage1.get_layer(name).output) for name in ("block1", "whitened")
     )
-    parts = [stage1.outputs[0], block1_means, whitened] + ([stage1.get_layer("pooled").output] if pooled else [])
+    parts = [stage1.outputs[0], block1_means, whitened]
+    if trunk is not None:
+        own = any(layer is stage1.get_layer("whitening") for layer in trunk.layers)
+        features = trunk.outputs[0] if own else trunk(stage1.inputs[0])  # so that Stage 1 runs once
+        parts.append(layers.Flatten(dtype="float32")(features))
     return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")(parts))
 
 
 def set_whitening(networks: Iterable[keras.Model], images: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Gives networks the whitening kernel of some train images, uint8 (N, H, W, channels): of 32 pixels about 5,000.
 
-    Heads, which see no images, have none.
+    Those that see features have none.
     """
-    filtering = [network for network in networks if not is_head(network)]
+    filtering = [network for network in networks if sees_images(network)]
     size = filtering[0].get_layer("whitening").input.shape[1]
     few = max(200, 5000 * 32**2 // size**2)
     sample = images[:: -(-len(images) // few)]  # from all over: images may be sorted by category

@@ -50,6 +50,7 @@ class Recipe:
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
     stage2_fraction: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
+    views: int = 3  # augmented views of each train image whose features are computed, for what sees features
     optimizer: str = "muon"  # of Stage 1; or "sgd" or "adam", for networks that Muon was not tried on
     optimizer_rate: float = 0.05  # peak learning rate of sgd or adam
     optimizer_decay: float = 5e-4  # weight decay of sgd or adam

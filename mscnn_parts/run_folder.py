@@ -195,7 +195,8 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
     path = run.starting_model()
     try:
         config = read_model_config(path or Path())["config"]
-        known = {name: config[name] for name in ("dataset", "light_mode", "seed") if name in config}
+        same = ("dataset", "light_mode", "seed", "stage2_branch")
+        known = {name: config[name] for name in same if name in config}
         known |= {"mirror": config["flip"], "image_size": config.get("image_size", config["image_shape"][0])}
         network = config.get("network", "compact")
         known |= {"stage1": network} if isinstance(network, str) else {}  # one's own has no name

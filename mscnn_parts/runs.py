@@ -113,14 +113,20 @@ def validate_run(run: Run) -> Dataset:
 
 
 def _check_network(run: Run) -> None:
-    """Raises MSCNNError if the model to start from has another network of the zoo than `stage1` says."""
-    start, network = run.starting_model(), None
+    """Raises MSCNNError if the model to start from has other networks than `stage1` and `stage2_branch` say."""
+    start, config, asked = run.starting_model(), {}, run.settings
     with contextlib.suppress(Exception):  # a broken file fails in many ways; `load_model` says which
-        network = read_model_config(start)["config"].get("network", "compact") if start else None
-    if isinstance(network, str) and network != run.settings.stage1:
+        config = read_model_config(start)["config"] if start else {}
+    network, branch = config.get("network", "compact"), config.get("stage2_branch", 0)
+    if config and isinstance(network, str) and network != asked.stage1:
         raise MSCNNError(
-            f"{start} has the network {network}, and stage1 is {run.settings.stage1}: "
+            f"{start} has the network {network}, and stage1 is {asked.stage1}: "
             f"give stage1 {network} (--stage1 {network}), or another model."
+        )
+    if config and asked.stage2_branch not in (-1, branch):
+        raise MSCNNError(
+            f"{start} has stage2_branch {branch}, and {asked.stage2_branch} is asked for: leave it out, or give "
+            "another model."
         )
 
 
@@ -199,7 +205,7 @@ def continue_run_data(run: Run) -> Dataset:
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
-    for name in ("dataset", "light_mode", "stage1", "image_size", "mirror", "seed"):
+    for name in ("dataset", "light_mode", "stage1", "image_size", "mirror", "stage2_branch", "seed"):
         given = getattr(settings, name)
         if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
             raise MSCNNError(

@@ -212,6 +212,9 @@ class Settings:
     )
     image_size: int = _parameter(0, "pixels that images are brought to, 16 to 512; 0: the network's own")
     mirror: bool = _parameter(True, "mirror images, in training and decisions, if the data set allows it")
+    stage2_branch: int = _parameter(
+        -1, "blocks that the Stage 2 CNNs share; 0: none, each is a whole CNN; -1: the default"
+    )
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")
 
@@ -233,6 +236,8 @@ class Settings:
         check_seed(self.seed)
         check_stage1(self.stage1)
         check_image_size(self.image_size)
+        if self.stage2_branch < -1:
+            raise MSCNNError(f"stage2_branch is {self.stage2_branch}: give a number of blocks, or -1 for the default.")
         check_threshold(self.threshold)
         for name in ("target_risk", "target_coverage"):
             if not 0 <= getattr(self, name) < 1:

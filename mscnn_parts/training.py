@@ -17,7 +17,7 @@ from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.fitting import Trainer, seed_training, steps_per_execution, train_classifier
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
-from mscnn_parts.networks import is_head
+from mscnn_parts.networks import sees_images, weights_behind
 from mscnn_parts.ood import fit_ood
 from mscnn_parts.optimizers import Recipe, stage2_optimizer
 from mscnn_parts.settings import Settings, categories_from
@@ -52,16 +52,20 @@ def train_stage1(
 def train_stage2_base(
     model: MultiStageCNN, data: Dataset, recipe: Recipe, seed: int = 0, log_dir: str | Path | None = None
 ) -> dict[str, list[float]]:
-    """Trains the Stage 2 base network, then makes every trainable Stage 2 CNN a copy of it."""
+    """Trains the Stage 2 base network, then makes every trainable Stage 2 CNN a copy of its layers.
+
+    What was calibrated to these CNNs is void; if all CNNs share some of its layers, of the frozen ones, too.
+    """
     own = dataclasses.replace(recipe, epochs=recipe.stage2_base_epochs or recipe.epochs)
-    if is_head(model.stage2_base):
-        history = train_head(model.stage2_base, features_of(model, data), data, own, seed + 1)
+    base, free = model.stage2_base, model.trainable_categories()
+    if not sees_images(base):
+        history = train_head(base, features_of(model, data, recipe.views), data, own, seed + 1)
     else:
         own = dataclasses.replace(own, optimizer="muon", label_smoothing=Recipe.label_smoothing)
-        history = train_classifier(model.stage2_base, data, own, seed + 1, log_dir)
-    for category in model.trainable_categories():
-        model.stage2_cnn(category).set_weights(model.stage2_base.get_weights())
-    model.reset_calibration(model.trainable_categories())
+        history = train_classifier(base, data, own, seed + 1, log_dir)
+    for network in map(model.stage2_cnn, free):
+        network.set_weights(weights_behind(base, network))
+    model.reset_calibration(None if model.trunk and sees_images(base) else free)
     return history
 
 
@@ -108,9 +112,9 @@ class Stage2Trainer:
         self.steps = max(1, round(images / self.batch_size / self.HISTORY_POINTS))  # a round
         self.probability = np.asarray(tf.nn.softmax(model.stage1_logits(data.train.images)))  # (N, C)
         self.predicted = model.stage1_outputs(data.calibration.images).logits.mean(axis=0).argmax(axis=1)
-        self.views, heads = 1, is_head(model.stage2_base)
-        if heads:
-            features = features_of(model, data)
+        self.views, heads = 1, not sees_images(model.stage2_base)
+        if model.trunk:
+            features = features_of(model, data, recipe.views)
             (images, self.labels), self.views = features.with_labels(data), features.views
         else:
             images, self.labels = train_and_calibration(data)
@@ -133,7 +137,7 @@ class Stage2Trainer:
         """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value per round."""
         timer = EpochTimer()
         seed_training(self.network, seed)
-        self.network.set_weights(start.get_weights())
+        self.network.set_weights(weights_behind(start, self.network))
         self.head.category.assign(category)
         for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
             variable.assign(tf.zeros_like(variable))

@@ -15,38 +15,36 @@ from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
 from mscnn_parts.data import Dataset
 from mscnn_parts.fitting import Trainer, batches, compile_classifier, seed_training, train_classifier
 from mscnn_parts.model_files import sha256_of
-from mscnn_parts.networks import is_head, on_images
+from mscnn_parts.networks import on_images, trunk_of
 from mscnn_parts.optimizers import Recipe
 from mscnn_parts.zoo import Network
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
 
-VIEWS = 3  # augmented views of each train image, of which features are computed
-
 
 class TrunkFeatures(NamedTuple):
-    """Pooled features, float32: of `views` augmented views of the N train images, one view after the other."""
+    """Features of a trunk: of `views` augmented views of the N train images, one view after the other."""
 
-    train: np.ndarray  # (views N, K)
-    calibration: np.ndarray  # (M, K), of the images as they are
+    train: np.ndarray  # (views N, ...)
+    calibration: np.ndarray  # (M, ...), of the images as they are
     views: int
 
     def with_labels(self, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """All features, train before calibration, (views N + M, K), and their labels."""
+        """All features, train before calibration, (views N + M, ...), and their labels."""
         labels = [np.tile(data.train.labels, self.views), data.calibration.labels]
         return np.concatenate([self.train, self.calibration]), np.concatenate(labels)
 
 
-def trunk_features(stage1: keras.Model, data: Dataset, views: int = VIEWS, seed: int = 0) -> TrunkFeatures:
-    """Computes what the layers before Stage 1's last ones make of the train and the calibration split."""
-    augmentation = stage1.get_layer("augmentation")
-    trunk = keras.Model(augmentation.output, stage1.get_layer("pooled").output)
+def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int = 0) -> TrunkFeatures:
+    """Computes what a trunk (see `MultiStageCNN.trunk`) makes of the train and the calibration split."""
+    augmentation = trunk.get_layer("augmentation")
+    behind = keras.Model(augmentation.output, trunk.outputs[0])
     augmentation.reseed(seed)
 
     @tf.function(reduce_retracing=True)
     def features(images, training):
-        return trunk(augmentation(images, training=training), training=False)
+        return behind(augmentation(images, training=training), training=False)
 
     def all_features(images: np.ndarray, training: bool) -> np.ndarray:
         parts = [images[i : i + 64] for i in range(0, len(images), 64)]
@@ -56,20 +54,20 @@ def trunk_features(stage1: keras.Model, data: Dataset, views: int = VIEWS, seed:
     return TrunkFeatures(train, all_features(data.calibration.images, False), views)
 
 
-def features_of(model: MultiStageCNN, data: Dataset, seed: int = 0) -> TrunkFeatures:
-    """As `trunk_features`, computed once as long as Stage 1 and the data stay what they are."""
-    key = (sha256_of(model.stage1.get_weights()), data.fingerprint, seed)
+def features_of(model: MultiStageCNN, data: Dataset, views: int, seed: int = 0) -> TrunkFeatures:
+    """As `trunk_features`, computed once as long as the model's trunk and the data stay what they are."""
+    key = (sha256_of(model.trunk.get_weights()), data.fingerprint, views, seed)
     kept = getattr(model, "_kept_features", None)
     if kept is None or kept[0] != key:
-        kept = (key, trunk_features(model.stage1, data, seed=seed))
+        kept = (key, trunk_features(model.trunk, data, views, seed))
         model._kept_features = kept
     return kept[1]
 
 
 def stage2_base_logits(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
     """Logits (B, C) of the Stage 2 base network for uint8 images (B, H, W, channels)."""
-    at_once = 64 if is_head(model.stage2_base) else 500
-    return on_images(model.stage1, model.stage2_base).predict(images, batch_size=at_once, verbose=0)
+    base = on_images(model.stage1, model.stage2_base, model.stage2_base)
+    return base.predict(images, batch_size=500 if base is model.stage2_base else 64, verbose=0)
 
 
 def train_head(
@@ -153,7 +151,8 @@ def train_in_phases(
             found = train_classifier(stage1, data, own, seed, log_dir, callbacks)
         else:
             head = keras.Model(stage1.get_layer("pooled").output, stage1.outputs[0])
-            found = train_head(head, trunk_features(stage1, data, seed=seed), data, own, seed)
+            trunk = trunk_of(stage1, head, -1)
+            found = train_head(head, trunk_features(trunk, data, recipe.views, seed), data, own, seed)
         history = {key: [*history.get(key, []), *values] for key, values in found.items()}
         if max(found["val_accuracy"]) >= best:
             best, weights = max(found["val_accuracy"]), stage1.get_weights()
