@@ -40,7 +40,7 @@ def batches(
         labels: of all images, (N, ...), of any dtype.
         order: indices int64 in the order wanted, with repetitions if need be; None: each image once.
         shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
-        images: the batches have these, uint8 (B, H, W, channels), in place of their indices; two are read ahead.
+        images: the batches have these, (B, ...), in place of their indices; two are read ahead.
     """
     with tf.device("CPU"):  # where tf.data works
         labels = tf.convert_to_tensor(labels)
@@ -53,8 +53,8 @@ def batches(
         return index if images is None else read(index), tf.gather(labels, index)
 
     def read(index):
-        pixels = tf.numpy_function(lambda chosen: np.asarray(images[chosen]), [index], tf.uint8)
-        return tf.ensure_shape(pixels, (None, *images.shape[1:]))  # (B, H, W, channels)
+        chosen = tf.numpy_function(lambda chosen: np.asarray(images[chosen]), [index], images.dtype)
+        return tf.ensure_shape(chosen, (None, *images.shape[1:]))  # (B, ...)
 
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -86,15 +86,15 @@ class Trainer(keras.Model):
     Args:
         network: its layers are trained.
         images: uint8 (N, H, W, channels). A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing
-            else; it is no weight. `IndexedImages` stay on disk, and `batches` reads them.
+            else; it is no weight. `IndexedImages` stay where they are, and `batches` reads them.
         head: a layer for what the network says; None: nothing is done with it.
     """
 
     def __init__(self, network: keras.Model, images: np.ndarray, head: keras.layers.Layer | None = None):
         super().__init__()
         self.network, self.head = network, head or keras.layers.Identity()
-        self.on_disk = images if isinstance(images, IndexedImages) else None
-        self.images = tf.Variable(images, trainable=False) if self.on_disk is None else None
+        self.stored = images if isinstance(images, IndexedImages) else None
+        self.images = tf.Variable(images, trainable=False) if self.stored is None else None
         self.built = True  # the network is
 
     def call(self, inputs, training=False):
@@ -105,8 +105,8 @@ class Trainer(keras.Model):
     def batches(
         self, labels: np.ndarray, batch_size: int, order: np.ndarray | None = None, shuffle_seed: int | None = None
     ) -> tf.data.Dataset:
-        """As the function `batches`, with indices of the images that lie here, or with those on disk."""
-        return batches(labels, batch_size, order, shuffle_seed, self.on_disk)
+        """As the function `batches`, with indices of the images that lie here, or with those that do not."""
+        return batches(labels, batch_size, order, shuffle_seed, self.stored)
 
     def save(self, filepath: str | Path, **kwargs) -> None:
         self.network.save(filepath, **kwargs)

@@ -1,9 +1,10 @@
-"""Images that stay on disk: a file that holds them, and what stands in for an array of some of them."""
+"""Images or features that stay on disk: a file that holds them, and what stands in for an array of some of them."""
 
 from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +22,9 @@ class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
     array can do is done on the array, for which all its images are read.
 
     Args:
-        array: uint8 (M, H, W, channels), in memory or a `np.memmap`.
+        array: uint8 (M, H, W, channels), or features (M, ...), in memory or a `np.memmap`.
         indices: int64 (N,), of the images; None: all of them.
     """
-
-    ndim = 4
 
     def __init__(self, array: np.ndarray, indices: np.ndarray | None = None):
         self.array, self.indices = array, np.arange(len(array)) if indices is None else indices
@@ -33,6 +32,10 @@ class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.indices), *self.array.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        return self.array.ndim
 
     @property
     def dtype(self) -> np.dtype:
@@ -117,6 +120,22 @@ def file_of(path: Path, shape: Sequence[int], images: Iterable[np.ndarray]) -> n
         _check_space(path.parent, needed)
         write_atomically(path, write)
     return cast(np.memmap, np.load(path, mmap_mode="r"))
+
+
+def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_memory: float) -> np.ndarray:
+    """An array of a shape from parts that follow each other; of more than `in_memory` bytes in a temporary file."""
+    array = np.empty((0, *shape[1:]), dtype)
+    if math.prod(shape) * array.itemsize > in_memory:
+        with tempfile.TemporaryFile() as file:  # the mapping keeps what it needs of it
+            for part in parts:
+                file.write(part.astype(dtype, copy=False).tobytes())
+            file.flush()
+            return np.memmap(file, dtype, "r", shape=tuple(shape))
+    array, done = np.empty(tuple(shape), dtype), 0
+    for part in parts:
+        array[done : done + len(part)] = part
+        done += len(part)
+    return array
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -13,9 +13,10 @@ import tensorflow as tf
 
 from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
 from mscnn_parts.data import Dataset
-from mscnn_parts.fitting import Trainer, batches, compile_classifier, seed_training, train_classifier
+from mscnn_parts.fitting import Trainer, compile_classifier, seed_training, train_classifier
 from mscnn_parts.model_files import sha256_of
 from mscnn_parts.networks import on_images, trunk_of
+from mscnn_parts.on_disk import filled, indexed, joined
 from mscnn_parts.optimizers import Recipe
 from mscnn_parts.zoo import Network
 
@@ -23,17 +24,20 @@ if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
 
 
-class TrunkFeatures(NamedTuple):
-    """Features of a trunk: of `views` augmented views of the N train images, one view after the other."""
+IN_MEMORY = 1e9  # bytes of features; more are kept in a temporary file
 
-    train: np.ndarray  # (views N, ...)
+
+class TrunkFeatures(NamedTuple):
+    """Features of a trunk, those of the train split before those of the calibration split."""
+
+    train: np.ndarray  # (views N, ...), of augmented views of the N images, one view after the other
     calibration: np.ndarray  # (M, ...), of the images as they are
     views: int
 
     def with_labels(self, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """All features, train before calibration, (views N + M, ...), and their labels."""
+        """All of them, (views N + M, ...), and their labels."""
         labels = [np.tile(data.train.labels, self.views), data.calibration.labels]
-        return np.concatenate([self.train, self.calibration]), np.concatenate(labels)
+        return joined(self.train, self.calibration), np.concatenate(labels)
 
 
 def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int = 0) -> TrunkFeatures:
@@ -46,12 +50,15 @@ def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int 
     def features(images, training):
         return behind(augmentation(images, training=training), training=False)
 
-    def all_features(images: np.ndarray, training: bool) -> np.ndarray:
-        parts = [images[i : i + 64] for i in range(0, len(images), 64)]
-        return np.concatenate([features(tf.constant(part), training).numpy() for part in parts])
+    def in_parts():
+        for images, training in [(data.train.images, True)] * views + [(data.calibration.images, False)]:
+            for start in range(0, len(images), 64):
+                yield features(tf.constant(images[start : start + 64]), training).numpy()
 
-    train = np.concatenate([all_features(data.train.images, True) for _ in range(views)])
-    return TrunkFeatures(train, all_features(data.calibration.images, False), views)
+    count = views * len(data.train)
+    shape = (count + len(data.calibration), *trunk.output_shape[1:])
+    stored = indexed(filled(shape, tf.as_dtype(trunk.outputs[0].dtype).as_numpy_dtype, in_parts(), IN_MEMORY))
+    return TrunkFeatures(stored[:count], stored[count:], views)
 
 
 def features_of(model: MultiStageCNN, data: Dataset, views: int, seed: int = 0) -> TrunkFeatures:
@@ -88,9 +95,9 @@ def train_head(
     trainer = Trainer(head, seen)
     compile_classifier(trainer, recipe, steps * recipe.epochs)
     history = trainer.fit(
-        batches(one_hot, recipe.batch_size, train, seed).repeat(), epochs=recipe.epochs, steps_per_epoch=steps,
+        trainer.batches(one_hot, recipe.batch_size, train, seed).repeat(), epochs=recipe.epochs, steps_per_epoch=steps,
         shuffle=False, verbose=0,
-        validation_data=batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
+        validation_data=trainer.batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
     )  # fmt: skip
     return {**history.history, "seconds": timer.seconds}
 

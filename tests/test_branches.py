@@ -8,6 +8,7 @@ from conftest import SMALL
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN
+from mscnn_parts import transfer
 from mscnn_parts.networks import on_images
 from mscnn_parts.settings import Settings
 
@@ -120,3 +121,14 @@ def test_a_file_that_does_not_say_has_whole_cnns(trained_model):
     config = trained_model.get_config()
     del config["stage2_branch"]
     assert MultiStageCNN.from_config(config).trunk is None
+
+
+def test_features_beyond_the_budget_are_kept_on_disk(branched_path, tiny_data, monkeypatch):
+    fingerprints = []
+    for budget in (1e9, 1e3):
+        monkeypatch.setattr(transfer, "IN_MEMORY", budget)
+        model = mscnn.load_model(branched_path)
+        mscnn.retrain_stage2(model, tiny_data, "cat", RECIPE, keep_worse=True)
+        assert transfer.features_of(model, tiny_data, RECIPE.views).train.on_disk == (budget < 1e9)
+        fingerprints.append(model.fingerprints())
+    assert fingerprints[0] == fingerprints[1]
