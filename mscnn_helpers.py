@@ -139,9 +139,9 @@ from mscnn_parts.model_files import (
 from mscnn_parts.networks import (
     build_cnn,
     build_stages,
-    chosen_branch,
     fastest_policy,
     set_whitening,
+    stage2_design,
     trunk_of,
 )
 from mscnn_parts.ood import (
@@ -240,7 +240,7 @@ class MultiStageCNN(keras.Model):
             255 to logits (B, C), of a class that is registered with Keras.
         image_size: pixels to which Stage 1 enlarges its images; 0: as they are.
         stage2_branch: how many blocks of the Stage 2 base network its Stage 2 networks share; 0: none, each is a whole
-            CNN; -1: the network's default. None: what a model file meant that does not say.
+            CNN; -1: the network's default: a whole CNN, or a head on Stage 1's features if it has ImageNet weights.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting. light_mode, seed: of the splits.
         format: of the model file, which `load_model` has checked.
@@ -263,7 +263,7 @@ class MultiStageCNN(keras.Model):
         policy: str = "float32",
         network: str | keras.Model = "compact",
         image_size: int = 0,
-        stage2_branch: int | None = None,
+        stage2_branch: int = -1,
         stage1_widths: Sequence[int] = (),
         stage2_widths: Sequence[int] = (),
         logit_scale: float = 0.25,
@@ -278,7 +278,7 @@ class MultiStageCNN(keras.Model):
         check_keras()
         super().__init__(**kwargs)
         image_size, network = image_size or image_shape[0], checked_network(network)
-        stage2_branch = chosen_branch(network, stage2_branch)
+        blocks, stage2_branch = stage2_design(network, image_size, stage2_widths, stage2_branch)
         self._settings = {
             "category_names": list(category_names), "image_shape": list(image_shape),
             "mean": [float(m) for m in mean], "std": [float(s) for s in std], "flip": flip, "dataset": dataset,
@@ -293,7 +293,7 @@ class MultiStageCNN(keras.Model):
         self.certificate = Certificate(*certificate) if certificate else None
         self.data_fingerprint, count = data_fingerprint, len(self.category_names)
         self.stage1, self.stage2_base, self.build_stage2 = build_stages(
-            network, stage2_branch, stage1_widths, stage2_widths, logit_scale, activation, input_shape=image_shape,
+            network, stage2_branch, stage1_widths, blocks, logit_scale, activation, input_shape=image_shape,
             categories=count, mean=mean, std=std, flip=flip, policy=policy, size=image_size,
         )  # fmt: skip
         self.network, self.image_size = network if isinstance(network, str) else "own", image_size
@@ -325,7 +325,6 @@ class MultiStageCNN(keras.Model):
         seed: int = 0,
         network: str | keras.Model = "compact",
         weights: str | None = "imagenet",
-        stage2_branch: int = -1,
         **settings,
     ) -> MultiStageCNN:
         """A new model for a data set: its input statistics and whitening from the train split.
@@ -339,7 +338,7 @@ class MultiStageCNN(keras.Model):
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
             policy=policy, source_fingerprint=data.source_fingerprint, light_mode=data.light_mode, seed=data.seed,
-            network=network, image_size=data.image_size, stage2_branch=stage2_branch, **settings,
+            network=network, image_size=data.image_size, **settings,
         )  # fmt: skip
         if weights and network_named(model.network).pretrained:
             network_named(model.network).load_weights(model.stage1)

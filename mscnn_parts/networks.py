@@ -23,7 +23,6 @@ from mscnn_parts.zoo import OWN, Network, network_named
 
 STAGE1_WIDTHS = (64, 256, 256)  # 118 million multiply-adds an image of 32 x 32 x 3
 STAGE2_WIDTHS = (32, 64, 64)  # 17 million
-STAGE2_BRANCH = 0  # blocks that Stage 2 networks share
 OWN_INPUT = "own_input"  # the layer whose output one's own network is given
 HEAD_WIDTH = 64  # of a Stage 2 head
 CAFFE_MEAN = (103.939, 116.779, 123.68)  # of the channels of ImageNet, blue first, in pixel values
@@ -98,16 +97,12 @@ def build_stages(
     """Stage 1, the Stage 2 base network, and the function that builds a Stage 2 network of a name.
 
     Args:
-        network, stage2_branch: see `MultiStageCNN`.
-        stage1_widths, stage2_widths: of `build_cnn`; empty: those for the size.
+        network: see `MultiStageCNN`. stage2_branch, stage2_widths: of `stage2_design`.
+        stage1_widths: of `build_cnn`; empty: those for the size.
         common: input_shape, categories, mean, std, flip, policy and size, see `build_cnn`.
-
-    Raises:
-        MSCNNError: the Stage 2 base network has no block of that number.
     """
     entry = network_named(network) if isinstance(network, str) else OWN
     compact = functools.partial(build_cnn, logit_scale=logit_scale, activation=activation, **common)
-    stage2_widths = stage2_widths or entry.stage2_widths or widths_for(common["size"], STAGE2_WIDTHS)
     if network == "compact":
         stage1 = compact(name="stage1", widths=stage1_widths or widths_for(common["size"], STAGE1_WIDTHS))
     else:
@@ -118,8 +113,6 @@ def build_stages(
         return stage1, build("stage2_base"), build
     build = functools.partial(compact, widths=stage2_widths)
     base = build("stage2_base")
-    if stage2_branch > len(stage2_widths):
-        raise MSCNNError(f"stage2_branch is {stage2_branch}: the Stage 2 CNNs have {len(stage2_widths)} blocks.")
     cut = branching_layer(base, stage2_branch)
     return stage1, base, functools.partial(build_branch, base=base, cut=cut) if cut else build
 
@@ -202,12 +195,24 @@ def build_head(name: str, features: int, categories: int, width: int = HEAD_WIDT
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 
-def chosen_branch(network: str | keras.Model, stage2_branch: int | None) -> int:
-    """What `stage2_branch` of `MultiStageCNN` stands for: a number of blocks, or -1 for the features of Stage 1."""
-    on_stage1 = isinstance(network, str) and network_named(network).pretrained
-    if stage2_branch is None:
-        return -1 if on_stage1 else 0
-    return STAGE2_BRANCH if stage2_branch < 0 and not on_stage1 else stage2_branch
+def stage2_design(
+    network: str | keras.Model, size: int, widths: Sequence[int], stage2_branch: int
+) -> tuple[tuple[int, ...], int]:
+    """The widths of the Stage 2 CNNs' blocks, and how many they share: -1 stands for the features of Stage 1.
+
+    Args:
+        network, stage2_branch: see `MultiStageCNN`. size: of the images, in pixels. widths: (): those for the size.
+
+    Raises:
+        MSCNNError: there are not so many blocks.
+    """
+    entry = network_named(network) if isinstance(network, str) else OWN
+    widths = tuple(widths or entry.stage2_widths or widths_for(size, STAGE2_WIDTHS))
+    if stage2_branch < 0:
+        stage2_branch = -1 if entry.pretrained else 0
+    if stage2_branch > len(widths):
+        raise MSCNNError(f"stage2_branch is {stage2_branch}: the Stage 2 CNNs have {len(widths)} blocks.")
+    return widths, stage2_branch
 
 
 def branching_layer(base: keras.Model, behind: int) -> str:
