@@ -279,7 +279,7 @@ def command_line() -> argparse.ArgumentParser:
         "--notebooks",
         default="main",
         metavar="STR",
-        help="main: 01 to 05; all: 05b, too; 04,05: these (default: main)",
+        help="main: 01 to 05; all: 05b and 06, too; 04,05: these (default: main)",
     )
     parser.add_argument("--version", action="version", version=f"MSCNN {VERSION}")
     for parameter in dataclasses.fields(Settings):

@@ -169,7 +169,8 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
 
     Notebook 01 sets all parameters. Each later one takes from the run folder what it does not set itself, or sets to an
     empty text; where notebook 01 has not run, data set, light mode, image size, mirroring and seed are those of
-    the model that `load_model` names. A threshold or target takes the place of all three that were set before.
+    the model that `load_model` names. A threshold or target takes the place of all three that were set before. A
+    notebook that needs no other has its own parameters, and its run folder is made here.
 
     Raises:
         MSCNNError: a parameter is wrong, or there is neither an earlier notebook nor `load_model`.
@@ -177,6 +178,10 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     given = {field.name: namespace[field.name] for field in dataclasses.fields(Settings) if field.name in namespace}
     if notebook == NOTEBOOKS[0]:
         return Run(notebook, Settings(**given))
+    if notebook in INDEPENDENT_NOTEBOOKS:
+        run = Run(notebook, Settings(**given))
+        make_run_folders(run)
+        return run
     given = {name: value for name, value in given.items() if value != ""}
     run = Run(notebook, Settings(**given))
     earlier = run.read("metrics").get("parameters") or _parameters_of_model(run)
@@ -248,7 +253,8 @@ NOTEBOOKS = (
     "04_selective_retraining",
     "05_evaluation_and_cam",
 )
-OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood",)
+INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer",)  # they need no other, and leave figures only
+OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood", *INDEPENDENT_NOTEBOOKS)
 ALL_NOTEBOOKS = (*NOTEBOOKS, *OPTIONAL_NOTEBOOKS)
 
 

@@ -200,7 +200,7 @@ def continue_run_data(run: Run) -> Dataset:
     Raises:
         MSCNNError: notebook 01 has not run here, or with other parameters.
     """
-    if run.settings.load_model and not run.read("metrics"):
+    if run.settings.load_model and "dataset" not in run.read("metrics"):
         return begin_run_data(run)
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])

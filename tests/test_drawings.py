@@ -10,7 +10,6 @@ import mscnn_helpers as mscnn
 from mscnn_parts.networks import STAGE1_WIDTHS
 
 DRAWINGS = sorted((ROOT / "notebooks/images").glob("*.svg"))
-NETWORK_DRAWINGS = {"convolution", "pooling", "residual", "depthwise", "unfreezing"}  # of the lesson 06
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -22,8 +21,7 @@ def test_a_drawing_says_what_it_shows_and_needs_nothing_else(path):
     assert not re.findall(r"https?://(?!www.w3.org/)", text)
     assert len(text) < 120_000
     lessons = "".join(page.read_text("utf-8") for page in (ROOT / "notebooks").glob("*.ipynb"))
-    awaits_its_lesson = path.stem in NETWORK_DRAWINGS and not list((ROOT / "notebooks").glob("06_*.ipynb"))
-    assert f"(images/{path.name})" in lessons or awaits_its_lesson
+    assert f"(images/{path.name})" in lessons
 
 
 def test_the_drawn_network_is_the_one_that_is_built():

