@@ -322,14 +322,19 @@ def longer_stage2_base(trial: Trial) -> StageScore:
     return by_network(network)
 
 
-def branched(blocks: int, views: int = 3) -> Callable[[Trial], StageScore]:
-    """The ten share the first blocks of the base network, and are trained on its features of some views."""
+def branched(blocks: int, views: int = 3, steps: int = 1) -> Callable[[Trial], StageScore]:
+    """The ten share the first blocks of the base network, and are trained on its features of some views.
+
+    Args:
+        steps: so many times as many.
+    """
 
     def score(trial: Trial) -> StageScore:
         model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_branch=blocks)
         model.stage1.set_weights(trial.model.stage1.get_weights())
         model.stage2_base.set_weights(trial.model.stage2_base.get_weights())
-        trial.model, trial.recipe = model, dataclasses.replace(trial.recipe, views=views)
+        fraction = steps * trial.recipe.stage2_fraction
+        trial.model, trial.recipe = model, dataclasses.replace(trial.recipe, views=views, stage2_fraction=fraction)
         return train_ten(trial)
 
     return score
@@ -339,6 +344,8 @@ BRANCHES: dict[str, Callable[[Trial], StageScore]] = {
     "ours": ours,
     "block 1 shared": branched(1),
     "blocks 1 and 2 shared": branched(2),
+    "blocks 1 and 2 shared, a single view": branched(2, 1),
+    "blocks 1 and 2 shared, twice as many steps": branched(2, steps=2),
     "all blocks shared": branched(3),
     "all blocks shared, a single view": branched(3, 1),
     "all blocks shared, 8 views": branched(3, 8),
@@ -509,7 +516,8 @@ def table(figures: dict, branches: bool = False) -> str:
             f"{mean(name, 'auroc_failure'):.2%}", f"{mean(name, 'fpr95'):.1%}", verdict(name),
         ]  # fmt: skip
 
-    rows = [row(name) for name in sorted(results, key=lambda name: mean(name, "aurc"))]
+    shown = [name for name in results if not branches or name in (*BRANCHES, "no verifier")]
+    rows = [row(name) for name in sorted(shown, key=lambda name: mean(name, "aurc"))]
     title, command = ("Branches", "verifiers.py --branches") if branches else ("Verifiers", "verifiers.py")
     lines = [
         f"## {title}", "",

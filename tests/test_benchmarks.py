@@ -1,6 +1,7 @@
 """The benchmarks: the same network for every baseline, honest repeats, and tables that show what was measured."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def test_results_are_made_from_the_figures():
     text = common.RESULTS.read_text("utf-8")
     sections = {
         "quality": quality.table, "speed": speed.section, "ablations": ablations.table,
-        "selective": selective.table, "ood": ood.table, "verifiers": verifiers.table, "networks": networks.table,
+        "selective": selective.table, "ood": ood.table, "verifiers": verifiers.table,
+        "branches": functools.partial(verifiers.table, branches=True), "networks": networks.table,
     }  # fmt: skip
     for name, make in sections.items():
         figures = common.read_json(name, None)
