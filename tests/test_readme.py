@@ -22,10 +22,10 @@ import mscnn_helpers as mscnn
 from mscnn_parts.cli import parse
 from mscnn_parts.commands import COMMANDS
 from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
+from mscnn_parts.optimizers import Recipe
 from mscnn_parts.pictures import IMAGE_SUFFIXES
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
 from mscnn_parts.settings import Settings
-from mscnn_parts.transfer import VIEWS
 from mscnn_parts.zoo import NETWORKS
 
 PATHS = {"en": ROOT / "README.md", "ja": ROOT / "README.ja.md"}
@@ -279,7 +279,7 @@ def test_phases_are_those_of_the_recipe():
     phases = mscnn.default_recipe(1000, network="efficientnet_lite0").phases
     rows = table_rows(table)
     assert [float(row[3]) for row in rows] == [phase.learning_rate for phase in phases]
-    assert int(rows[0][2]) == phases[0].epochs and "three augmented views" in rows[0][1] and VIEWS == 3
+    assert int(rows[0][2]) == phases[0].epochs and "three augmented views" in rows[0][1] and Recipe.views == 3
     assert f"0 means {sum(phase.epochs for phase in phases[1:])}." in DOCS["networks"]
 
 
