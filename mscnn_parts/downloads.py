@@ -85,6 +85,11 @@ def download(url: str, known_hash: str, name: str) -> Path:
         raise FileNotFoundError(f"The download of {name} failed: {reason}.") from error
 
 
+def cache_folder() -> Path:
+    """Where images and features are kept that do not fit in memory; hidden, for a data folder may hold images."""
+    return data_folder() / ".mscnn_cache"
+
+
 def may_read(folder: Path) -> bool:
     return not os.path.isdir(folder) or os.access(folder, os.R_OK | os.X_OK)
 

@@ -49,7 +49,7 @@ def on_views(network: keras.Model, views: int, images: tf.Tensor) -> tf.Tensor:
 
     Args:
         views: 1, the image; 2, the image and its mirror image (test-time augmentation).
-        images: uint8 (B, H, W, channels); or features (B, K), which have one view.
+        images: uint8 (B, H, W, channels); or features (B, ...), which have one view.
     """
     if views == 1:
         return network(images, training=False)
@@ -124,6 +124,11 @@ class Networks:
     @functools.cached_property
     def stage1_outputs_graph(self) -> Callable:
         """Images -> what `feature_extractor` gives on the views, side by side: (B, views (C + T + 2 D))."""
+        return _traced(functools.partial(on_views, feature_extractor(self.stage1), self.views), self.stage1)
+
+    @functools.cached_property
+    def trunk_graph(self) -> Callable:
+        """The same with the trunk's features: (B, views (C + T + 2 D + K))."""
         return _traced(functools.partial(on_views, feature_extractor(self.stage1, self.trunk), self.views), self.stage1)
 
     @functools.cached_property
@@ -136,15 +141,23 @@ class Networks:
 
     def stage1_outputs(self, images: np.ndarray, batch_size: int = 512) -> Stage1Outputs:
         """Stage 1's logits on each view, and the means over the views of what it sees first."""
-        return self._outputs_and_features(images, batch_size)[0]
+        return self._outputs_and_features(self.stage1_outputs_graph, images, batch_size)[0]
 
-    def _outputs_and_features(self, images: np.ndarray, batch_size: int) -> tuple[Stage1Outputs, np.ndarray]:
+    def _outputs_and_seen(self, images: np.ndarray, batch_size: int) -> tuple[Stage1Outputs, np.ndarray]:
         """Stage 1's outputs, and what Stage 2 sees: the images, or the trunk's features of the views, (B, views, K)."""
-        both = in_batches(self.stage1_outputs_graph, images, self._at_once(batch_size))
+        if self.trunk:
+            return self._outputs_and_features(self.trunk_graph, images, batch_size)
+        return self.stage1_outputs(images, batch_size), images
+
+    def _outputs_and_features(
+        self, graph: Callable, images: np.ndarray, batch_size: int
+    ) -> tuple[Stage1Outputs, np.ndarray]:
+        """What a graph gives, by its parts: Stage 1's outputs, and features (B, views, K or none)."""
+        both = in_batches(graph, images, self._at_once(batch_size))
         widths = [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
         parts = np.stack(np.split(both, self.views, axis=1))  # (views, B, C + T + 2 D + K)
         outputs = split_outputs(parts, widths[0], widths[1], widths[2] // 2)
-        return outputs, parts[..., sum(widths) :].swapaxes(0, 1) if self.trunk else images
+        return outputs, parts[..., sum(widths) :].swapaxes(0, 1)
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
         """Log-odds that the images show `category`, by its Stage 2 network, the mean over the views: float64 (B,).
@@ -152,16 +165,18 @@ class Networks:
         Args:
             batch_size: images at a time; the network sees all views of them at once.
         """
-        seen = self._outputs_and_features(images, batch_size)[1] if self.trunk else images
-        return self._verified(seen, category, batch_size)
+        slabs = self._slabs(images, batch_size)
+        seen = (self._outputs_and_seen(slab, batch_size)[1] if self.trunk else slab for slab in slabs)
+        return np.concatenate([self._verified(part, category, batch_size) for part in seen])
 
     def _verified(self, seen: np.ndarray, category: int, batch_size: int) -> np.ndarray:
         """As `stage2_log_odds`, of what Stage 2 sees."""
         graph, where = stage2_caller(self.stage2_graph, self.stage2[category]), np.full(len(seen), category)
         if self.trunk:
             features = seen.reshape(-1, *self.trunk.output_shape[1:])  # (B views, ...)
-            logits = in_batches(graph, features, batch_size)  # (B views, C)
-            by_view = list(logits.reshape(len(seen), self.views, -1).swapaxes(0, 1))
+            maps = features.ndim == 4
+            logits = in_batches(graph, features, self._at_once(batch_size) if maps else batch_size)  # (B views, C)
+            by_view = list(logits.reshape(len(seen), self.views, logits.shape[-1]).swapaxes(0, 1))
         else:
             by_view = np.split(in_batches(graph, seen, self._at_once(batch_size)), self.views, axis=1)
         return np.mean([log_odds(view, where) for view in by_view], axis=0)
@@ -173,10 +188,15 @@ class Networks:
         changes in the mirror has a small margin. Only the Stage 2 network of the predicted category is run: the images
         are sorted by category first.
         """
-        slab = self._slab(batch_size) or max(1, len(images))
-        parts = [self._scores(images[i : i + slab], batch_size) for i in range(0, max(1, len(images)), slab)]
+        parts = [self._scores(slab, batch_size) for slab in self._slabs(images, batch_size)]
         fields = zip(StageScores._fields, zip(*parts, strict=True), strict=True)
         return StageScores(*(np.concatenate(values, axis=int(name == "logits")) for name, values in fields))
+
+    def _slabs(self, images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        """The images in parts, of each of which the trunk's features are kept."""
+        check_batch_size(batch_size)
+        slab = self._slab(batch_size) or max(1, len(images))
+        return [images[i : i + slab] for i in range(0, max(1, len(images)), slab)]
 
     def _slab(self, batch_size: int) -> int:
         """How many images, in whole batches, have the trunk's features kept at a time; 0: any number."""
@@ -184,7 +204,7 @@ class Networks:
         return max(1, self.SLAB // values // batch_size) * batch_size if values else 0
 
     def _scores(self, images: np.ndarray, batch_size: int) -> StageScores:
-        outputs, seen = self._outputs_and_features(images, batch_size)
+        outputs, seen = self._outputs_and_seen(images, batch_size)
         logits = outputs.logits.mean(axis=0)  # (B, C)
         category = logits.argmax(axis=1)  # (B,)
         stage2 = np.zeros(len(images))
@@ -201,14 +221,19 @@ def split_outputs(parts: np.ndarray, categories: int, channels: int, filters: in
     return Stage1Outputs(logits, block1_means.mean(axis=0), np.log(strength + WEAKEST_STRENGTH))
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises MSCNNError unless it is a number of images."""
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise MSCNNError(f"batch_size is {batch_size}: it is a number of images, a whole number from 1 on.")
+
+
 def in_batches(graph: Callable, images: np.ndarray, batch_size: int) -> np.ndarray:
     """Runs a graph over images, `batch_size` (1 or more) at a time: (N, ...) -> float32 (N, outputs).
 
     A batch of more than 8 is filled up to a multiple of 8, so that few shapes occur: each new one
     costs the libraries below TensorFlow some milliseconds of preparation.
     """
-    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise MSCNNError(f"batch_size is {batch_size}: it is a number of images, a whole number from 1 on.")
+    check_batch_size(batch_size)
     results = []
     for start in range(0, max(1, len(images)), batch_size):
         batch = images[start : start + batch_size]

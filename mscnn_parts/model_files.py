@@ -106,6 +106,8 @@ def parts_of(model: MultiStageCNN) -> dict[str, list[np.ndarray]]:
     """Every array of a model by part: 'stage1', 'stage2_base', 'stage2/ship', 'calibration/ship', ..."""
     names, coefficients = model.category_names, model.calibration_coefficients.numpy()
     parts = {"stage1": model.stage1.get_weights(), "stage2_base": model.stage2_base.get_weights()}
+    if model.stage2_branch > 0:
+        parts["stage2_trunk"] = model.trunk.get_weights()  # the first layers of the base network
     parts |= {f"stage2/{name}": model.stage2_cnn(c).get_weights() for c, name in enumerate(names)}
     parts["calibration/shared"] = [model.shared_coefficients.numpy()]
     parts["ood_statistics"] = list(model.ood_statistics)

@@ -208,10 +208,13 @@ def stage2_design(
     """
     entry = network_named(network) if isinstance(network, str) else OWN
     widths = tuple(widths or entry.stage2_widths or widths_for(size, STAGE2_WIDTHS))
-    if stage2_branch < 0:
+    if not isinstance(stage2_branch, (int, np.integer)) or not -1 <= stage2_branch <= len(widths):
+        raise MSCNNError(
+            f"stage2_branch is {stage2_branch}: the Stage 2 CNNs have {len(widths)} blocks, so give 0 to {len(widths)} "
+            "or -1, the default."
+        )
+    if stage2_branch == -1:
         stage2_branch = -1 if entry.pretrained else 0
-    if stage2_branch > len(widths):
-        raise MSCNNError(f"stage2_branch is {stage2_branch}: the Stage 2 CNNs have {len(widths)} blocks.")
     return widths, stage2_branch
 
 
@@ -273,7 +276,7 @@ def feature_extractor(stage1: keras.Model, trunk: keras.Model | None = None) -> 
     )
     parts = [stage1.outputs[0], block1_means, whitened]
     if trunk is not None:
-        own = any(layer is stage1.get_layer("whitening") for layer in trunk.layers)
+        own = trunk.inputs[0] is stage1.inputs[0]
         features = trunk.outputs[0] if own else trunk(stage1.inputs[0])  # so that Stage 1 runs once
         parts.append(layers.Flatten(dtype="float32")(features))
     return keras.Model(stage1.inputs[0], layers.Concatenate(dtype="float32")(parts))

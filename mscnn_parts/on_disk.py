@@ -122,15 +122,29 @@ def file_of(path: Path, shape: Sequence[int], images: Iterable[np.ndarray]) -> n
     return cast(np.memmap, np.load(path, mmap_mode="r"))
 
 
-def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_memory: float) -> np.ndarray:
-    """An array of a shape from parts that follow each other; of more than `in_memory` bytes in a temporary file."""
-    array = np.empty((0, *shape[1:]), dtype)
-    if math.prod(shape) * array.itemsize > in_memory:
-        with tempfile.TemporaryFile() as file:  # the mapping keeps what it needs of it
-            for part in parts:
-                file.write(part.astype(dtype, copy=False).tobytes())
-            file.flush()
-            return np.memmap(file, dtype, "r", shape=tuple(shape))
+def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_memory: float, folder: Path) -> np.ndarray:
+    """An array of a shape from parts that follow each other; of more than `in_memory` bytes in a temporary file.
+
+    Args:
+        folder: where the file is made.
+
+    Raises:
+        MSCNNError: it cannot be written.
+    """
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    if needed > in_memory:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps what it needs of it
+                for part in parts:
+                    file.write(part.astype(dtype, copy=False).tobytes())
+                file.flush()
+                return np.memmap(file, dtype, "r", shape=tuple(shape))
+        except OSError as error:
+            raise MSCNNError(
+                f"Features of {needed / 1e9:,.2f} GB cannot be kept in {folder}: {error.strerror}. Make room there, or "
+                "set MSCNN_DATA_DIR to a folder on another disk."
+            ) from error
     array, done = np.empty(tuple(shape), dtype), 0
     for part in parts:
         array[done : done + len(part)] = part

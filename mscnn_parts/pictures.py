@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 import numpy as np
 
 from mscnn_parts.data import IMAGE_SIZE, RawData
-from mscnn_parts.downloads import data_folder
+from mscnn_parts.downloads import cache_folder
 from mscnn_parts.files import digest_of, path_from
 from mscnn_parts.on_disk import file_of, indexed
 from mscnn_parts.settings import MSCNNError
@@ -173,7 +173,7 @@ def _cache_path(folder: Path, parts: Sequence[_Part], size: int) -> Path:
     stats = [(file.relative_to(folder), file.stat()) for part in parts for file in part.files]
     key = digest_of([__version__, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)])[:16]
     name = re.sub(r"[^-\w]", "_", folder.name)
-    return data_folder() / "mscnn_cache" / f"{name}-{place}-{size}px-{key}.npy"
+    return cache_folder() / f"{name}-{place}-{size}px-{key}.npy"
 
 
 def _image_files(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -16,6 +16,7 @@ import tensorflow as tf
 from mscnn_parts.data import Dataset
 from mscnn_parts.files import code_folder, read_model_config
 from mscnn_parts.model_files import check_matches, load_model
+from mscnn_parts.networks import stage2_design
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
     THRESHOLD_PARAMETERS,
@@ -113,8 +114,10 @@ def validate_run(run: Run) -> Dataset:
 
 
 def _check_network(run: Run) -> None:
-    """Raises MSCNNError if the model to start from has other networks than `stage1` and `stage2_branch` say."""
+    """Raises MSCNNError unless `stage1` and `stage2_branch` go together, and the model to start from has the same."""
     start, config, asked = run.starting_model(), {}, run.settings
+    if start is None:
+        stage2_design(asked.stage1, asked.image_size or NETWORKS[asked.stage1].image_size, (), asked.stage2_branch)
     with contextlib.suppress(Exception):  # a broken file fails in many ways; `load_model` says which
         config = read_model_config(start)["config"] if start else {}
     network, branch = config.get("network", "compact"), config.get("stage2_branch", 0)

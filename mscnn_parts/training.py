@@ -20,7 +20,7 @@ from mscnn_parts.metrics import log_loss_by_category
 from mscnn_parts.networks import sees_images, weights_behind
 from mscnn_parts.ood import fit_ood
 from mscnn_parts.optimizers import Recipe, stage2_optimizer
-from mscnn_parts.settings import Settings, categories_from
+from mscnn_parts.settings import MSCNNError, Settings, categories_from
 from mscnn_parts.transfer import features_of, train_head, train_in_phases
 from mscnn_parts.zoo import NETWORKS
 
@@ -54,10 +54,18 @@ def train_stage2_base(
 ) -> dict[str, list[float]]:
     """Trains the Stage 2 base network, then makes every trainable Stage 2 CNN a copy of its layers.
 
-    What was calibrated to these CNNs is void; if all CNNs share some of its layers, of the frozen ones, too.
+    What was calibrated to these CNNs is void.
+
+    Raises:
+        MSCNNError: the base network is frozen, or a CNN that shares some of its layers.
     """
     own = dataclasses.replace(recipe, epochs=recipe.stage2_base_epochs or recipe.epochs)
     base, free = model.stage2_base, model.trainable_categories()
+    if model.trunk and sees_images(base) and len(free) < len(model.category_names):
+        raise MSCNNError(
+            "All Stage 2 CNNs share blocks of the base network, which this training would move: free them all first, "
+            "by set_stage2_category_trainable()."
+        )
     if not sees_images(base):
         history = train_head(base, features_of(model, data, recipe.views), data, own, seed + 1)
     else:
@@ -65,7 +73,7 @@ def train_stage2_base(
         history = train_classifier(base, data, own, seed + 1, log_dir)
     for network in map(model.stage2_cnn, free):
         network.set_weights(weights_behind(base, network))
-    model.reset_calibration(None if model.trunk and sees_images(base) else free)
+    model.reset_calibration(free)
     return history
 
 

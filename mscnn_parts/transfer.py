@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
 from mscnn_parts.data import Dataset
+from mscnn_parts.downloads import cache_folder
 from mscnn_parts.fitting import Trainer, compile_classifier, seed_training, train_classifier
 from mscnn_parts.model_files import sha256_of
 from mscnn_parts.networks import on_images, trunk_of
@@ -57,7 +58,9 @@ def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int 
 
     count = views * len(data.train)
     shape = (count + len(data.calibration), *trunk.output_shape[1:])
-    stored = indexed(filled(shape, tf.as_dtype(trunk.outputs[0].dtype).as_numpy_dtype, in_parts(), IN_MEMORY))
+    stored = indexed(
+        filled(shape, tf.as_dtype(trunk.outputs[0].dtype).as_numpy_dtype, in_parts(), IN_MEMORY, cache_folder())
+    )
     return TrunkFeatures(stored[:count], stored[count:], views)
 
 

@@ -55,8 +55,16 @@ def test_more_sharing_leaves_each_fewer_weights(branched):
 def test_many_images_are_decided_slab_by_slab(branched, tiny_data, monkeypatch):
     images = tiny_data.test.images[:40]
     at_once = branched.scores(images, batch_size=8)
+    odds, lengths, plain = branched.stage2_log_odds(images, 1), [], type(branched._networks)._scores
     monkeypatch.setattr(type(branched._networks), "SLAB", 1)
+    monkeypatch.setattr(
+        type(branched._networks),
+        "_scores",
+        lambda self, part, size: lengths.append(len(part)) or plain(self, part, size),
+    )
     by_slab = branched.scores(images, batch_size=8)
+    assert lengths == [8] * 5
+    np.testing.assert_allclose(branched.stage2_log_odds(images, 1, batch_size=8), odds, rtol=1e-3, atol=1e-3)
     for one, other in zip(at_once, by_slab, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
@@ -84,23 +92,41 @@ def test_a_saved_model_decides_as_before(branched, tiny_data, tmp_path):
 
 
 def test_training_the_base_voids_what_rests_on_it(branched, tiny_data):
-    """Frozen categories, too: their own layers stay, and see other features."""
-    branched.set_stage2_category_trainable("ship", False)
+    """A frozen category would see other features: it has to be freed first."""
     before = branched.fingerprints()
+    branched.set_stage2_category_trainable("ship", False)
+    with pytest.raises(MSCNNError, match="free them all first"):
+        mscnn.train_stage2_base(branched, tiny_data, RECIPE)
+    assert branched.fingerprints() == before
+    branched.set_stage2_category_trainable()
     mscnn.train_stage2_base(branched, tiny_data, dataclasses.replace(RECIPE, epochs=1))
     assert np.isnan(branched.calibration_coefficients.numpy()).all()
     after = branched.fingerprints()
-    assert after["stage2/ship"] == before["stage2/ship"]
+    assert after["stage2_trunk"] != before["stage2_trunk"]
     assert after["stage2/dog"] == after["stage2/cat"] != before["stage2/dog"]
+
+
+def test_branches_are_trained_on_all_views_of_the_train_images(branched, tiny_data):
+    features, count = transfer.features_of(branched, tiny_data, RECIPE.views), len(tiny_data.train)
+    first, second = np.asarray(features.train[:count]), np.asarray(features.train[count:])
+    assert not np.allclose(first, second, atol=1e-2), "the views are not augmented"
+    trainer = mscnn.Stage2Trainer(branched, tiny_data, RECIPE)
+    order = trainer._order(1, np.random.default_rng(0))
+    assert count <= order.max() < RECIPE.views * count and order.min() < count
+    for wrong in (0, 2.5):
+        with pytest.raises(MSCNNError, match="batch_size is"):
+            branched.decide(tiny_data.test.images[:3], batch_size=wrong)
+    assert branched.stage2_log_odds(tiny_data.test.images[:0], 1).shape == (0,)
 
 
 def test_freezing_categories_never_frees_the_trunk(branched, tiny_data):
     branched.train_only("cat")
     branched.set_stage2_category_trainable("", True)
     assert not branched.stage2_base.trainable
-    before = branched.fingerprints()["stage2_base"]
+    branched.stage2_base.trainable = True
+    before = branched.fingerprints()["stage2_trunk"]
     branched(tiny_data.train.images[:32], training=True)
-    assert branched.fingerprints()["stage2_base"] == before, "BatchNormalization of the trunk has moved"
+    assert branched.fingerprints()["stage2_trunk"] == before, "BatchNormalization of the trunk has moved"
 
 
 def test_decisions_are_explained(branched, tiny_data):

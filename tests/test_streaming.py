@@ -42,7 +42,7 @@ def no_memory(tmp_path, monkeypatch) -> Path:
     """Half of the free memory holds no images; returns the folder where they are kept."""
     monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path / "datasets"))
     patch_rooms(monkeypatch, "free_memory", lambda: 2 * 16 * 16 * 3)
-    return tmp_path / "datasets" / "mscnn_cache"
+    return tmp_path / "datasets" / ".mscnn_cache"
 
 
 @pytest.fixture
@@ -144,6 +144,8 @@ def test_a_bad_image_or_a_full_disk_leaves_no_file(folder, tmp_path, no_memory, 
 def test_half_of_the_free_memory_is_the_limit(folder, monkeypatch):
     patch_rooms(monkeypatch, "free_memory", lambda: 2 * 900 * 32 * 32 * 3)
     assert isinstance(load_dataset(folder).train.images, np.ndarray)
+    patch_rooms(monkeypatch, "free_memory", lambda: 2 * 900 * 32 * 32 * 3 - 2)
+    assert load_dataset(folder).train.images.on_disk
 
 
 def test_what_stands_in_for_an_array_reads_only_what_is_asked_for(reads):
