@@ -73,6 +73,24 @@ class ShowProgress(keras.callbacks.Callback):
         self.bar.advance(self.earlier + batch + 1)
 
 
+class EpochLines(keras.callbacks.Callback):
+    """Prints what an epoch has brought, in a line: of the first, the last, and at most one each ten seconds."""
+
+    def on_train_begin(self, logs=None):
+        self.printed = 0.0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun = time.time()
+
+    def on_epoch_end(self, epoch, logs=None):
+        last, now = self.params["epochs"], time.time()
+        if epoch + 1 < last and now < self.printed + 10:
+            return
+        self.printed, splits = now, {"train": "", "calibration": "val_"}
+        told = [f"{name} {logs[f'{k}accuracy']:.1%}, loss {logs[f'{k}loss']:.3f}" for name, k in splits.items()]
+        print(f"Epoch {epoch + 1}/{last}: {'; '.join(told)}; {now - self.begun:.1f} s", flush=True)
+
+
 class AlternatingFlip(keras.callbacks.Callback):
     """Tells the augmentation which epoch it is, so that it mirrors each image in every second one."""
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from mscnn_parts.callbacks import (
     AlternatingFlip,
+    EpochLines,
     EpochTimer,
     ProgressiveCrops,
     RestoreBestWeights,
@@ -174,9 +175,9 @@ def train_classifier(
     progress = [ShowProgress(title)] if in_notebook() else []  # a hook after each step is not free
     try:
         history = trainer.fit(
-            trainer.batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=2,
+            trainer.batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=0,
             validation_data=trainer.batches(one_hot, 500, calibration),
-            callbacks=[timer, *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
+            callbacks=[timer, EpochLines(), *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted
         augmentation.reset()

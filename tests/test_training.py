@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN, Recipe
-from mscnn_parts.callbacks import RestoreBestWeights
+from mscnn_parts.callbacks import EpochLines, RestoreBestWeights
 from mscnn_parts.layers import RANDOM_FLIP, RandomFlipCrop
 from mscnn_parts.optimizers import kernel_matrix
 from mscnn_parts.settings import Settings
@@ -168,6 +168,20 @@ def test_the_best_epoch_is_kept(accuracies, best, capsys):
     callback.on_train_end()
     assert network.get_weights()[0] == best
     assert f"after epoch {best};" in capsys.readouterr().out
+
+
+def test_an_epoch_has_a_line_and_quick_ones_share_it(capsys, monkeypatch):
+    lines, clock = EpochLines(), [100.0]
+    monkeypatch.setattr("mscnn_parts.callbacks.time", SimpleNamespace(time=lambda: clock[0]))
+    lines.set_params({"epochs": 8})
+    lines.on_train_begin()
+    for epoch, seconds in enumerate([1, 1, 1, 1, 9, 20, 1, 1]):
+        lines.on_epoch_begin(epoch)
+        clock[0] += seconds
+        lines.on_epoch_end(epoch, {"accuracy": 0.5, "loss": 1.25, "val_accuracy": 0.25, "val_loss": 2})
+    printed = capsys.readouterr().out.splitlines()
+    assert [int(line.split("/")[0].removeprefix("Epoch ")) for line in printed] == [1, 5, 6, 8]
+    assert printed[1] == "Epoch 5/8: train 50.0%, loss 1.250; calibration 25.0%, loss 2.000; 9.0 s"
 
 
 def test_stage1_and_base_network_learn(model, tiny_data):
