@@ -236,6 +236,9 @@ class Settings:
         check_seed(self.seed)
         check_stage1(self.stage1)
         check_image_size(self.image_size)
+        least = NETWORKS[self.stage1].least_size
+        if 0 < self.image_size < least:
+            raise MSCNNError(f"image_size is {self.image_size}: {self.stage1} needs {least} pixels or more.")
         if self.stage2_branch < -1:
             raise MSCNNError(f"stage2_branch is {self.stage2_branch}: give a number of blocks, or -1 for the default.")
         check_threshold(self.threshold)

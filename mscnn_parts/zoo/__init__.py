@@ -30,7 +30,7 @@ class Network(NamedTuple):
     recipe: Mapping[str, Any] = NOTHING  # what differs from the default recipe
     stage2_widths: tuple[int, ...] = ()  # of the Stage 2 CNNs; (): those of compact at this size
     pretrained: bool = False  # ImageNet weights: Stage 2 are heads on its features
-    packaged: bool = False  # they come with a package
+    least_size: int = 16  # pixels below which it has nothing left to pool
     three_channels: bool = False  # gray images are given as three equal channels
 
     def _function(self, name: str) -> Callable:
@@ -46,9 +46,9 @@ class Network(NamedTuple):
         return self._function("load_weights")
 
     def check_weights(self) -> None:
-        """Raises MSCNNError if the package that brings the weights is not installed; Keras' downloads are not tried."""
-        if self.packaged:
-            self._function("weights_file")()
+        """Raises MSCNNError if its ImageNet weights are not on disk and cannot be downloaded."""
+        if self.pretrained:
+            self._function("check_weights")(**self.variant)
 
 
 ADAM = {"optimizer": "adam", "optimizer_rate": 1e-3, "optimizer_decay": 1e-4, "label_smoothing": 0.0}
@@ -76,7 +76,7 @@ NETWORKS: dict[str, Network] = {
     "resnet34": Network("resnet", 32, "34 layers with shortcuts", {"blocks": (3, 4, 6, 3)}, recipe=SGD),
     "efficientnet_lite0": Network(
         "efficientnet_lite0", 160, "ImageNet weights from the extra `transfer`", scaling="around zero",
-        groups=LITE0_GROUPS, recipe=STAGED, pretrained=True, packaged=True, three_channels=True,
+        groups=LITE0_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
     ),
     "efficientnet_b0": Network(
         "applications", 224, "ImageNet weights that Keras downloads", {"name": "EfficientNetB0"}, scaling="none",
@@ -88,7 +88,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "densenet121": Network(
         "applications", 224, "ImageNet weights that Keras downloads", {"name": "DenseNet121"}, scaling="imagenet",
-        groups=DENSENET_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
+        groups=DENSENET_GROUPS, recipe=STAGED, pretrained=True, least_size=32, three_channels=True,
     ),
 }  # fmt: skip
 OWN = Network("", 0, "a network of one's own", recipe=ADAM)

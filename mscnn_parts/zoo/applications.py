@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import keras
 
+from mscnn_parts.downloads import DOWNLOAD_TIMEOUT
 from mscnn_parts.layers import Beside
 from mscnn_parts.settings import MSCNNError
 
@@ -36,16 +38,34 @@ def load_weights(network: keras.Model) -> None:
     """
     mine = {_plain(layer.name): layer for layer in network.layers}
     name = next(one for one, layer in OF_ITS_OWN.items() if layer in mine)
-    try:
-        body = getattr(keras.applications, name)(include_top=False, weights="imagenet")
-    except Exception as error:  # of the network, the file system, HDF5
-        raise MSCNNError(
-            f"The ImageNet weights of {name} cannot be downloaded ({type(error).__name__}): choose efficientnet_lite0, "
-            "whose weights are a package, or build the model with weights=None."
-        ) from error
-    for layer in body.layers:
+    for layer in _with_weights(name).layers:
         if layer.weights:
             mine[_plain(layer.name)].set_weights(layer.get_weights())
+
+
+def check_weights(name: str) -> None:
+    """Raises MSCNNError if the weights are not in Keras' cache and cannot be downloaded; a download stays there."""
+    _with_weights(name)
+
+
+def _with_weights(name: str) -> keras.Model:
+    """A network of `keras.applications` without its last layer, with ImageNet weights.
+
+    Raises:
+        MSCNNError: they are not on disk and cannot be downloaded.
+    """
+    waits = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait for a silent server without an end
+    try:
+        return getattr(keras.applications, name)(include_top=False, weights="imagenet")
+    except Exception as error:  # of the network, the file system, HDF5
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise MSCNNError(
+            f"The ImageNet weights of {name} are not on disk, and Keras cannot download them: {reason}.\n"
+            "Try again online, or choose --stage1 efficientnet_lite0, whose weights are a package."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(waits)
 
 
 def _plain(name: str) -> str:

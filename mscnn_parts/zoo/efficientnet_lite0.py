@@ -89,6 +89,11 @@ def _their_name(name: str) -> str:
     return f"_blocks.{number}.{f'_{kind}_conv' if what == 'conv' else norms[kind]}"
 
 
+def check_weights() -> None:
+    """Raises MSCNNError if the weights are not there."""
+    weights_file()
+
+
 def weights_file() -> Path:
     """The package's file of weights.
 
