@@ -197,7 +197,7 @@ class Settings:
         0.0, "guarantee at most this error rate of the accepted, such as 0.01; sets the threshold; 0: off"
     )
     target_coverage: float = _parameter(0.0, "accept this share of the images, such as 0.9; sets the threshold; 0: off")
-    light_mode: bool = _parameter(False, "use a tenth of the data: minutes on a laptop")
+    light_mode: bool = _parameter(False, "use a tenth of the data, but 1,800 images at least: minutes on a laptop")
     load_model: str = _parameter(
         "", "model file to start from, pretrained: the one of the project; trained further without stage2_only"
     )
