@@ -20,7 +20,7 @@ This module defines the Keras model, `MultiStageCNN`, and hands on what the note
     (this module)
     optimizers · callbacks · fitting · transfer · training · explanation
     figures · explorer
-    run_folder · runs · commands · cli · lab
+    run_folder · runs · pages · commands · cli · lab
 
 In comments beside tensors: B images in a batch, N in a split, H × W pixels, C categories.
 

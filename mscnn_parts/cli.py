@@ -14,14 +14,34 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mscnn_parts.commands import COMMANDS
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
-from mscnn_parts.files import code_folder, current_folder, make_folder, notebooks_folder, project_root, write_atomically
-from mscnn_parts.run_folder import ALL_NOTEBOOKS, NOTEBOOKS, Run, make_run_folders, now_text, settled
+from mscnn_parts.files import (
+    code_folder,
+    current_folder,
+    kept_if_refused,
+    make_folder,
+    notebooks_folder,
+    project_root,
+    without_new_folders,
+)
+from mscnn_parts.pages import write_page
+from mscnn_parts.run_folder import (
+    ALL_NOTEBOOKS,
+    INDEPENDENT_NOTEBOOKS,
+    NOTEBOOKS,
+    RESULTS,
+    Run,
+    check_folders,
+    continued_settings,
+    make_run_folders,
+    now_text,
+    settled,
+)
 from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Settings
 from mscnn_parts.sources import find_cifar10
 from mscnn_parts.thresholds import Certificate
@@ -91,15 +111,26 @@ def _code_cells(notebook: Path) -> list[int]:
     return [number for number, kind in enumerate(sum(kinds, ()), start=1) if kind == "code"]
 
 
+class Refused(MSCNNError):
+    """What a notebook says of its parameters, data or surroundings, not a failure on the way."""
+
+
 def run_notebook(
-    name: str, settings: Settings, pages: concurrent.futures.Executor, notebooks: Sequence[str] = NOTEBOOKS
+    name: str,
+    settings: Settings,
+    pages: concurrent.futures.Executor,
+    notebooks: Sequence[str] = NOTEBOOKS,
+    given: Collection[str] = (),
 ) -> Path:
     """Runs one notebook by papermill into the run folder; its HTML page is left to `pages`.
 
     Args:
         notebooks: all that will have a page, so that links lead to them.
+        given: names of parameters that the user has given. Where notebook 01 does not run, each notebook gets them,
+            even if it declares them not; all others come from the run folder.
 
     Raises:
+        Refused: a cell raised MSCNNError, or there is no kernel.
         MSCNNError: a cell failed; the message holds its error and names the partial notebook.
     """
     import papermill
@@ -110,10 +141,7 @@ def run_notebook(
     target = Run(name, settings).folder / "notebooks" / f"{name}.ipynb"
     make_folder(target.parent, f"Cannot write the notebooks to {target.parent}", "run_dir")
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, target)]  # papermill formats them
-    declared, given = papermill.inspect_notebook(paths[0]), dataclasses.asdict(settings)
-    # The rest comes from the run folder; where notebook 01 does not run, what was asked for is said to each.
-    changed = {f.name for f in dataclasses.fields(settings) if given[f.name] != f.default}
-    changed = set() if NOTEBOOKS[0] in notebooks else changed
+    told = {*papermill.inspect_notebook(paths[0]), *(() if NOTEBOOKS[0] in notebooks else given)}
     logger, progress = logging.getLogger("papermill"), _Progress(name, _code_cells(source))
     logger.addHandler(progress)
     logger.setLevel(logging.INFO)
@@ -122,18 +150,20 @@ def run_notebook(
         papermill.execute_notebook(
             input_path=paths[0],
             output_path=paths[1],
-            parameters={name: value for name, value in given.items() if name in declared or name in changed},
+            parameters={name: value for name, value in dataclasses.asdict(settings).items() if name in told},
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
             extra_arguments=["--log-level=CRITICAL"],  # the kernel's, of the notebook's own prints nothing is lost
         )
     except papermill.PapermillExecutionError as error:
-        reason = error.evalue if error.ename == MSCNNError.__name__ else f"{error.ename}: {error.evalue}"
-        raise MSCNNError(f"{reason}\n({name}, cell {error.exec_count}; the notebook so far: {target})") from error
+        if error.ename == MSCNNError.__name__:
+            raise Refused(f"{error.evalue}\n({name}, cell {error.exec_count})") from error
+        where = f"({name}, cell {error.exec_count}; the notebook so far: {target})"
+        raise MSCNNError(f"{error.ename}: {error.evalue}\n{where}") from error
     except NoSuchKernel as error:
         remedy = f"{sys.executable} -m pip install ipykernel"
-        raise MSCNNError(f"{name}: Jupyter knows no kernel named {error.name} here. Install it: {remedy}") from error
+        raise Refused(f"{name}: Jupyter knows no kernel named {error.name} here. Install it: {remedy}") from error
     except DeadKernelError as error:
         raise MSCNNError(
             f"{name}: its Python process died, most often because the memory is used up. "
@@ -141,25 +171,14 @@ def run_notebook(
         ) from error
     finally:
         logger.removeHandler(progress)
-        pages.submit(_write_html, target, notebooks)
+        pages.submit(_write_page, target, notebooks)
     return target
 
 
-def _write_html(notebook: Path, others: Sequence[str]) -> None:
-    """Writes the notebook's page beside it; a page that cannot be made is no reason to lose a run."""
+def _write_page(notebook: Path, others: Sequence[str]) -> None:
     try:
-        import nbformat
-        from nbconvert import HTMLExporter
-
-        exporter, content = HTMLExporter(template_name="lab", embed_images=True), nbformat.read(notebook, 4)
-        for cell in content.cells:  # what is folded in JupyterLab is left out of the page
-            cell.metadata.transient = {"remove_source": cell.metadata.get("jupyter", {}).get("source_hidden", False)}
-        place = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
-        html, _ = exporter.from_notebook_node(content, place)
-        html = re.sub(rf'href="({"|".join(others)})\.ipynb', r'href="\1.html', html)  # from page to page
-        html = re.sub(rf'<a href="(?:{"|".join(ALL_NOTEBOOKS)})\.ipynb">(.*?)</a>', r"\1", html)  # no page: no link
-        write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
-    except Exception as error:  # nbconvert, Jinja and the file system each have their own
+        write_page(notebook, others)
+    except Exception as error:  # nbconvert, Jinja and the file system each have their own; the run is worth more
         _print_anyway(f"No page could be made of {notebook}: {error}", error=True)
 
 
@@ -207,27 +226,51 @@ def _terminate(*_) -> None:
     raise _Terminated
 
 
-def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS) -> dict:
-    """Runs the notebooks in order: they are the program. Returns the content of `metrics.json`."""
-    started, run = time.time(), Run("total", settings)
-    run.starting_model()  # a missing model is refused before anything runs
-    make_run_folders(run)  # and so is a folder that cannot be written
-    settings = settled(settings)
+def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Collection[str] = ()) -> float:
+    """Runs the notebooks in order: they are the program. Returns the seconds that they took.
+
+    Until the first has run, and 01 and 02 where they do, a refusal leaves an earlier run's results as they were.
+
+    Args:
+        given: names of the parameters that the user has given.
+    """
+    started, run, settings = time.time(), Run("total", settings), settled(settings)
+    checking = [name for name in notebooks if name in NOTEBOOKS[:2]] or notebooks[:1]
+
+    def run_one(name: str) -> None:
+        own = _of_run_folder(settings, given) if name in INDEPENDENT_NOTEBOOKS else settings
+        run_notebook(name, own, pages, notebooks, given)
+
     # A page is made while the next notebook runs.
     with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
-        for name in notebooks:
-            run_notebook(name, settings, pages, notebooks)
-    seconds = {**run.read("metrics").get("seconds", {}), "total": round(time.time() - started, 1)}
-    run.write("metrics", seconds=seconds)
-    return run.read("metrics")
+        # Models are not among the results: each is replaced when a new one is whole.
+        with without_new_folders(run.model_path.parent), kept_if_refused(run.folder, RESULTS, Refused, pages.shutdown):
+            make_run_folders(run)
+            for name in checking:
+                run_one(name)
+        for name in notebooks[len(checking) :]:
+            run_one(name)
+    seconds = round(time.time() - started, 1)
+    if not set(notebooks) <= set(INDEPENDENT_NOTEBOOKS):
+        run.write("metrics", seconds={**run.read("metrics").get("seconds", {}), "total": seconds})
+    return seconds
+
+
+def _of_run_folder(settings: Settings, given: Collection[str]) -> Settings:
+    """The settings of a notebook that needs no other: what is given, and the rest from the run folder."""
+    return continued_settings({name: getattr(settings, name) for name in {*given, "run_dir"}}, independent=True)
+
+
+def print_pages(run: Run, notebooks: Sequence[str], seconds: float) -> None:
+    """The end of a run without notebook 05, which evaluates: how long it took, and its pages."""
+    print(f"{seconds:.0f} s. Where to look:")
+    for name in notebooks:
+        print(f"  {run.folder / 'notebooks' / name}.html")
 
 
 def print_result(run: Run) -> None:
     """The end of a run: the report of the 11 categories, the figures that matter, and where to look."""
     metrics = run.read("metrics")
-    if "two_stage" not in metrics:
-        print(f"Notebook 05, which evaluates, has not run. Where to look: {run.folder}")
-        return
     stage1, two_stage = metrics["stage1"], metrics["two_stage"]
     data = metrics["dataset"]
     print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
@@ -279,7 +322,7 @@ def command_line() -> argparse.ArgumentParser:
         "--notebooks",
         default="main",
         metavar="STR",
-        help="main: 01 to 05; all: 05b and 06, too; 04,05: these (default: main)",
+        help="main: 01 to 05; all: the optional ones, too; 04,05: these (default: main)",
     )
     parser.add_argument("--version", action="version", version=f"MSCNN {VERSION}")
     for parameter in dataclasses.fields(Settings):
@@ -287,23 +330,23 @@ def command_line() -> argparse.ArgumentParser:
         text = parameter.metadata["help"] + ("" if says_nothing else f" (default: {parameter.default})")
         if parameter.type == "bool":
             action = argparse.BooleanOptionalAction if parameter.default else "store_true"
-            parser.add_argument(f"--{parameter.name}", action=action, default=parameter.default, help=text)
+            parser.add_argument(f"--{parameter.name}", action=action, default=argparse.SUPPRESS, help=text)
         else:
             kind = {"int": int, "float": float, "str": str}[str(parameter.type)]
-            kinds = {"type": kind, "default": parameter.default, "metavar": str(parameter.type).upper()}
+            kinds = {"type": kind, "default": argparse.SUPPRESS, "metavar": str(parameter.type).upper()}
             parser.add_argument(f"--{parameter.name}", **kinds, help=text)
     return parser
 
 
-def parse(arguments: Sequence[str]) -> tuple[Settings, Sequence[str]]:
-    """The parameters and the notebooks that command line arguments ask for.
+def parse(arguments: Sequence[str]) -> tuple[Settings, Sequence[str], Collection[str]]:
+    """The parameters and the notebooks that command line arguments ask for, and the names of parameters among them.
 
     Raises:
         MSCNNError: a value is wrong. SystemExit: an option is; argparse has printed how it is used.
     """
     values = vars(command_line().parse_args([*map(_with_underscores, arguments)]))
     notebooks = _chosen_notebooks(values.pop("notebooks"))
-    return Settings(**values), notebooks
+    return Settings(**values), notebooks, tuple(values)
 
 
 def _chosen_notebooks(text: str) -> Sequence[str]:
@@ -332,6 +375,30 @@ def _run_command(name: str, *arguments: str) -> int:
         return 1
 
 
+def _validate(settings: Settings, notebooks: Sequence[str], given: Collection[str]) -> None:
+    """Refuses what a notebook would refuse, before one takes the place of an older one.
+
+    Raises:
+        MSCNNError: see `validate_run` and `validate_continued`.
+    """
+    from mscnn_parts.runs import begins_here, validate_continued, validate_run
+
+    run, begins = Run("total", settings), NOTEBOOKS[0] in notebooks
+    alone = set(notebooks) <= set(INDEPENDENT_NOTEBOOKS)
+    if not begins and not alone:
+        run = Run("total", continued_settings({name: getattr(settings, name) for name in given}))
+        begins = begins_here(run)
+    if alone:
+        check_folders(Run("total", _of_run_folder(settings, given)))
+    elif not begins:
+        validate_continued(run)
+    elif settings.dataset != "auto" or os.path.isdir(run.folder) or find_cifar10():
+        validate_run(run)
+    else:  # there is no older one, and a download that fails would be tried twice
+        run.starting_model()
+        check_folders(run)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
@@ -343,19 +410,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
     usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        settings, notebooks = parse(arguments)  # --help answers here, without TensorFlow
+        settings, notebooks, given = parse(arguments)  # --help answers here, without TensorFlow
         import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
-        from mscnn_parts.runs import validate_run
 
-        run = Run("total", settings)
+        _validate(settings, notebooks, given)
         if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
             _print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
-        if settings.dataset != "auto" or os.path.isdir(run.folder) or find_cifar10():
-            validate_run(run)  # refused before a notebook takes the place of an older one
-        # Else there is none, and a download that fails would be tried twice.
-        run_all(settings, notebooks)
+        seconds, run = run_all(settings, notebooks, given), Run("total", settings)
         with _closed_output_ignored():
-            print_result(Run("total", settings))
+            print_result(run) if NOTEBOOKS[-1] in notebooks else print_pages(run, notebooks, seconds)
     except MSCNNError as error:
         _print_anyway(f"\nerror: {error}", error=True)
         return 1

@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -104,10 +105,67 @@ def make_folder(folder: Path, problem: str, parameter: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+    except OSError as error:
+        raise MSCNNError(f"{problem}: {error.strerror}. Choose another {parameter}.") from error
+    check_writable(folder, problem, parameter)
+
+
+def check_writable(folder: Path, problem: str, parameter: str) -> None:
+    """Raises MSCNNError, as `make_folder` does, unless files can be made in a folder, or in the one to make it in."""
+    place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise MSCNNError(f"{problem}: {error.strerror}. Choose another {parameter}.") from error
+
+
+@contextlib.contextmanager
+def without_new_folders(*folders: Path) -> Iterator[None]:
+    """Removes these folders and those above them again, if an error ends what follows: those that are new and empty."""
+    new = {place for folder in folders for place in (folder, *folder.parents) if not os.path.lexists(place)}
+    try:
+        yield
+    except BaseException:
+        for place in sorted(new, reverse=True):  # what is inside comes before what is around it
+            with contextlib.suppress(OSError):  # it is not empty, or was not made
+                place.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def kept_if_refused(
+    folder: Path, names: Sequence[str], refusal: type[MSCNNError], before: Callable[[], object]
+) -> Iterator[None]:
+    """Leaves some files and folders in a folder as they were, if a refusal ends what follows.
+
+    Args:
+        refusal: the error that is one. before: called before the files are put back.
+
+    Raises:
+        MSCNNError: they cannot be copied.
+    """
+    with tempfile.TemporaryDirectory() as place, without_new_folders(folder):
+        try:
+            _copy(folder, Path(place), names)
+        except OSError as error:
+            raise MSCNNError(f"Cannot keep a copy of {folder} for the time being: {error}.") from error
+        try:
+            yield
+        except refusal:
+            before()
+            for path in [folder / name for name in names]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _copy(Path(place), folder, names)
+            raise
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
+    for path in [source / name for name in names]:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, symlinks=True)
+        elif path.is_file():
+            shutil.copy2(path, target / path.name)
 
 
 def with_keras_suffix(path: Path, name: str) -> Path:

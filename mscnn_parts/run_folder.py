@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mscnn_parts.figures import make_legible
 from mscnn_parts.files import (
     FROM_HERE,
+    check_writable,
     current_folder,
     jsonable,
     make_folder,
@@ -30,7 +31,7 @@ from mscnn_parts.files import (
     write_atomically,
 )
 from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, did_you_mean
-from mscnn_parts.sources import BUILT_IN, find_data
+from mscnn_parts.sources import BUILT_IN, auto_name, find_data
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,7 @@ class Run:
         self.notebook, self.settings, self.started = notebook, settings, time.time()
         self.folder = places_of(settings.run_dir, project_root())[0]
         self.figures = self.folder / "figures"
+        self.fallback: bool | None = None  # of the data set of a notebook that needs no other; else metrics.json has it
 
     @property
     def model_path(self) -> Path:
@@ -145,7 +147,8 @@ class Run:
 
         On the fallback data set the figure says so in its title.
         """
-        if self.read("metrics").get("dataset", {}).get("fallback"):
+        recorded = self.read("metrics").get("dataset", {}).get("fallback", False)
+        if recorded if self.fallback is None else self.fallback:
             figure.text(0.5, 1.0, FALLBACK_NOTICE, ha="center", va="bottom", color="firebrick", weight="bold")
         make_legible(figure)
         path = self.figures / f"{name}.png"
@@ -153,12 +156,12 @@ class Run:
         return figure
 
     def finish(self) -> None:
-        """Records the notebook's seconds; the last cell of each notebook."""
-        seconds = dict(self.read("metrics").get("seconds", {}))
-        seconds[self.notebook] = round(time.time() - self.started, 1)
+        """Records the notebook's seconds, unless it leaves figures only; the last cell of each notebook."""
+        seconds = round(time.time() - self.started, 1)
         ends = {"status": "finished", "ended": now_text()} if self.notebook == NOTEBOOKS[-1] else {}
-        self.write("metrics", seconds=seconds, **ends)
-        print(f"{self.notebook}: {seconds[self.notebook]:.0f} s. Everything lies in {self.folder}")
+        if self.notebook not in INDEPENDENT_NOTEBOOKS:
+            self.write("metrics", seconds={**self.read("metrics").get("seconds", {}), self.notebook: seconds}, **ends)
+        print(f"{self.notebook}: {seconds:.0f} s. Everything lies in {self.folder}")
 
 
 THRESHOLD_PARAMETERS = ("threshold", "target_risk", "target_coverage")
@@ -169,8 +172,8 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
 
     Notebook 01 sets all parameters. Each later one takes from the run folder what it does not set itself, or sets to an
     empty text; where notebook 01 has not run, data set, light mode, image size, mirroring and seed are those of
-    the model that `load_model` names. A threshold or target takes the place of all three that were set before. A
-    notebook that needs no other has its own parameters, and its run folder is made here.
+    the model that `load_model` names. A notebook that needs no other has its own parameters; its run folder is made and
+    `auto` resolved here, once for all its data, so that its figures know whether the fallback data set stands in.
 
     Raises:
         MSCNNError: a parameter is wrong, or there is neither an earlier notebook nor `load_model`.
@@ -181,14 +184,39 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     if notebook in INDEPENDENT_NOTEBOOKS:
         run = Run(notebook, Settings(**given))
         make_run_folders(run)
+        name, run.fallback = _found_data(run)
+        run.settings = dataclasses.replace(run.settings, dataset=name)
         return run
-    given = {name: value for name, value in given.items() if value != ""}
-    run = Run(notebook, Settings(**given))
-    earlier = run.read("metrics").get("parameters") or _parameters_of_model(run)
-    if given.keys() & set(THRESHOLD_PARAMETERS):
-        earlier = {name: value for name, value in earlier.items() if name not in THRESHOLD_PARAMETERS}
-    known = [field.name for field in dataclasses.fields(Settings)]
-    return Run(notebook, Settings(**{**{name: earlier[name] for name in known if name in earlier}, **given}))
+    return Run(notebook, continued_settings({name: value for name, value in given.items() if value != ""}))
+
+
+def continued_settings(given: Mapping[str, Any], independent: bool = False) -> Settings:
+    """The parameters that are given, and for all others those that the run in their run folder was begun with.
+
+    Where none was begun, they are those of the model that `load_model` names. A threshold or target takes the place of
+    all three that were set before.
+
+    Args:
+        independent: for notebooks that need no other, which start from the defaults where no run was begun.
+
+    Raises:
+        MSCNNError: see `open_run`.
+    """
+    run = Run("total", Settings(**given))
+    earlier = run.read("metrics").get("parameters") or ({} if independent else _parameters_of_model(run))
+    replaced = THRESHOLD_PARAMETERS if given.keys() & set(THRESHOLD_PARAMETERS) else ()
+    known = [field.name for field in dataclasses.fields(Settings) if field.name not in replaced]
+    return Settings(**{**{name: earlier[name] for name in known if name in earlier}, **given})
+
+
+def _found_data(run: Run) -> tuple[str, bool]:
+    """The data set of a notebook that needs no other, and whether it is the fallback; `auto` is as the run found it."""
+    begun = run.read("metrics")
+    if run.settings.dataset != "auto" or begun.get("parameters", {}).get("dataset") != "auto":
+        return auto_name(run.settings.dataset)
+    if begun["dataset"]["fallback"]:
+        print(FALLBACK_NOTICE)
+    return begun["dataset"]["name"], begun["dataset"]["fallback"]
 
 
 def _parameters_of_model(run: Run) -> dict[str, Any]:
@@ -253,9 +281,11 @@ NOTEBOOKS = (
     "04_selective_retraining",
     "05_evaluation_and_cam",
 )
-INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer",)  # they need no other, and leave figures only
+# They need no other, leave figures only, and take from the run folder what the command line is not given.
+INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer",)
 OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood", *INDEPENDENT_NOTEBOOKS)
 ALL_NOTEBOOKS = (*NOTEBOOKS, *OPTIONAL_NOTEBOOKS)
+RESULTS = ("figures", "notebooks", "metrics.json", "history.json")  # in a run folder, beside the models
 
 
 def check_places(run: Run) -> None:
@@ -298,13 +328,28 @@ def _is_source(notebook: Path) -> bool:
         return False
 
 
+def check_folders(run: Run) -> None:
+    """Raises MSCNNError if the run may not, or cannot, write into its folders; makes none."""
+    check_places(run)
+    for place in _folders_of(run):
+        check_writable(*place)
+
+
+def _folders_of(run: Run) -> list[tuple[Path, str, str]]:
+    """The folders that a run writes into; for each what is wrong if it cannot, and the parameter that names it."""
+    return [
+        (run.figures, f"Cannot write into the run folder {run.folder}", "run_dir"),
+        (run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model"),
+        (run.folder / "notebooks/images", f"Cannot write the notebooks to {run.folder / 'notebooks'}", "run_dir"),
+    ]
+
+
 def make_run_folders(run: Run) -> None:
     """Makes the folders that a run writes into, or raises MSCNNError."""
-    check_places(run)
-    make_folder(run.figures, f"Cannot write into the run folder {run.folder}", "run_dir")
-    make_folder(run.model_path.parent, f"Cannot write the model to {run.model_path}", "save_model")
+    check_folders(run)
+    for place in _folders_of(run):
+        make_folder(*place)
     drawings = run.folder / "notebooks/images"  # where the executed notebooks look for them
-    make_folder(drawings, f"Cannot write the notebooks to {drawings.parent}", "run_dir")
     for drawing in (notebooks_folder() / "images").glob("*.svg"):
         shutil.copyfile(drawing, drawings / drawing.name)
 

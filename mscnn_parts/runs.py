@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
@@ -21,6 +20,7 @@ from mscnn_parts.run_folder import (
     NOTEBOOKS,
     THRESHOLD_PARAMETERS,
     Run,
+    check_folders,
     check_places,
     make_run_folders,
     now_text,
@@ -92,43 +92,54 @@ def validate_run(run: Run) -> Dataset:
 
     Raises:
         MSCNNError: an unknown data set or category, too few images for the target risk, a model to start from that is
-            missing or of other data, ImageNet weights that are not installed, a model of other data in the run folder,
-            or a folder that cannot be written.
+            missing or of other data, ImageNet weights that are not there and cannot be downloaded, a model of other
+            data in the run folder, or a folder that cannot be written.
     """
-    check_places(run)
+    check_folders(run)
     _check_network(run)
     data = _load_data(run.settings, run.settings.dataset)
     _tell_memory(data)
-    run.settings.mode(data.category_names)
-    if run.settings.target_risk:
-        check_certification_size(len(data.certification), run.settings.target_risk)
+    _check_parameters(run.settings, data)
     start = run.starting_model()
     if start is not None:
         check_matches(load_model(start), data)
-    else:
-        NETWORKS[run.settings.stage1].check_weights()
     _check_not_among_images(run, data)
     check_replaces_no_other(run, data)
-    make_run_folders(run)
+    if start is None:
+        NETWORKS[run.settings.stage1].check_weights()  # last, for it may download them
     return data
+
+
+def _check_parameters(settings: Settings, data: Dataset) -> None:
+    """Raises MSCNNError for an unknown category, and for a risk that so few images cannot guarantee."""
+    settings.mode(data.category_names)
+    if settings.target_risk:
+        check_certification_size(len(data.certification), settings.target_risk)
 
 
 def _check_network(run: Run) -> None:
     """Raises MSCNNError unless `stage1` and `stage2_branch` go together, and the model to start from has the same."""
-    start, config, asked = run.starting_model(), {}, run.settings
+    start, asked = run.starting_model(), run.settings
     if start is None:
         stage2_design(asked.stage1, asked.image_size or NETWORKS[asked.stage1].image_size, (), asked.stage2_branch)
-    with contextlib.suppress(Exception):  # a broken file fails in many ways; `load_model` says which
-        config = read_model_config(start)["config"] if start else {}
-    network, branch = config.get("network", "compact"), config.get("stage2_branch", 0)
-    if config and isinstance(network, str) and network != asked.stage1:
+        return
+    try:
+        config = read_model_config(start)["config"]
+        network, size = config.get("network", "compact"), config.get("image_size") or config["image_shape"][0]
+        named = network if isinstance(network, str) else "compact"  # one's own has whole CNNs, too
+        # A file that does not name it has the default.
+        _, branch = stage2_design(named, size, config.get("stage2_widths", ()), config.get("stage2_branch", -1))
+    except Exception:  # a broken file fails in many ways; `load_model` says which
+        return
+    if isinstance(network, str) and network != asked.stage1:
         raise MSCNNError(
             f"{start} has the network {network}, and stage1 is {asked.stage1}: "
             f"give stage1 {network} (--stage1 {network}), or another model."
         )
-    if config and asked.stage2_branch not in (-1, branch):
+    if asked.stage2_branch not in (-1, branch):
+        has = f"stage2_branch {branch}" if branch >= 0 else "heads as Stage 2, which share no blocks"
         raise MSCNNError(
-            f"{start} has stage2_branch {branch}, and {asked.stage2_branch} is asked for: leave it out, or give "
+            f"{start} has {has}, and stage2_branch {asked.stage2_branch} is asked for: leave it out, or give "
             "another model."
         )
 
@@ -185,6 +196,7 @@ def begin_run_data(run: Run) -> Dataset:
     """Notebook 01: loads the data set and writes down which it is; the run folder's metrics begin anew."""
     settings, data, start = run.settings, validate_run(run), run.starting_model()
     goes_on = settings.stage2_only and start is not None and run.folder.resolve() in start.resolve().parents
+    make_run_folders(run)
     remove_results(run)
     for name in ("metrics",) if goes_on else ("metrics", "history"):
         run.overwrite(name, {})
@@ -195,16 +207,32 @@ def begin_run_data(run: Run) -> Dataset:
     return data
 
 
-def continue_run_data(run: Run) -> Dataset:
-    """Notebooks 02 to 05: the data set that notebook 01 has found, without looking for another.
+def begins_here(run: Run) -> bool:
+    """Whether a later notebook begins the run: with a model given by `load_model`, in an empty run folder."""
+    return bool(run.settings.load_model) and "dataset" not in run.read("metrics")
 
-    A model given by `load_model` needs no earlier notebook: in an empty run folder the run begins here.
+
+def continue_run_data(run: Run) -> Dataset:
+    """Notebooks 02 to 05: the data set that notebook 01 has found, without looking for another; see `begins_here`.
 
     Raises:
-        MSCNNError: notebook 01 has not run here, or with other parameters.
+        MSCNNError: see `validate_continued`.
     """
-    if run.settings.load_model and "dataset" not in run.read("metrics"):
+    if begins_here(run):
         return begin_run_data(run)
+    data, asked = validate_continued(run), run.read("metrics")["parameters"]
+    run.write("metrics", parameters=asked | {name: getattr(run.settings, name) for name in THRESHOLD_PARAMETERS})
+    if data.fallback:
+        print(FALLBACK_NOTICE)
+    return data
+
+
+def validate_continued(run: Run) -> Dataset:
+    """The data set of a run that has begun; nothing is changed.
+
+    Raises:
+        MSCNNError: notebook 01 has not run here, or with other parameters, or a parameter does not go with the data.
+    """
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
@@ -219,10 +247,8 @@ def continue_run_data(run: Run) -> Dataset:
     data = dataclasses.replace(_load_data(settings, name), fallback=known["fallback"])
     if data.fingerprint != known["fingerprint"]:
         raise MSCNNError(f"The images of {data.name} are not those that {NOTEBOOKS[0]} has read: run it again.")
+    _check_parameters(settings, data)
     check_replaces_no_other(run, data)
-    run.write("metrics", parameters=asked | {name: getattr(settings, name) for name in THRESHOLD_PARAMETERS})
-    if data.fallback:
-        print(FALLBACK_NOTICE)
     return data
 
 

@@ -112,8 +112,24 @@ def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int 
     try:
         return split_data(_cifar10(), light_mode, seed, size)
     except FileNotFoundError as reason:
-        print(f"{'!' * 88}\n{FALLBACK_NOTICE}.\n{reason}\n{'!' * 88}")
+        _tell_fallback(reason)
         return dataclasses.replace(split_data(_digits(), light_mode, seed, size), fallback=True)
+
+
+def auto_name(name: str) -> tuple[str, bool]:
+    """The data set that a name stands for, and whether it is the fallback: `auto` is found or downloaded for that."""
+    if name != "auto":
+        return name, False
+    try:
+        CIFAR10.fetch()
+    except FileNotFoundError as reason:
+        _tell_fallback(reason)
+        return "digits", True
+    return "cifar10", False
+
+
+def _tell_fallback(reason: FileNotFoundError) -> None:
+    print(f"{'!' * 88}\n{FALLBACK_NOTICE}.\n{reason}\n{'!' * 88}")
 
 
 def _read_dataset(name: str, size: int) -> RawData:

@@ -14,7 +14,7 @@ torch_files kernels layers networks
 inference model_files
 optimizers callbacks fitting transfer training explanation
 figures explorer
-run_folder runs commands cli lab
+run_folder runs pages commands cli lab
 """
 ROOMS = FLOORS.split()
 HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}

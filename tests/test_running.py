@@ -22,9 +22,10 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run
-from mscnn_parts.cli import _ending_written_down, _Terminated, _write_html, command_line, parse, print_result, run_all
+from mscnn_parts.cli import _ending_written_down, _Terminated, command_line, parse, print_pages, print_result, run_all
 from mscnn_parts.lab import make_working_copies
 from mscnn_parts.model_files import check_matches
+from mscnn_parts.pages import write_page
 from mscnn_parts.run_folder import ALL_NOTEBOOKS, injected_names, make_run_folders
 from mscnn_parts.runs import model_data, validate_run
 from mscnn_parts.settings import FALLBACK_NOTICE, Settings
@@ -58,6 +59,17 @@ def test_another_network_than_the_models_is_refused_before_the_data_are_read(set
     patch_rooms(monkeypatch, "load_dataset", None)
     with pytest.raises(MSCNNError, match=r"has the network compact, and stage1 is resnet: give stage1 compact"):
         validate_run(Run("01_data_and_light_mode", asked))
+
+
+@pytest.mark.parametrize(("network", "has"), [("compact", "stage2_branch 0"), ("resnet50", "heads as Stage 2")])
+def test_a_file_that_does_not_name_its_branch_has_the_default(settings, tmp_path, network, has):
+    config = {"network": network, "image_shape": [32, 32, 3], "stage2_widths": []}
+    with zipfile.ZipFile(tmp_path / "old.keras", "w") as file:
+        file.writestr("config.json", json.dumps({"config": config}))
+    branch = 0 if network == "resnet50" else 1
+    asked = {"load_model": str(tmp_path / "old.keras"), "stage1": network, "stage2_branch": branch}
+    with pytest.raises(MSCNNError, match=f"has {has}.*, and stage2_branch {branch} is asked for"):
+        validate_run(Run("01_data_and_light_mode", dataclasses.replace(settings, **asked)))
 
 
 def test_another_image_size_than_the_models_is_named(trained_model, tiny_data):
@@ -381,7 +393,7 @@ def test_a_truncated_model_is_named_and_left(settings, tiny_data, trained_model_
 
 
 def test_the_command_line_without_options_is_the_defaults():
-    assert parse([]) == (Settings(), mscnn.NOTEBOOKS)
+    assert parse([]) == (Settings(), mscnn.NOTEBOOKS, ())
 
 
 @pytest.mark.parametrize("one", dataclasses.fields(Settings), ids=lambda one: one.name)
@@ -389,7 +401,8 @@ def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
     value = {"int": 48, "float": 0.25, "str": "some text", "bool": True}[one.type]
     value = "resnet" if one.name == "stage1" else value
     given = [f"--{one.name}"] if one.type == "bool" else [f"--{one.name}", str(value)]
-    parsed, _ = parse(given)
+    parsed, _, names = parse(given)
+    assert names == (one.name,)
     assert getattr(parsed, one.name) == value
     assert type(getattr(parsed, one.name)) is type(value)
     assert dataclasses.replace(parsed, **{one.name: one.default}) == Settings()
@@ -397,7 +410,7 @@ def test_every_parameter_is_an_option_of_the_same_name_and_type(one):
 
 def test_an_option_may_have_hyphens(monkeypatch):
     asked = []
-    patch_rooms(monkeypatch, "run_all", lambda settings, notebooks: asked.append(settings))
+    patch_rooms(monkeypatch, "run_all", lambda settings, *_: asked.append(settings))
     patch_rooms(monkeypatch, "print_result", lambda run: None)
     patch_rooms(monkeypatch, "validate_run", lambda run: None)
     assert mscnn.main(["--light-mode", "--run-dir=runs/a-b", "--dataset", "digits", "--stage2-categories", "a-b"]) == 0
@@ -420,7 +433,7 @@ def test_without_notebook_01_each_gets_what_was_asked_for(project):
     notebook = nbformat.read(source, 4)
     notebook.cells[0].source = "run_dir: str = 'runs/latest'  # nothing else"
     nbformat.write(notebook, source)
-    run_all(patched, ("one",))
+    run_all(patched, ("one",), ("threshold",))
     assert "threshold 0.5" in outputs(folder / "notebooks" / "one.ipynb")
 
 
@@ -712,7 +725,6 @@ def test_progress_counts_code_cells_only(project, tmp_path, capsys):
 def test_a_failing_notebook_is_an_error_in_plain_sight(project, monkeypatch, capsys):
     folder = project("bad", "print('so far')", "result = {}['nothing']", "print('never')")
     patch_rooms(monkeypatch, "NOTEBOOKS", ("bad", "after"))
-    monkeypatch.setattr(run_all, "__defaults__", (("bad", "after"),))
     patch_rooms(monkeypatch, "validate_run", lambda run: None)
     assert mscnn.main([]) == 1
     partial = folder / "notebooks" / "bad.ipynb"
@@ -745,11 +757,84 @@ def test_links_between_the_notebooks_become_links_between_their_pages(tmp_path):
     text = "[next](03_stage2_training.ipynb), [another](other.ipynb), [optional](05b_thresholds_and_ood.ipynb)"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     nbformat.write(notebook, tmp_path / "page.ipynb")
-    _write_html(tmp_path / "page.ipynb", mscnn.NOTEBOOKS)
+    write_page(tmp_path / "page.ipynb", mscnn.NOTEBOOKS)
     page = (tmp_path / "page.html").read_text("utf-8")
     assert 'href="03_stage2_training.html"' in page
     assert 'href="other.ipynb"' in page
     assert "05b_thresholds" not in page and "optional" in page, "it was not run: no link leads nowhere"
+
+
+def test_a_page_needs_no_network_and_leads_nowhere_that_is_not(tmp_path):
+    text = "Previous: [four](04_selective_retraining.ipynb#x) · Next: [five b](05b_thresholds_and_ood.ipynb)"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), tmp_path / "page.ipynb")
+    (tmp_path / "04_selective_retraining.html").touch()  # of an earlier run
+    write_page(tmp_path / "page.ipynb", ())
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert 'Previous: <a href="04_selective_retraining.html#x">four</a>' in page
+    assert "Next: five b (not run: --notebooks 05b)" in page
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=|import\(", page)
+
+
+def snapshot(folder) -> dict:
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+REFUSAL = "class MSCNNError(ValueError): pass\n\nraise MSCNNError('not so')"  # a notebook's sees the project's own
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_notebook_that_refuses_leaves_the_run_folder_as_it_was(project, tmp_path, monkeypatch, is_new):
+    """Whatever was written or removed until then: figures, notebooks, pages and records."""
+    patch_rooms(monkeypatch, "NOTEBOOKS", ("one", "two", "three"))
+    folder = tmp_path / "runs/latest"
+    metrics, figure = folder / "metrics.json", folder / "figures/a.png"
+    change = f"Path({str(metrics)!r}).write_text('{{}}'); Path({str(figure)!r}).unlink(missing_ok=True)"
+    project("one", "from pathlib import Path", change)
+    project("two", REFUSAL)
+    if not is_new:
+        make_run_folders(Run("total", Settings()))
+        for path in (metrics, figure, folder / "notebooks/one.ipynb", folder / "model.keras"):
+            path.write_text('{"status": "finished"}')
+    before = snapshot(tmp_path)
+    with pytest.raises(MSCNNError, match=r"^not so\n\(two, cell 3\)$"):
+        run_all(Settings(), ("one", "two", "three"))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_later_refusal_leaves_what_was_done(project):
+    project("one", "print('done')")
+    folder = project("two", REFUSAL)
+    with pytest.raises(MSCNNError, match="not so"):
+        run_all(Settings(), ("one", "two"))
+    assert "done" in outputs(folder / "notebooks/one.ipynb") and (folder / "notebooks/two.html").is_file()
+
+
+@pytest.fixture
+def another(project, monkeypatch):
+    """A notebook of another name than today's that needs no other, and the run folder of a finished run."""
+    for name in ("INDEPENDENT_NOTEBOOKS", "ALL_NOTEBOOKS"):
+        patch_rooms(monkeypatch, name, ("09_new",))
+    folder = project("09_new", "print('got', dataset, light_mode, epochs, seed)")
+    parameters = dataclasses.asdict(Settings(dataset="digits", light_mode=True, epochs=3, load_model="gone.keras"))
+    Run("total", Settings()).write("metrics", parameters=parameters, two_stage={}, report="old", status="finished")
+    return folder
+
+
+@pytest.mark.parametrize(("options", "got"), [("", "digits True 3 0"), ("--epochs 50 --seed 2", "digits True 50 2")])
+def test_a_notebook_that_needs_no_other_takes_what_is_not_given_from_the_run_folder(another, capsys, options, got):
+    before = (another / "metrics.json").read_bytes()
+    assert mscnn.main(["--notebooks", "09", *options.split()]) == 0
+    assert f"got {got}" in outputs(another / "notebooks/09_new.ipynb")
+    assert (another / "metrics.json").read_bytes() == before, "it leaves figures only"
+    end = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"\d+ s\. Where to look:", end[0]) and end[1].strip() == str(another / "notebooks/09_new.html")
+
+
+def test_a_notebook_that_needs_no_other_starts_from_the_defaults_in_a_new_folder(another):
+    assert mscnn.main(["--notebooks", "09", "--run_dir", "new"]) == 0
+    folder = another.parent.parent / "new"
+    assert "got auto False 50 0" in outputs(folder / "notebooks/09_new.ipynb")
+    assert not (folder / "metrics.json").exists()
 
 
 def test_an_older_result_does_not_pass_for_a_new_one(project):
@@ -806,6 +891,15 @@ def test_confidences_calibrated_on_enough_images_are_not_rough(finished, capsys)
     assert "rough" not in capsys.readouterr().out
 
 
+def test_the_end_without_an_evaluation_names_the_pages(finished, capsys):
+    print_pages(finished, mscnn.NOTEBOOKS[1:3], 12.4)
+    printed = capsys.readouterr().out
+    assert printed.startswith("12 s. Where to look:\n") and "the report of the categories" not in printed
+    assert [line.strip() for line in printed.splitlines()[1:]] == [
+        str(finished.folder / f"notebooks/{name}.html") for name in mscnn.NOTEBOOKS[1:3]
+    ]
+
+
 def test_the_end_on_the_fallback_data_with_nothing_accepted(finished, capsys):
     metrics = finished.read("metrics")
     finished.write("metrics", dataset={**metrics["dataset"], "fallback": True})
@@ -832,6 +926,55 @@ def test_a_refused_run_leaves_no_folder(settings, monkeypatch, capsys, tmp_path)
     assert mscnn.main(command(settings, dataset="fashon_mnist", run_dir=str(tmp_path / "new" / "run"))) == 1
     assert "Did you mean fashion_mnist?" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("notebooks", ["main", "05"])
+def test_a_folder_that_cannot_be_written_leaves_no_other(settings, tmp_path, capsys, notebooks):
+    (tmp_path / "file").touch()
+    asked = command(settings, save_model=str(tmp_path / "file/model"), load_model="pretrained")
+    before = snapshot(tmp_path)
+    assert mscnn.main([*asked, "--notebooks", notebooks]) == 1
+    assert "Cannot write the model to" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_no_training_is_announced_before_a_refusal(settings, capsys):
+    assert mscnn.main(command(settings, load_model="missing")) == 1
+    assert "trained further" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seed 1", "was begun with seed=3, this notebook has 1"),
+        ("--stage2_categories shipp", "Did you mean ship?"),
+        ("--target_risk 0.01", "A guarantee of 1.00% errors"),
+    ],
+)
+def test_a_later_notebook_is_refused_before_it_takes_the_place_of_an_older_one(
+    begun, nothing_runs, capsys, option, message
+):
+    arguments = ["--notebooks", "04,05", "--run_dir", begun.settings.run_dir, *option.split()]
+    assert mscnn.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_downloaded_are_refused_in_two_lines(begun, tmp_path):
+    """Before anything of the earlier run is replaced; without a network, and with an empty cache of Keras."""
+    before = snapshot(begun.folder)
+    offline = {"HTTPS_PROXY": "http://127.0.0.1:9", "HOME": str(tmp_path), "KERAS_HOME": str(tmp_path)}
+    arguments = command(begun.settings, stage1="resnet50")
+    done = subprocess.run(
+        [sys.executable, "mscnn_helpers.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+    )
+    first, second = done.stderr.strip().splitlines()[-2:]
+    assert re.search(r"^error: .* ResNet50 .* https://\S+\.h5: .*refused", first)
+    assert "--stage1 efficientnet_lite0" in second and "weights=None" not in done.stderr
+    assert done.returncode == 1 and snapshot(begun.folder) == before
 
 
 def test_a_model_of_other_data_is_not_replaced(settings, trained_model_path, tmp_path, monkeypatch, capsys):

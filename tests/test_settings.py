@@ -17,7 +17,7 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run, categories_from
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import project_root, write_atomically
-from mscnn_parts.run_folder import settled
+from mscnn_parts.run_folder import INDEPENDENT_NOTEBOOKS, open_run, settled
 from mscnn_parts.runs import validate_run
 from mscnn_parts.settings import FALLBACK_NOTICE, Settings
 from mscnn_parts.sources import CIFAR10_NAMES, FASHION_NAMES
@@ -270,6 +270,12 @@ def test_every_parameter_is_explained():
 def test_a_wrong_parameter_is_named(name, value, message):
     with pytest.raises(MSCNNError, match=re.escape(message)):
         Settings(**{name: value})
+
+
+def test_a_size_that_a_network_cannot_work_at():
+    with pytest.raises(MSCNNError, match=r"image_size is 31: densenet121 needs 32 pixels or more\."):
+        Settings(stage1="densenet121", image_size=31)
+    assert Settings(stage1="densenet121", image_size=32) and Settings(stage1="resnet50", image_size=16)
 
 
 def test_two_targets_for_one_threshold():
@@ -605,6 +611,29 @@ def test_a_figure_is_saved_and_marked_on_the_fallback_data(run):
     marked = run.save_figure(figure(), "marked")
     assert [text.get_text() for text in marked.texts] == [FALLBACK_NOTICE]
     assert red_share(run.figures / "marked.png") > 0.001
+
+
+def test_figures_of_a_notebook_that_needs_no_other_are_marked_by_its_own_data(run, monkeypatch, tmp_path, capsys):
+    """Whatever the run folder says of other data; and `auto` is looked for once."""
+    monkeypatch.setenv("MSCNN_DATA_DIR", str(tmp_path / "empty"))
+    patch_rooms(monkeypatch, "_ask", lambda url: OSError("no network"))
+    values = {"run_dir": str(run.folder)}
+    own = open_run(INDEPENDENT_NOTEBOOKS[0], values)
+    assert (own.settings.dataset, own.fallback) == ("digits", True)
+    assert capsys.readouterr().out.count(FALLBACK_NOTICE) == 1
+    assert own.save_figure(plt.figure(), "own").texts
+    run.write("metrics", dataset={"name": "digits", "fallback": True}, parameters={"dataset": "auto"})
+    patch_rooms(monkeypatch, "_ask", lambda url: pytest.fail("it was found already"))
+    assert open_run(INDEPENDENT_NOTEBOOKS[0], values).fallback
+    named = open_run(INDEPENDENT_NOTEBOOKS[0], {**values, "dataset": "digits"})
+    assert not named.save_figure(plt.figure(), "named").texts
+    plt.close("all")
+
+
+def test_a_notebook_that_leaves_figures_only_records_no_seconds(run, capsys):
+    Run(INDEPENDENT_NOTEBOOKS[0], run.settings).finish()
+    assert f"{INDEPENDENT_NOTEBOOKS[0]}: 0 s." in capsys.readouterr().out
+    assert run.read("metrics") == {}
 
 
 def test_finish_records_the_seconds_of_each_notebook(run, capsys):

@@ -1,0 +1,42 @@
+"""The page of an executed notebook: HTML that needs no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mscnn_parts.files import write_atomically
+from mscnn_parts.run_folder import ALL_NOTEBOOKS
+
+# Without MathJax, require.js and Mermaid, which browsers would fetch: no notebook has formulas, widgets or diagrams.
+TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(
+    f"{{% block {name} %}}{{% endblock %}}"
+    for name in ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
+)
+LINK = re.compile(rf'((?:Previous|Next|First): )?<a href="({"|".join(ALL_NOTEBOOKS)})\.ipynb(#[^"]*)?">(.*?)</a>')
+
+
+def write_page(notebook: Path, others: Sequence[str]) -> None:
+    """Writes a notebook's page beside it, with links to the pages that are there or will be.
+
+    Args:
+        others: names of notebooks that will have a page.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    def link(found: re.Match) -> str:
+        before, name, place, text = found.groups(default="")
+        if name in others or notebook.with_name(f"{name}.html").is_file():
+            return f'{before}<a href="{name}.html{place}">{text}</a>'
+        return f"{before}{text} (not run: --notebooks {name.partition('_')[0]})" if before else text
+
+    exporter = HTMLExporter(template_name="lab", raw_template=TEMPLATE, embed_images=True)
+    content = nbformat.read(notebook, 4)
+    for cell in content.cells:  # what is folded in JupyterLab is left out of the page
+        cell.metadata.transient = {"remove_source": cell.metadata.get("jupyter", {}).get("source_hidden", False)}
+    place = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
+    html, _ = exporter.from_notebook_node(content, place)
+    html = LINK.sub(link, html)
+    write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
