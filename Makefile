@@ -24,9 +24,11 @@ ifeq ($(SYSTEM_PYTHON),)
 FOUND := $(shell for python in $(PYTHON); do "$$python" -c '$(CHECK)' 2>/dev/null && break; done)
 # Written last, so that a half-made environment has none; named by all that the environment depends on.
 STAMP := .venv/made-by-python-$(lastword $(FOUND))-from-$(firstword $(shell cksum requirements.lock))
+COMMAND := .venv/bin/mscnn
 RUN := .venv/bin/python
 else
 STAMP :=
+COMMAND :=
 RUN := $(firstword $(PYTHON))
 endif
 
@@ -36,7 +38,7 @@ endif
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
-env: $(STAMP) ## Make .venv from requirements.lock, if it is not there, whole and up to date
+env: $(STAMP) $(COMMAND) ## Make .venv from requirements.lock, if it is not there, whole and up to date
 
 $(STAMP):
 	@$(if $(FOUND),,$(error $(NO_PYTHON)))
@@ -46,6 +48,11 @@ $(STAMP):
 	  { $(firstword $(FOUND)) -m venv .venv && \
 	    $(RUN) -m pip install --disable-pip-version-check -r requirements.lock && touch $@; } || \
 	  { echo "Making .venv failed, see above. The next make starts it afresh." >&2; exit 1; }
+
+# The command runs the code of this folder. Nothing is downloaded: setuptools, which builds it, is in the lock.
+.venv/bin/mscnn: $(STAMP) pyproject.toml
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
 
 run: env ## Run the five notebooks in light mode into runs/latest; ARGS="…" for other options
 	@$(RUN) mscnn_helpers.py $(ARGS)

@@ -160,6 +160,7 @@ from mscnn_parts.optimizers import (
     default_recipe,
     learning_rate_schedule,
     orthogonalize,
+    phase_recipes,
     stage1_optimizer,
 )
 from mscnn_parts.pictures import Images, read_image
@@ -213,13 +214,13 @@ __all__ = [
     "fit_ood", "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam",
     "gradient_of_kernel", "has_cam", "keeps_stage2", "learning_rate_schedule", "load_dataset", "load_model",
     "load_run_model", "log_loss_by_category", "log_odds", "main", "map_layers", "margin", "ood_score",
-    "open_run", "orthogonalize", "plot_augmentation", "plot_confusion", "plot_decision_traces", "plot_gallery",
-    "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage", "plot_samples",
-    "plot_thresholds", "read_image", "reliability", "retrain_stage2", "risk_coverage", "sample_hard_negatives",
-    "set_threshold", "split_at", "stage1_optimizer", "stage2_base_logits", "stage_report_labels",
-    "synthetic_ood_images", "threshold_for_costs", "threshold_for_coverage", "threshold_for_risk",
-    "thresholds_by_category", "trace_decisions", "train_classifier", "train_stage1", "train_stage2",
-    "train_stage2_base", "unnoticed", "versions", "weakest_categories",
+    "open_run", "orthogonalize", "phase_recipes", "plot_augmentation", "plot_confusion", "plot_decision_traces",
+    "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage",
+    "plot_samples", "plot_thresholds", "read_image", "reliability", "retrain_stage2", "risk_coverage",
+    "sample_hard_negatives", "set_threshold", "split_at", "stage1_optimizer", "stage2_base_logits",
+    "stage_report_labels", "synthetic_ood_images", "threshold_for_costs", "threshold_for_coverage",
+    "threshold_for_risk", "thresholds_by_category", "trace_decisions", "train_classifier", "train_stage1",
+    "train_stage2", "train_stage2_base", "unnoticed", "versions", "weakest_categories",
 ]  # fmt: skip
 
 

@@ -27,12 +27,28 @@ def checked_labels(category: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def check_share(name: str, value: float, zero: bool = True, one: bool = True) -> None:
-    """Raises MSCNNError unless a value is a number from 0 to 1; without 0, or without both, if it may not be these."""
+    """Raises MSCNNError unless a value is a number from 0 to 1; without 0 or without 1, if it may not be these."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not (number and 0 <= value <= 1 and (zero or value > 0) and (one or value < 1)):
         shown = f"{value:g}" if number else repr(value)
-        limits = "from 0 to 1" if zero else "above 0 and up to 1" if one else "between 0 and 1"
+        limits = {
+            (True, True): "from 0 to 1", (True, False): "from 0 to below 1",
+            (False, True): "above 0 and up to 1", (False, False): "between 0 and 1",
+        }[zero, one]  # fmt: skip
         raise MSCNNError(f"{name} is {shown}: it is a share, a number {limits}, such as 0.01 for 1 %.")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises MSCNNError unless a value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise MSCNNError(f"{name} is {value!r}: it has to be a whole number from {least} on.")
+
+
+def check_rate(name: str, value: float, zero: bool = False) -> None:
+    """Raises MSCNNError unless a value is a finite number above 0, or also 0 if it may be that."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
+    if not (number and (value > 0 or (zero and value == 0))):
+        raise MSCNNError(f"{name} is {value!r}: it has to be a number {'from 0 on' if zero else 'above 0'}.")
 
 
 def check_numbers(confidence: np.ndarray) -> None:

@@ -285,8 +285,8 @@ def print_result(run: Run) -> None:
     print(f"{two_stage['coverage']:.1%} of the images accepted, of these {accepted}.")
     retrained = run.read("history").get("retraining", {}).get("results", {})
     if retrained:
-        told = [f"{name} {'kept' if result['kept'] else 'rolled back'}" for name, result in retrained.items()]
-        print(f"Retrained: {', '.join(told)}.")
+        ends = [f"category {name} ({'kept' if end['kept'] else 'rolled back'})" for name, end in retrained.items()]
+        print(f"Retrained: {', '.join(ends)}.")
     if metrics.get("certificate"):
         print(Certificate(**metrics["certificate"]).text())
     alone = f"of Stage 1 alone, on a single view and by its softmax, {stage1['aurc']:.4f}"

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from mscnn_parts.decision import ACCEPTED, LOW_CONFIDENCE
 from mscnn_parts.files import path_from, write_atomically
 from mscnn_parts.pictures import IMAGE_SUFFIXES, read_image
 from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
@@ -82,9 +83,15 @@ def _write_rows(rows: Iterable[dict], file: IO[str], suffix: str) -> None:
 
 
 def _line(row: dict) -> str:
+    """A row in words. What is out of distribution gets no confidence, which would mean little."""
     if row["error"]:
         return row["error"]  # which names the path
-    return f"{row['path']}: {row['decision']} ({row['reason']}; {row['stage1']}? {row['confidence']:.1%})"
+    correct = f"correct with probability {row['confidence']:.1%}"
+    if row["reason"] == ACCEPTED:
+        return f"{row['path']}: {row['decision']} ({correct})"
+    answer = f"Stage 1 says {row['stage1']}"
+    why = f"{answer}, {correct}" if row["reason"] == LOW_CONFIDENCE else f"unlike the train images; {answer}"
+    return f"{row['path']}: {row['decision']} ({row['reason']}: {why})"
 
 
 def decide(arguments: Sequence[str]) -> int:
@@ -159,6 +166,7 @@ def card(model: MultiStageCNN) -> str:
         "images": _images_text(model),
         "stage1": network.text if network is OWN else f"{model.network}: {network.text}",
         "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 {kind} {own}; {model.policy}",
+        "stage2": _stage2_text(model),
         "threshold": threshold_text(model) if model.is_calibrated else "not calibrated yet: run notebook 03",
     }
     parts = [f"  {name:24} {value[:16]}" for name, value in model.fingerprints().items()]
@@ -170,6 +178,16 @@ def _images_text(model: MultiStageCNN) -> str:
     shape = " × ".join(map(str, model.image_shape))
     size = model.image_size
     return shape if size == model.image_shape[0] else f"{shape}, enlarged by Stage 1 to {size} × {size}"
+
+
+def _stage2_text(model: MultiStageCNN) -> str:
+    """What the Stage 2 networks share, by `stage2_branch`."""
+    branch = model.stage2_branch
+    blocks = sum(layer.name.startswith("block") for layer in model.stage2_base.layers)
+    share = f"CNNs that share the first {branch} of the {blocks} blocks of their base network"
+    if branch <= 0:
+        share = "heads on the features of Stage 1" if branch else f"whole CNNs of {blocks} blocks"
+    return f"{share} (stage2_branch {branch})"
 
 
 COMMANDS = {"decide": decide, "info": info}

@@ -20,7 +20,7 @@ IMAGE_SIZE = 32  # pixels, if nothing else is asked for; images are resized when
 class Split(NamedTuple):
     """Images uint8 (N, H, W, channels) and labels int64 (N,).
 
-    `IndexedImages` stand in for the array of images that do not fit in memory.
+    `IndexedRows` stand in for the array of images that do not fit in memory.
     """
 
     images: np.ndarray

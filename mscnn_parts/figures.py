@@ -113,7 +113,8 @@ def _warn_of_boxes(script: str) -> None:
 
 def _show_image(axis, image: np.ndarray, title: str = "", color: str = "black") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8, color=color)
+    longest = max(map(len, title.split("\n")))
+    axis.set_title(title, fontsize=8 if longest <= 20 else max(5, 160 / longest), color=color)
     axis.set_axis_off()
 
 
@@ -121,6 +122,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
     """A grid of uint8 images (N, H, W, channels), a caption above each."""
     if len(captions) != len(images):
         raise MSCNNError(f"{len(captions)} captions for {len(images)} images: give one of each image, '' for none.")
+    columns = min(columns, max(4, len(images)))
     rows = max(1, -(-len(images) // columns))
     figure, axes = _axes(rows, columns, 1.25, 1.5)
     for axis in axes:
@@ -186,6 +188,8 @@ def plot_history(history: dict[str, dict]) -> Figure:
                 ylabel=measure,
             )
             axis.xaxis.get_major_locator().set_params(integer=True)
+            if np.ptp(axis.get_xlim()) < 1:  # a single epoch
+                axis.set(xlim=(0.5, 1.5), xticks=[1])
             axis.legend(frameon=False)
             axis.grid(alpha=0.3)
     return figure
@@ -196,7 +200,8 @@ def _plot_runs(axis, runs: list[list[float]], label: str, color: str) -> None:
         axis.plot(range(1, len(run) + 1), run, color=color, alpha=0.25, linewidth=0.8)
     if runs:
         mean = np.mean(runs, axis=0)
-        axis.plot(range(1, len(mean) + 1), mean, color=color, marker=".", label=label)
+        marker = "." if len(mean) > 1 else "o"  # a single epoch has no line
+        axis.plot(range(1, len(mean) + 1), mean, color=color, marker=marker, label=label)
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
@@ -222,7 +227,8 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str) -> Figu
     for set_ticks in (axis.set_xticks, axis.set_yticks):
         set_ticks(named + 0.5, [labels[i] for i in named])
     axis.set(title=title, xlabel="decided", ylabel="true")
-    axis.tick_params(axis="x", rotation=45)
+    for label in axis.get_xticklabels():  # each ends at its column
+        label.set(rotation=45, ha="right", rotation_mode="anchor")
     axis.tick_params(axis="y", rotation=0)
     return figure
 
@@ -252,20 +258,24 @@ def plot_risk_coverage(
     return figure
 
 
-def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int = 10) -> Figure:
+def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int = 10, few: int = 10) -> Figure:
     """Reliability diagram: accuracy against confidence; on the diagonal a confidence means what it says.
 
     Args:
         curves: label -> (confidence (N,) in 0..1, correct bool (N,)).
+        few: a bin of fewer images is a small dot, which no line joins: its height is mostly chance.
     """
     figure, (axis, counts) = _axes(1, 2, 4.5, 4)
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for label, (confidence, correct) in curves.items():
         mean, accuracy, count = reliability(confidence, correct, bins)
         error = calibration_error(confidence, correct, bins)
-        axis.plot(mean[count > 0], accuracy[count > 0], marker="o", label=f"{label} (ECE {error:.3f})")
+        many, rest = count >= few, (count > 0) & (count < few)
+        (line,) = axis.plot(mean[many], accuracy[many], marker="o", label=f"{label} (ECE {error:.3f})")
+        axis.plot(mean[rest], accuracy[rest], ".", color=line.get_color(), alpha=0.6)
         counts.stairs(count, np.linspace(0, 1, bins + 1), label=label, linewidth=1.5)
-    axis.set(xlabel="confidence", ylabel="share of correct images", xlim=(0, 1), ylim=(0, 1.02), title="Reliability")
+    axis.set(xlabel="confidence", ylabel="share of correct images", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+    axis.set_title(f"Reliability; small dots: fewer than {few} images")
     counts.set(xlabel="confidence", ylabel="images", yscale="log", title="How often each confidence occurs")
     counts.set_ylim(bottom=0.8)  # so that a bin of a few images does not look empty
     _legend_below(figure, axis)
@@ -281,9 +291,9 @@ def plot_gallery(
     check_categories_within(labels, len(full))
     fields = (decisions.category, decisions.stage1_category, decisions.confidence, decisions.reasons(), labels)
     for d, c, p, reason, t in zip(*fields, strict=True):
-        verdict = f"{full[d]} {_rounded_down(p)}" if d == c else f"{full[d]}\n{full[c]}? {_rounded_down(p)}"
-        verdict = f"{full[d]}\n{reason}" if reason == OUT_OF_DISTRIBUTION else verdict
-        captions.append(f"{verdict}\ntrue: {full[t]}")
+        verdict = full[d] if d == c else f"{full[d]} ({full[c]}?)"
+        why = reason if reason == OUT_OF_DISTRIBUTION else f"confidence {_rounded_down(p)}"
+        captions.append(f"{verdict}\n{why}\ntrue: {full[t]}")
     return plot_images(images, captions, title)
 
 
@@ -310,17 +320,17 @@ def plot_thresholds(
     grid, marked = np.asarray(thresholds), np.unique(marked)
     accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
     accepted &= True if rejected is None else ~rejected
-    dotted = f"threshold {marked[0]:.2f}" if len(marked) == 1 else "the thresholds of the categories"
+    dotted = f"the threshold {marked[0]:.2f}" if len(marked) == 1 else "the thresholds of the categories"
     with np.errstate(invalid="ignore"):
         accuracy = (accepted & correct).sum(axis=1) / accepted.sum(axis=1)
-    axis.plot(grid, accepted.mean(axis=1), label="coverage")
-    axis.plot(grid, accuracy, label="selective accuracy")
+    axis.plot(grid, accepted.mean(axis=1), label="coverage: accepted of all")
+    axis.plot(grid, accuracy, label="selective accuracy: correct of the accepted")
     for threshold in marked:
         axis.axvline(threshold, color="grey", linestyle=":")
     axis.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
-    axis.set_title(f"{split} split, dotted: {dotted}", fontsize=10)
+    axis.set_title(f"What a threshold buys, {split} split; dotted: {dotted}", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, loc="lower left")
+    _legend_below(figure, axis)
     return figure
 
 

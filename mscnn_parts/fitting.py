@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import keras
@@ -20,7 +21,7 @@ from mscnn_parts.callbacks import (
 )
 from mscnn_parts.data import Dataset, train_and_calibration
 from mscnn_parts.networks import sees_images
-from mscnn_parts.on_disk import IndexedImages
+from mscnn_parts.on_disk import IndexedRows
 from mscnn_parts.optimizers import Recipe, stage1_optimizer
 from mscnn_parts.settings import MSCNNError
 
@@ -30,7 +31,7 @@ def batches(
     batch_size: int,
     order: np.ndarray | None = None,
     shuffle_seed: int | None = None,
-    images: IndexedImages | None = None,
+    images: IndexedRows | None = None,
 ) -> tf.data.Dataset:
     """Batches for `fit` of a `Trainer`: indices int64 (B,) and labels (B, ...).
 
@@ -41,7 +42,8 @@ def batches(
         labels: of all images, (N, ...), of any dtype.
         order: indices int64 in the order wanted, with repetitions if need be; None: each image once.
         shuffle_seed: shuffles the indices anew in every epoch; None: as they are.
-        images: the batches have these, (B, ...), in place of their indices; two are read ahead.
+        images: the batches have these, (B, ...), in place of their indices; two are read ahead. The caller has to
+            keep them as long as it takes batches.
     """
     with tf.device("CPU"):  # where tf.data works
         labels = tf.convert_to_tensor(labels)
@@ -51,15 +53,25 @@ def batches(
 
     @tf.autograph.experimental.do_not_convert
     def look_up(index):
-        return index if images is None else read(index), tf.gather(labels, index)
-
-    def read(index):
-        chosen = tf.numpy_function(lambda chosen: np.asarray(images[chosen]), [index], images.dtype)
-        return tf.ensure_shape(chosen, (None, *images.shape[1:]))  # (B, ...)
+        return index if images is None else _reader(images)(index), tf.gather(labels, index)
 
     options = tf.data.Options()
     options.autotune.enabled = False
     return indices.batch(batch_size).map(look_up).prefetch(2).with_options(options)
+
+
+def _reader(images: IndexedRows) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Indices (B,) -> those of the images, (B, ...), as long as these exist.
+
+    TensorFlow keeps the inner function for good, which is not to keep the images.
+    """
+    stored, dtype, shape = weakref.ref(images), images.dtype, images.shape[1:]
+
+    def read(index):
+        rows = tf.numpy_function(lambda chosen: np.asarray(stored()[chosen]), [index], dtype)
+        return tf.ensure_shape(rows, (None, *shape))
+
+    return read
 
 
 def seed_training(network: keras.Model, seed: int) -> None:
@@ -87,14 +99,14 @@ class Trainer(keras.Model):
     Args:
         network: its layers are trained.
         images: uint8 (N, H, W, channels). A variable holds them, for on a GPU TensorFlow gathers uint8 from nothing
-            else; it is no weight. `IndexedImages` stay where they are, and `batches` reads them.
+            else; it is no weight. `IndexedRows` stay where they are, and `batches` reads them.
         head: a layer for what the network says; None: nothing is done with it.
     """
 
     def __init__(self, network: keras.Model, images: np.ndarray, head: keras.layers.Layer | None = None):
         super().__init__()
         self.network, self.head = network, head or keras.layers.Identity()
-        self.stored = images if isinstance(images, IndexedImages) else None
+        self.stored = images if isinstance(images, IndexedRows) else None
         self.images = tf.Variable(images, trainable=False) if self.stored is None else None
         self.built = True  # the network is
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
 from mscnn_parts.networks import feature_extractor, sees_images
-from mscnn_parts.on_disk import IndexedImages
+from mscnn_parts.on_disk import IndexedRows
 from mscnn_parts.pictures import Images, read_image
 from mscnn_parts.settings import MSCNNError
 
@@ -32,7 +32,7 @@ def validated_images(images: Images, shape: Sequence[int]) -> np.ndarray:
     if isinstance(images, (list, tuple)) and all(isinstance(one, (*kinds, np.ndarray)) for one in images):
         images = read_image(images, shape)
     if (
-        not isinstance(images, (np.ndarray, IndexedImages))
+        not isinstance(images, (np.ndarray, IndexedRows))
         or images.shape[1:] != tuple(shape)
         or images.dtype != np.uint8
     ):

@@ -1,11 +1,11 @@
-"""Images or features that stay on disk: a file that holds them, and what stands in for an array of some of them."""
+"""Images or features that stay on disk: a file that holds them, and what stands in for some rows of its array."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,15 +15,15 @@ from mscnn_parts.files import write_atomically
 from mscnn_parts.settings import MSCNNError
 
 
-class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
-    """Some images of a larger array, in any order, which are read when they are needed: a stand-in for their array.
+class IndexedRows(np.lib.mixins.NDArrayOperatorsMixin):
+    """Some rows of a larger array, in any order, which are read when they are needed: a stand-in for their array.
 
-    A slice or an index array gives another stand-in, and reads nothing; one index gives an image. All else that an
-    array can do is done on the array, for which all its images are read.
+    A slice or an index array gives another stand-in, and reads nothing; one index gives a row. All else that an
+    array can do is done on the array, for which all its rows are read.
 
     Args:
-        array: uint8 (M, H, W, channels), or features (M, ...), in memory or a `np.memmap`.
-        indices: int64 (N,), of the images; None: all of them.
+        array: images, uint8 (M, H, W, channels), or features (M, ...), in memory or a `np.memmap`.
+        indices: int64 (N,), of the rows; None: all of them.
     """
 
     def __init__(self, array: np.ndarray, indices: np.ndarray | None = None):
@@ -53,12 +53,12 @@ class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
         return len(self.indices)
 
     def __repr__(self) -> str:
-        place = f"in {self.array.filename}" if isinstance(self.array, np.memmap) else "in memory"
-        return f"<IndexedImages {self.shape} {place}>"
+        place = (self.array.filename or "a temporary file") if isinstance(self.array, np.memmap) else "memory"
+        return f"<IndexedRows {self.shape} in {place}>"
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice) or (isinstance(key, (list, np.ndarray)) and np.ndim(key) == 1):
-            return IndexedImages(self.array, self.indices[key])
+            return IndexedRows(self.array, self.indices[key])
         if isinstance(key, (int, np.integer)):
             return np.array(self.array[self.indices[key]])
         return np.asarray(self)[key]
@@ -66,11 +66,11 @@ class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         first = int(self.indices[0]) if len(self) else 0
         in_a_row = np.array_equal(self.indices, np.arange(first, first + len(self)))  # these need no copy
-        pixels = self.array[first : first + len(self)] if in_a_row else self.array[self.indices]
-        return np.array(pixels, dtype) if copy else np.asarray(pixels, dtype)
+        rows = self.array[first : first + len(self)] if in_a_row else self.array[self.indices]
+        return np.array(rows, dtype) if copy else np.asarray(rows, dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        read = [np.asarray(one) if isinstance(one, IndexedImages) else one for one in inputs]
+        read = [np.asarray(array) if isinstance(array, IndexedRows) else array for array in inputs]
         return getattr(ufunc, method)(*read, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -80,18 +80,18 @@ class IndexedImages(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 def indexed(images: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray:
-    """`IndexedImages` of an array under its type; such a stand-in is returned as it is."""
-    return images if isinstance(images, IndexedImages) else cast(np.ndarray, IndexedImages(images, indices))
+    """`IndexedRows` of an array under its type; such a stand-in is returned as it is."""
+    return images if isinstance(images, IndexedRows) else cast(np.ndarray, IndexedRows(images, indices))
 
 
 def unless_on_disk(images: np.ndarray) -> np.ndarray:
     """The array for which a stand-in stands; of images on disk the stand-in itself."""
-    return images if isinstance(images, IndexedImages) and images.on_disk else np.asarray(images)
+    return images if isinstance(images, IndexedRows) and images.on_disk else np.asarray(images)
 
 
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Images of two splits as one, which are not read if both stand for images of one file."""
-    if isinstance(first, IndexedImages) and isinstance(second, IndexedImages) and first.array is second.array:
+    """Rows of two arrays as one array, which are not read if both stand for rows of the same."""
+    if isinstance(first, IndexedRows) and isinstance(second, IndexedRows) and first.array is second.array:
         return indexed(first.array, np.concatenate([first.indices, second.indices]))
     return np.concatenate([first, second])
 
@@ -111,32 +111,35 @@ def file_of(path: Path, shape: Sequence[int], images: Iterable[np.ndarray]) -> n
         with partial.open("wb") as file:
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
             np.lib.format.write_array_header_1_0(file, header | {"shape": tuple(shape)})
-            for image in images:
+            for image in _exactly((image[None] for image in images), shape):
                 file.write(image.tobytes())
 
     if not path.is_file() or path.stat().st_size < needed:
         for old in path.parent.glob(f"{path.name.rpartition('-')[0]}-*.npy"):
             old.unlink(missing_ok=True)
-        _check_space(path.parent, needed)
+        take = f"The images take {needed / 1e9:,.2f} GB, more than half of the free memory, and"
+        _check_space(path.parent, needed, take, "give a smaller image_size, ")
         write_atomically(path, write)
     return cast(np.memmap, np.load(path, mmap_mode="r"))
 
 
 def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_memory: float, folder: Path) -> np.ndarray:
-    """An array of a shape from parts that follow each other; of more than `in_memory` bytes in a temporary file.
+    """An array of features from parts that follow each other; of more than `in_memory` bytes in a temporary file.
 
     Args:
-        folder: where the file is made.
+        shape: (N, ...). parts: of (n, ...) each, N rows in all. folder: where the file is made.
 
     Raises:
-        MSCNNError: it cannot be written.
+        MSCNNError: the file cannot be written, or the disk has no room for it.
+        ValueError: the parts are not of that shape.
     """
     needed = math.prod(shape) * np.dtype(dtype).itemsize
     if needed > in_memory:
+        _check_space(folder, needed, f"The features take {needed / 1e9:,.2f} GB,")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps what it needs of it
-                for part in parts:
+                for part in _exactly(parts, shape):
                     file.write(part.astype(dtype, copy=False).tobytes())
                 file.flush()
                 return np.memmap(file, dtype, "r", shape=tuple(shape))
@@ -146,18 +149,30 @@ def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_mem
                 "set MSCNN_DATA_DIR to a folder on another disk."
             ) from error
     array, done = np.empty(tuple(shape), dtype), 0
-    for part in parts:
+    for part in _exactly(parts, shape):
         array[done : done + len(part)] = part
         done += len(part)
     return array
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def _exactly(parts: Iterable[np.ndarray], shape: Sequence[int]) -> Iterator[np.ndarray]:
+    """The parts of an array of a shape, one by one; raises ValueError where they are not that."""
+    rows = 0
+    for part in parts:
+        rows += len(part)
+        if part.shape[1:] != tuple(shape[1:]) or rows > shape[0]:
+            raise ValueError(f"A part {part.shape} makes {rows} rows: the array is {tuple(shape)}.")
+        yield part
+    if rows < shape[0]:
+        raise ValueError(f"The parts have {rows} rows: the array is {tuple(shape)}.")
+
+
+def _check_space(folder: Path, needed: int, take: str, remedy: str = "") -> None:
+    """Raises MSCNNError, which begins with `take` and offers `remedy`, if the disk lacks room for so many bytes."""
     place = next(place for place in (folder, *folder.parents) if place.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise MSCNNError(
-            f"The images take {needed / 1e9:,.2f} GB, more than half of the free memory, and more than the "
-            f"{free / 1e9:,.2f} GB that are free on the disk of {folder}: make room there, give a smaller "
-            "image_size, or set MSCNN_DATA_DIR to a folder on another disk."
+            f"{take} more than the {free / 1e9:,.2f} GB that are free on the disk of {folder}: make room there, "
+            f"{remedy}or set MSCNN_DATA_DIR to a folder on another disk."
         )

@@ -8,17 +8,28 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
+from mscnn_parts.checks import check_count, check_rate, check_share
 from mscnn_parts.settings import MSCNNError
 from mscnn_parts.zoo import network_named
+
+OPTIMIZERS = ("muon", "sgd", "adam")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a training: which groups of layers it frees beside the last dense layer, for how long, how fast."""
+    """A part of a training: which groups of layers it frees beside the last dense layer, for how long, how fast.
+
+    Raises:
+        MSCNNError: no epochs, or no learning rate.
+    """
 
     groups: tuple[int, ...]  # of `zoo.Network.groups`; (): the dense layer alone, on features that are computed once
     epochs: int
     learning_rate: float  # peak
+
+    def __post_init__(self):
+        check_count("epochs of a phase", self.epochs)
+        check_rate("learning_rate of a phase", self.learning_rate)
 
 
 def staged(groups: int, epochs: int) -> tuple[Phase, ...]:
@@ -29,13 +40,17 @@ def staged(groups: int, epochs: int) -> tuple[Phase, ...]:
     """
     first = max(1, epochs // 3)
     late, most = tuple(range(max(0, groups - 2), groups)), tuple(range(min(3, groups // 2), groups))
-    phases = (Phase((), 20, 1e-3), Phase(late, first, 1e-3), Phase(most, epochs - first, 5e-4))
-    return tuple(phase for phase in phases if phase.epochs)
+    phases = (Phase((), 20, 1e-3), Phase(late, first, 1e-3))
+    return (*phases, Phase(most, epochs - first, 5e-4)) if epochs > first else phases
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the CNNs are trained; `default_recipe` chooses epochs and batch size for the data at hand."""
+    """How the CNNs are trained; `default_recipe` chooses epochs and batch size for the data at hand.
+
+    Raises:
+        MSCNNError: a value with which nothing can be trained.
+    """
 
     epochs: int
     batch_size: int
@@ -51,15 +66,38 @@ class Recipe:
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
     stage2_fraction: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
     views: int = 3  # augmented views of each train image whose features are computed, for what sees features
-    optimizer: str = "muon"  # of Stage 1; or "sgd" or "adam", for networks that Muon was not tried on
+    optimizer: str = "muon"  # of Stage 1, one of OPTIMIZERS; the others are for networks that Muon was not tried on
     optimizer_rate: float = 0.05  # peak learning rate of sgd or adam
     optimizer_decay: float = 5e-4  # weight decay of sgd or adam
     phases: tuple[Phase, ...] = ()  # staged unfreezing, of networks with ImageNet weights
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "views"):
+            check_count(name, getattr(self, name))
+        check_count("stage2_base_epochs", self.stage2_base_epochs, least=0)
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith(("_rate", "_fraction"))):
+            check_rate(name, getattr(self, name))
+        for name in ("weight_decay", "optimizer_decay"):
+            check_rate(name, getattr(self, name), zero=True)
+        for name in ("momentum", "label_smoothing"):
+            check_share(name, getattr(self, name), one=False)
+        for name in ("warm_up", "small_crops"):
+            check_share(name, getattr(self, name))
+        if self.optimizer not in OPTIMIZERS:
+            raise MSCNNError(f"optimizer is {self.optimizer!r}: choose among {', '.join(OPTIMIZERS)}.")
 
     @property
     def peak(self) -> float:
         """The highest learning rate of Stage 1 and the Stage 2 base network, kernels aside."""
         return self.learning_rate * self.batch_size / 512
+
+
+def phase_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes of the trainings of Stage 1 that follow each other: one for each phase, or the recipe itself."""
+    return [
+        dataclasses.replace(recipe, epochs=phase.epochs, optimizer_rate=phase.learning_rate, phases=(), small_crops=0.0)
+        for phase in recipe.phases
+    ] or [recipe]
 
 
 def default_recipe(images: int, epochs: int = 0, batch_size: int = 0, network: str = "compact") -> Recipe:

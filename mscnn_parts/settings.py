@@ -188,9 +188,11 @@ class Settings:
 
     epochs: int = _parameter(50, "passes over the train split; 0: the default recipe")
     batch_size: int = _parameter(32, "images per training step; 0: the default recipe")
-    stage2_only: bool = _parameter(False, "keep Stage 1 as it is; needs --load_model or a model in the run folder")
+    stage2_only: bool = _parameter(
+        False, "train Stage 2 alone and keep Stage 1; needs --load_model or a model in the run folder"
+    )
     stage2_categories: str = _parameter(
-        "", "Stage 2 categories to retrain: ship,truck or 8,9; empty: weakest two; stage2_only: all"
+        "", "categories whose Stage 2 CNN is retrained: ship,truck or 8,9; empty: the two weakest, with stage2_only all"
     )
     threshold: float = _parameter(0.7, "confidence below which an image becomes OTHER, 0 to 1")
     target_risk: float = _parameter(
@@ -199,7 +201,8 @@ class Settings:
     target_coverage: float = _parameter(0.0, "accept this share of the images, such as 0.9; sets the threshold; 0: off")
     light_mode: bool = _parameter(False, "use a tenth of the data, but 1,800 images at least: minutes on a laptop")
     load_model: str = _parameter(
-        "", "model file to start from, pretrained: the one of the project; trained further without stage2_only"
+        "",
+        "model file to start from and train further; pretrained: the project's for CIFAR-10; empty: a new model",
     )
     save_model: str = _parameter(
         "multistage_cnn_model", "name of the model file; a relative path starts at the run folder"
@@ -213,7 +216,8 @@ class Settings:
     image_size: int = _parameter(0, "pixels that images are brought to, 16 to 512; 0: the network's own")
     mirror: bool = _parameter(True, "mirror images, in training and decisions, if the data set allows it")
     stage2_branch: int = _parameter(
-        -1, "blocks that the Stage 2 CNNs share; 0: none, each is a whole CNN; -1: the default"
+        -1,
+        "how many first blocks all Stage 2 CNNs share, which makes them small and fast; 0: none; -1: what suits stage1",
     )
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")

@@ -150,7 +150,8 @@ def _read_dataset(name: str, size: int) -> RawData:
             "Check the path."
         )
     known = f"auto, {', '.join(builtin)}, a .npz file or an image folder"
-    raise MSCNNError(f"Unknown dataset '{name}': use {known}.{did_you_mean(name, builtin)}")
+    absent = f", and no such folder in {' or '.join(str(place.parent) for place in places)}" if places else ""
+    raise MSCNNError(f"Unknown dataset '{name}'{absent}: use {known}.{did_you_mean(name, builtin)}")
 
 
 def find_data(name: str) -> tuple[Path | None, list[Path]]:

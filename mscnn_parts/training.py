@@ -21,7 +21,7 @@ from mscnn_parts.networks import sees_images, weights_behind
 from mscnn_parts.ood import fit_ood
 from mscnn_parts.optimizers import Recipe, stage2_optimizer
 from mscnn_parts.settings import MSCNNError, Settings, categories_from
-from mscnn_parts.transfer import features_of, train_head, train_in_phases
+from mscnn_parts.transfer import features_of, release_features, train_head, train_in_phases
 from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def train_stage2(
         A history for each category's name: loss, accuracy, val_loss, val_accuracy and seconds.
     """
     trainer, histories, categories = Stage2Trainer(model, data, recipe), {}, model.trainable_categories()
+    release_features(model)  # the trainer has them, and ends here
     bar = ProgressBar("Stage 2", len(categories))
     for category in categories:
         begun, name = time.time(), model.category_names[category]

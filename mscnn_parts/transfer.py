@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,10 +15,11 @@ from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
 from mscnn_parts.data import Dataset
 from mscnn_parts.downloads import cache_folder
 from mscnn_parts.fitting import Trainer, compile_classifier, seed_training, train_classifier
+from mscnn_parts.inference import in_batches
 from mscnn_parts.model_files import sha256_of
 from mscnn_parts.networks import on_images, trunk_of
 from mscnn_parts.on_disk import filled, indexed, joined
-from mscnn_parts.optimizers import Recipe
+from mscnn_parts.optimizers import Recipe, phase_recipes
 from mscnn_parts.zoo import Network
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int 
 
 
 def features_of(model: MultiStageCNN, data: Dataset, views: int, seed: int = 0) -> TrunkFeatures:
-    """As `trunk_features`, computed once as long as the model's trunk and the data stay what they are."""
+    """As `trunk_features`, kept until `release_features` or until the model's trunk or the data are others."""
     key = (sha256_of(model.trunk.get_weights()), data.fingerprint, views, seed)
     kept = getattr(model, "_kept_features", None)
     if kept is None or kept[0] != key:
@@ -74,10 +75,16 @@ def features_of(model: MultiStageCNN, data: Dataset, views: int, seed: int = 0) 
     return kept[1]
 
 
+def release_features(model: MultiStageCNN) -> None:
+    """Frees the memory, or the file, of what `features_of` keeps."""
+    model._kept_features = None
+
+
 def stage2_base_logits(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
-    """Logits (B, C) of the Stage 2 base network for uint8 images (B, H, W, channels)."""
+    """Logits (B, C) of the Stage 2 base network for uint8 images (B, H, W, channels), which are read in batches."""
     base = on_images(model.stage1, model.stage2_base, model.stage2_base)
-    return base.predict(images, batch_size=500 if base is model.stage2_base else 64, verbose=0)
+    graph = tf.function(functools.partial(base, training=False), reduce_retracing=True)
+    return in_batches(graph, images, 500 if base is model.stage2_base else 64)
 
 
 def train_head(
@@ -150,10 +157,7 @@ def train_in_phases(
     """
     history: dict[str, list[float]] = {}
     best, weights = -1.0, stage1.get_weights()
-    for phase in recipe.phases:
-        own = dataclasses.replace(
-            recipe, epochs=phase.epochs, optimizer_rate=phase.learning_rate, phases=(), small_crops=0.0
-        )
+    for phase, own in zip(recipe.phases, phase_recipes(recipe), strict=True):
         freed = f"groups {', '.join(map(str, phase.groups))} and the last layer" if phase.groups else "the last layer"
         print(f"{phase.epochs} epochs with {freed} free, learning rate {phase.learning_rate:g}", flush=True)
         if phase.groups:

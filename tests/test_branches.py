@@ -1,6 +1,8 @@
 """Stage 2 CNNs that share blocks of their base network."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -149,12 +151,22 @@ def test_a_file_that_does_not_say_has_whole_cnns(trained_model):
     assert MultiStageCNN.from_config(config).trunk is None
 
 
+def test_the_features_are_freed_after_the_training(branched, tiny_data):
+    array = weakref.ref(transfer.features_of(branched, tiny_data, RECIPE.views).train.array)
+    mscnn.retrain_stage2(branched, tiny_data, "cat", RECIPE)
+    gc.collect()
+    assert array() is None
+
+
 def test_features_beyond_the_budget_are_kept_on_disk(branched_path, tiny_data, monkeypatch):
     fingerprints = []
     for budget in (1e9, 1e3):
         monkeypatch.setattr(transfer, "IN_MEMORY", budget)
         model = mscnn.load_model(branched_path)
         mscnn.retrain_stage2(model, tiny_data, "cat", RECIPE, keep_worse=True)
-        assert transfer.features_of(model, tiny_data, RECIPE.views).train.on_disk == (budget < 1e9)
+        features = transfer.features_of(model, tiny_data, RECIPE.views).train
+        assert features.on_disk == (budget < 1e9)
+        again = transfer.features_of(model, tiny_data, RECIPE.views).train
+        assert again.array is features.array, "they are computed once"
         fingerprints.append(model.fingerprints())
     assert fingerprints[0] == fingerprints[1]

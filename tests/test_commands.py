@@ -27,6 +27,23 @@ def pictures(tmp_path, tiny_data):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("reason", "decision", "expected"),
+    [
+        ("accepted", "ship", "a.png: ship (correct with probability 99.8%)"),
+        ("low confidence", "OTHER", "a.png: OTHER (low confidence: Stage 1 says ship, correct with probability 99.8%)"),
+        (
+            "out of distribution",
+            "OTHER",
+            "a.png: OTHER (out of distribution: unlike the train images; Stage 1 says ship)",
+        ),
+    ],
+)
+def test_a_line_never_reads_as_certain_of_what_was_rejected(reason, decision, expected):
+    row = {"path": "a.png", "decision": decision, "reason": reason, "confidence": 0.998, "stage1": "ship"}
+    assert commands._line({**row, "error": None}) == expected
+
+
 def test_a_table_has_a_row_for_each_picture(trained_model_path, pictures, tmp_path, tiny_data):
     table = tmp_path / "table.csv"
     assert mscnn.main(["decide", str(trained_model_path), str(pictures), "--csv", str(table)]) == 1, "one is damaged"
@@ -92,6 +109,13 @@ def test_the_card_says_what_the_model_is(trained_model_path, capsys):
     assert np.prod(model.stage1.get_weights()[-1].shape) == len(model.category_names)
     assert f"compact: {NETWORKS['compact'].text}\n" in told and "images      32 × 32 × 3\n" in told
     assert f"each of {len(model.category_names)} Stage 2 CNNs" in told
+    assert "stage2      whole CNNs of 3 blocks (stage2_branch 0)\n" in told
+
+
+def test_the_card_says_how_many_blocks_the_stage_2_cnns_share():
+    model = mscnn.MultiStageCNN(["a", "b"], (32, 32, 3), [128] * 3, [64] * 3, stage2_branch=2)
+    shared = "CNNs that share the first 2 of the 3 blocks of their base network (stage2_branch 2)"
+    assert f"stage2      {shared}\n" in commands.card(model)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -104,4 +128,5 @@ def test_the_card_names_another_network_and_its_size(own):
     told = commands.card(model)
     assert "images      32 × 32 × 3, enlarged by Stage 1 to 48 × 48\n" in told
     assert f"each of 2 Stage 2 {'CNNs' if own else 'heads'} " in told
+    assert f"stage2      {'whole CNNs of' if own else 'heads on the features of Stage 1 (stage2_branch -1)'}" in told
     assert ("a network of one's own" if own else f"efficientnet_lite0: {NETWORKS['efficientnet_lite0'].text}") in told

@@ -1043,12 +1043,16 @@ def test_a_misspelt_data_set_gets_the_nearest():
         load_dataset("fashon_mnist")
 
 
-@pytest.mark.parametrize("name", ["missing.npz", "missing/folder", "README.md"])
+@pytest.mark.parametrize("name", ["missing.npz", "missing/folder", "README.md", "my_photos"])
 def test_a_path_that_leads_nowhere_says_where_it_was_looked_for(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MSCNNError) as error:
         load_dataset(name)
-    assert str(error.value).startswith(f"No image folder or .npz file '{name}': looked in {project_root()}")
+    if name == "my_photos":  # it may be meant as a name, too
+        begins = f"Unknown dataset '{name}', and no such folder in {project_root()} or {tmp_path}: use auto, "
+    else:
+        begins = f"No image folder or .npz file '{name}': looked in {project_root()}"
+    assert str(error.value).startswith(begins)
     assert str(tmp_path) in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import warnings
 from pathlib import Path
 
@@ -151,6 +152,13 @@ def test_history_has_a_row_for_each_stage_that_was_trained():
     assert len(figure.axes[2].lines) == 2 * (2 + 1)  # train and calibration: two categories and their mean
 
 
+def test_a_single_epoch_is_a_point_at_1():
+    figure = mscnn.plot_history({"stage1": run_of(1)})
+    for axis in figure.axes:
+        assert axis.get_xlim() == (0.5, 1.5)
+        assert [line.get_marker() for line in axis.lines] == ["o", "o"]
+
+
 def test_history_without_validation_of_a_category():
     """A category that Stage 1 never predicts has no validation history."""
     partial = {key: values for key, values in run_of(3).items() if not key.startswith("val_")}
@@ -185,6 +193,16 @@ def test_reliability_names_the_calibration_error():
     )
 
 
+def test_reliability_joins_no_bin_of_a_few_images():
+    confidence = np.repeat([0.15, 0.55, 0.95], [2, 10, 30])
+    axis = mscnn.plot_reliability({"both": (confidence, confidence > 0.5)}).axes[0]
+    _, line, dots = axis.lines
+    np.testing.assert_allclose(line.get_xdata(), [0.55, 0.95])
+    assert (line.get_linestyle(), dots.get_linestyle()) == ("-", "None")
+    np.testing.assert_allclose(dots.get_xdata(), [0.15])
+    assert "fewer than 10 images" in axis.get_title()
+
+
 def test_thresholds_draw_coverage_and_accuracy():
     confidence, correct = np.array([0.2, 0.4, 0.6, 0.8]), np.array([False, True, False, True])
     figure = mscnn.plot_thresholds(confidence, correct, [0, 0.5, 0.7, 0.9], marked=0.5, split="calibration")
@@ -210,16 +228,24 @@ def test_retraining_says_what_was_kept():
 def test_gallery_says_what_was_decided_and_what_is_true():
     figure = mscnn.plot_gallery(pictures(2), decisions_of(2), np.array([8, 1]), NAMES, "title")
     assert [axis.get_title() for axis in figure.axes[:2]] == [
-        "OTHER\nairplane? 5.0%\ntrue: ship",
-        "automobile 95.0%\ntrue: automobile",
+        "OTHER (airplane?)\nconfidence 5.0%\ntrue: ship",
+        "automobile\nconfidence 95.0%\ntrue: automobile",
     ]
+
+
+def test_long_names_do_not_run_into_the_next_image():
+    names = ["a name of a folder", "t-shirt and top", *NAMES[2:]]
+    figure = mscnn.plot_gallery(pictures(4), decisions_of(4), np.array([1, 0, 1, 0]), names, "title")
+    rendered(figure)
+    boxes = [axis.title.get_window_extent() for axis in figure.axes[:4]]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)) and boxes[0].x0 >= 0
 
 
 def test_no_confidence_short_of_certainty_is_shown_as_certain():
     decisions = decisions_of(2)._replace(confidence=np.array([0.69999, 0.99996]))
     figure = mscnn.plot_gallery(pictures(2), decisions, np.array([8, 1]), NAMES, "title")
     titles = [axis.get_title() for axis in figure.axes[:2]]
-    assert titles[0].startswith("OTHER\nairplane? 69.9%") and titles[1].startswith("automobile 99.9%")
+    assert "confidence 69.9%" in titles[0] and "confidence 99.9%" in titles[1]
 
 
 def test_select_takes_all_fields_of_some_images():

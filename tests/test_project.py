@@ -68,6 +68,7 @@ class Project:
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
         (folder / "requirements.lock").write_text("numpy==1.26.4\n", "utf-8")
+        (folder / "pyproject.toml").touch()
         self.python = script(folder / "bin" / "python", FAKE_PYTHON)
 
     def command(self, *arguments: str) -> list[str]:
@@ -77,10 +78,11 @@ class Project:
         command, env = self.command(*arguments), clean_environment(**environment)
         return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=60)
 
-    def installs(self) -> int:
-        """How often pip was called so far."""
+    def installs(self, what: str = "-r requirements.lock") -> int:
+        """How often pip has installed something so far."""
         log = self.folder / "log"
-        return log.read_text("utf-8").count("-m pip install") if log.exists() else 0
+        calls = log.read_text("utf-8").splitlines() if log.exists() else []
+        return sum(call.startswith("-m pip install") and call.endswith(what) for call in calls)
 
 
 @pytest.fixture
@@ -102,6 +104,16 @@ def test_environment_is_made_once(project):
     for target in ("env", "test", "run"):
         assert project.make(target).returncode == 0
     assert project.installs() == 1
+
+
+@needs_make
+def test_environment_has_the_command_of_this_folder(project):
+    project.make("env")
+    assert project.installs("--no-deps --no-build-isolation --editable .") == 1
+    assert (project.folder / ".venv/bin/mscnn").exists()
+    os.utime(project.folder / "pyproject.toml", (2**32, 2**32))  # an entry point may have changed
+    project.make("env")
+    assert project.installs("--editable .") == 2 and project.installs() == 1
 
 
 @needs_make

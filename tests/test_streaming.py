@@ -14,7 +14,7 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Recipe, load_dataset
 from mscnn_parts.data import RawData, split_data, train_and_calibration
-from mscnn_parts.on_disk import IndexedImages, joined
+from mscnn_parts.on_disk import IndexedRows, filled, joined
 
 SPLITS = ("train", "calibration", "certification", "test")
 
@@ -53,9 +53,9 @@ def on_disk(folder, no_memory) -> mscnn.Dataset:
 @pytest.fixture
 def reads(monkeypatch) -> list[int]:
     """How many images are read at a time, of each reading."""
-    counts, read = [], IndexedImages.__array__
+    counts, read = [], IndexedRows.__array__
     monkeypatch.setattr(
-        IndexedImages,
+        IndexedRows,
         "__array__",
         lambda self, *given, **named: (counts.append(len(self)), read(self, *given, **named))[1],
     )
@@ -70,14 +70,14 @@ def test_a_folder_without_room_in_memory_is_the_same_data_set(folder, in_memory,
     for name in SPLITS:
         expected, split = getattr(in_memory, name), getattr(data, name)
         assert type(expected.images) is np.ndarray
-        assert isinstance(split.images, IndexedImages)
+        assert isinstance(split.images, IndexedRows)
         assert np.array_equal(split.images, expected.images)
         assert np.array_equal(split.labels, expected.labels)
     assert data.describe() == in_memory.describe()
     assert data.input_shape == in_memory.input_shape
     np.testing.assert_array_equal(data.channel_statistics(), in_memory.channel_statistics())
     light = load_dataset(folder, light_mode=True, seed=1)
-    assert isinstance(light.train.images, IndexedImages)
+    assert isinstance(light.train.images, IndexedRows)
     assert list(no_memory.iterdir()) == [file]
 
 
@@ -151,7 +151,7 @@ def test_half_of_the_free_memory_is_the_limit(folder, monkeypatch):
 def test_what_stands_in_for_an_array_reads_only_what_is_asked_for(reads):
     array = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), np.uint8)
     order = np.random.default_rng(1).permutation(20)
-    images = IndexedImages(array, order)
+    images = IndexedRows(array, order)
     part = images[5:15][np.arange(10) % 2 == 0][[3, 1]]
     assert (len(part), part.shape, part.ndim, part.dtype, part.nbytes) == (2, (2, 4, 4, 3), 4, np.uint8, 96)
     assert np.array_equal(images[7], array[order[7]])
@@ -167,9 +167,39 @@ def test_what_stands_in_for_an_array_reads_only_what_is_asked_for(reads):
     assert np.array_equal(joined(part, images), np.concatenate([part, images]))
 
 
+@pytest.mark.parametrize("in_memory", [0, 1e9])
+def test_features_are_filled_in_from_parts(in_memory, tmp_path):
+    parts = np.split(np.arange(12, dtype=np.float32).reshape(6, 2), [2, 5])
+    array = filled((6, 2), np.float32, parts, in_memory, tmp_path)
+    assert isinstance(array, np.memmap) == (not in_memory)
+    assert np.array_equal(array, np.concatenate(parts))
+    assert ("in memory" if in_memory else "in a temporary file") in repr(IndexedRows(array))
+    wrong = {"5 rows": parts[:2], "8 rows": [*parts, parts[0]], r"\(2, 1\)": [part[:, :1] for part in parts]}
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=f"{message}.*the array is \\(6, 2\\)"):
+            filled((6, 2), np.float32, given, in_memory, tmp_path)
+
+
+def test_features_without_room_on_the_disk_are_refused(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(47))
+    with pytest.raises(MSCNNError, match=r"The features take .* more than the 0\.00 GB that are free.*MSCNN_DATA_DIR"):
+        filled((6, 2), np.float32, [], 0, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_base_network_reads_batches(on_disk, reads):
+    model = mscnn.MultiStageCNN.for_dataset(on_disk, **SMALL)
+    reads.clear()
+    logits = mscnn.stage2_base_logits(model, on_disk.train.images)
+    assert reads == [500, 200]
+    expected = model.stage2_base.predict(np.asarray(on_disk.train.images), verbose=0)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
 def test_train_and_calibration_are_joined_without_reading(on_disk, reads):
     both = train_and_calibration(on_disk)
-    assert isinstance(both.images, IndexedImages)
+    assert isinstance(both.images, IndexedRows)
     assert not reads
     assert len(both) == len(both.images) == len(on_disk.train) + len(on_disk.calibration)
 

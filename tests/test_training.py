@@ -20,7 +20,7 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN, Recipe
 from mscnn_parts.callbacks import EpochLines, RestoreBestWeights
 from mscnn_parts.layers import RANDOM_FLIP, RandomFlipCrop
-from mscnn_parts.optimizers import kernel_matrix
+from mscnn_parts.optimizers import Phase, kernel_matrix
 from mscnn_parts.settings import Settings
 from mscnn_parts.sources import CIFAR10_NAMES
 from mscnn_parts.training import calibration_losses
@@ -43,6 +43,40 @@ def few_images(tiny_data) -> mscnn.Dataset:
 # ------------------------------------------------------------------------------------------------------------
 # Recipe and schedule
 # ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 0, "epochs is 0: it has to be a whole number from 1 on"),
+        ("batch_size", 32.0, "batch_size is 32.0: it has to be a whole number from 1 on"),
+        ("views", 0, "views is 0: it has to be a whole number from 1 on"),
+        ("stage2_base_epochs", -1, "stage2_base_epochs is -1: it has to be a whole number from 0 on"),
+        ("learning_rate", 0, "learning_rate is 0: it has to be a number above 0"),
+        ("stage2_kernel_learning_rate", -1.0, "stage2_kernel_learning_rate is -1.0"),
+        ("stage2_fraction", np.nan, "stage2_fraction is nan: it has to be a number above 0"),
+        ("optimizer_decay", -0.1, "optimizer_decay is -0.1: it has to be a number from 0 on"),
+        ("momentum", 1, "momentum is 1: it is a share, a number from 0 to below 1"),
+        ("warm_up", 23, "warm_up is 23: it is a share, a number from 0 to 1"),
+        ("optimizer", "rmsprop", "optimizer is 'rmsprop': choose among muon, sgd, adam"),
+    ],
+)
+def test_a_recipe_with_which_nothing_can_be_trained_is_refused(name, value, message):
+    with pytest.raises(MSCNNError, match=message):
+        dataclasses.replace(ONE_EPOCH, **{name: value})
+
+
+def test_a_phase_without_epochs_is_refused():
+    with pytest.raises(MSCNNError, match="epochs of a phase is 0"):
+        Phase((), 0, 1e-3)
+
+
+def test_phases_are_trainings_with_rates_of_their_own():
+    recipe = mscnn.default_recipe(500, network="efficientnet_lite0")
+    parts = mscnn.phase_recipes(recipe)
+    assert [(part.epochs, part.optimizer_rate) for part in parts] == [(20, 1e-3), (3, 1e-3), (6, 5e-4)]
+    assert max(np.asarray(mscnn.learning_rate_schedule(parts[2], 100)(np.arange(100)))) == pytest.approx(5e-4, rel=0.05)
+    assert mscnn.phase_recipes(ONE_EPOCH) == [ONE_EPOCH]
 
 
 @pytest.mark.parametrize(
