@@ -222,6 +222,13 @@ def test_no_cell_depends_on_a_loop_that_has_ended(path):
             )
 
 
+@each_notebook
+def test_a_figure_is_shown_once(path):
+    """What a cell leaves open, Jupyter shows below it, beside the one that `save_figure` returns."""
+    for cell in cells(path, "code"):
+        assert cell.source.count("plt.subplots(") <= cell.source.count("plt.close("), cell.id
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The set-up cell
 # ------------------------------------------------------------------------------------------------------------

@@ -884,6 +884,12 @@ def test_the_end_says_what_came_out_and_where_to_look(finished, capsys):
     assert "Confidences are rough: only 39 images" in printed
 
 
+def test_the_end_names_retrained_categories_that_are_numbers(finished, capsys):
+    finished.write("history", retraining={"results": {"4": {"kept": False}, "9": {"kept": True}}})
+    print_result(finished)
+    assert "Retrained: category 4 (rolled back), category 9 (kept).\n" in capsys.readouterr().out
+
+
 def test_confidences_calibrated_on_enough_images_are_not_rough(finished, capsys):
     dataset = finished.read("metrics")["dataset"]
     finished.write("metrics", dataset={**dataset, "sizes": {"calibration": 40, "test": 100}})
