@@ -140,9 +140,9 @@ def test_a_model_that_hides_its_layers_is_refused(untrained_model, tiny_data):
 
 
 def test_the_callback_costs_less_than_a_tenth_of_an_epoch():
-    images, labels = np.repeat(np.repeat(IMAGES, 4, 1), 4, 2), LABELS  # 32 pixels
+    images, labels = np.tile(IMAGES, (2, 4, 4, 1)), np.tile(LABELS, 2)  # 3,594 of 32 pixels
     layers = keras.layers
-    body = [layers.Conv2D(24, 3, padding="same", activation="relu", name=f"block{i}") for i in range(3)]
+    body = [layers.Conv2D(12, 3, padding="same", activation="relu", name=f"block{i}") for i in range(3)]
     network = keras.Sequential([keras.Input((32, 32, 1)), layers.Rescaling(1 / 80, -1), *body, layers.Flatten()])
     network.add(layers.Dense(10))
     network.compile("adam", LOSS)
