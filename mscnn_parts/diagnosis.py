@@ -163,8 +163,9 @@ def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, categ
         accuracy, guessing = (says == (labels == category)).mean(), np.log(2)
     report = Report(network.name, float(batch.loss), float(guessing), float(accuracy), layers, [])
     findings = [
-        *_input_findings(network, batch), *_number_findings(report), *_statistics_findings(network, batch),
-        *_unit_findings(report), *_gradient_findings(report), *_learning_findings(report),
+        *_input_findings(network, batch), *_number_findings(report), *_weight_findings(report),
+        *_statistics_findings(network, batch), *_unit_findings(report), *_gradient_findings(report),
+        *_guessing_findings(report),
     ]  # fmt: skip
     report.findings.extend(findings)
     return report
@@ -295,18 +296,21 @@ def _gradient_findings(report: Report) -> list[Finding]:
     return found
 
 
-def _learning_findings(report: Report) -> list[Finding]:
-    found = []
+def _weight_findings(report: Report) -> list[Finding]:
     heavy = [layer for layer in report.layers if layer.growth > LARGE_WEIGHTS]
-    if heavy:
-        evidence = f"their standard deviation is {heavy[0].growth:.0f} times that of He's initialization"
-        remedy = "The steps were too large: start anew with a tenth of the learning rate, or find it as in notebook 07."
-        found.append(Finding("weights too large", heavy[0].name, evidence, remedy))
-    if report.loss > 0.97 * report.guessing:
-        evidence = f"loss {report.loss:.3g}, guessing has {report.guessing:.3g}"
-        remedy = "Untrained? Else check the labels (check_labels_fit), then the learning rate, up and down."
-        found.append(Finding("no better than guessing", "output", evidence, remedy))
-    return found
+    if not heavy:
+        return []
+    evidence = f"their standard deviation is {heavy[0].growth:.0f} times that of He's initialization"
+    remedy = "The steps were too large: start anew with a tenth of the learning rate, or find it as in notebook 07."
+    return [Finding("weights too large", heavy[0].name, evidence, remedy)]
+
+
+def _guessing_findings(report: Report) -> list[Finding]:
+    if not report.loss > 0.97 * report.guessing:
+        return []
+    evidence = f"loss {report.loss:.3g}, guessing has {report.guessing:.3g}"
+    remedy = "Untrained? Else check the labels (check_labels_fit), then the learning rate, up and down."
+    return [Finding("no better than guessing", "output", evidence, remedy)]
 
 
 # ---- after every epoch
@@ -350,7 +354,7 @@ def plot_diagnosis(report: Report) -> Figure:
     columns = max(3, min(len(layers), 5))
     figure, axes = _axes(1 - (-len(layers) // columns), columns, 2.4, 2.0)
     names, places = [layer.name for layer in layers], np.arange(len(layers))
-    gradients = [layer.gradient.largest if layer.gradient else np.nan for layer in layers]
+    gradients = [np.clip(layer.gradient.largest if layer.gradient else 0, 1e-9, 1e9) for layer in layers]
     relus = [layer for layer in report.layers if layer.units]
     panels = (
         ("largest gradient", names, gradients), ("weights / start", names, [layer.growth for layer in layers]),
