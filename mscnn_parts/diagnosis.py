@@ -48,7 +48,7 @@ class LayerReport(NamedTuple):
 
     name: str
     kind: str
-    gradient: Spread | None  # of its kernel, or of its largest trainable weight
+    gradient: Spread | None  # of its kernel, or of its first trainable weight
     weights: Spread | None
     activation: Spread | None
     histogram: tuple[np.ndarray, np.ndarray] | None  # counts (50,) and edges (51,) of its output: with a kernel only
@@ -154,7 +154,7 @@ def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, categ
     if labels.shape != (len(images),):
         raise MSCNNError(f"labels are {labels.shape} for {len(images)} images: give one integer per image, (B,).")
     check_categories_within(labels, network.output_shape[-1])
-    batch = _run(network, images, labels, category)
+    batch = _run(network, images, labels.astype(np.int64), category)
     layers = [_layer_report(layer, batch) for layer in network.layers if layer.name in batch.outputs]
     if category is None:
         accuracy, guessing = (batch.logits.argmax(axis=1) == labels).mean(), np.log(batch.logits.shape[1])
@@ -182,7 +182,8 @@ def _layer_report(layer: keras.Layer, batch: _Pass) -> LayerReport:
         live = tf.reduce_any(output > 0, axis=list(range(len(output.shape) - 1)))  # (channels,)
         dead, units = int(tf.reduce_sum(tf.cast(~live, tf.int32))), int(live.shape[0])
     if kernel is not None:
-        values, fan_in = sample.numpy(), int(np.prod(kernel.shape[:-1]))
+        depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)  # each output sees a single channel
+        values, fan_in = sample.numpy(), int(np.prod(kernel.shape[: 2 if depthwise else -1]))
         histogram = np.histogram(values[np.isfinite(values)], HISTOGRAM_BINS)
     return LayerReport(
         layer.name, type(layer).__name__, None if gradient is None else _spread(gradient),
@@ -197,7 +198,8 @@ def _is_relu(layer: keras.Layer) -> bool:
 def _sample(output: tf.Tensor) -> tf.Tensor:
     """Some 65,000 values of an output, float32: enough for its spread and shape, and far faster than millions."""
     flat = tf.reshape(output, [-1])
-    return tf.cast(flat[:: -(-len(flat) // SAMPLED_VALUES)], tf.float32)
+    step = -(-len(flat) // SAMPLED_VALUES) | 1  # odd, so that it meets all channels, whose number is mostly even
+    return tf.cast(flat[::step], tf.float32)
 
 
 # ---- findings, causes before their consequences

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError
-from mscnn_parts import data_checks, diagnosis
+from mscnn_parts import data_checks, diagnosis, networks
 from mscnn_parts.callbacks import EpochTimer
 from mscnn_parts.diagnosis import diagnose
 
@@ -120,6 +120,17 @@ def test_stage1_and_a_verifier_are_looked_into_and_stay_as_they_are(trained_mode
         assert report.findings == [] and report.accuracy > 0.8
         for variable, value in zip(network.variables, before, strict=True):
             assert np.array_equal(variable.numpy(), value), variable.path
+
+
+@pytest.mark.parametrize("name", ["classic", "resnet18", "efficientnet_lite0"])
+def test_networks_of_the_zoo_start_in_bounds(name, tiny_data):
+    """With shortcuts, depthwise convolutions, dropout; untrained, they only guess."""
+    keras.utils.set_random_seed(0)
+    statistics = (*tiny_data.channel_statistics(), True, "float32", 32)
+    network = networks.build_network(mscnn.NETWORKS[name], tiny_data.input_shape, 5, *statistics)
+    report = diagnose(network, *tiny_data.train.take(np.arange(16)))
+    assert not report.names & {"weights too large", "input not normalized", "not finite", "exploding gradients"}
+    assert max(layer.growth for layer in report.layers) > 0.3, "kernels are measured by their own fan-in"
 
 
 @pytest.mark.parametrize(
