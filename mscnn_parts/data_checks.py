@@ -127,7 +127,8 @@ def find_duplicates(first: np.ndarray, second: np.ndarray, distance: int = 10, c
 
     Args:
         first, second: uint8 (N, H, W, channels) and (M, H, W, channels).
-        distance: bits of 64 in which the hashes may differ. correlation: least correlation of the pixels.
+        distance: bits of 64 in which the hashes may differ. correlation: least correlation of the pixels; raise it for
+            simple drawings, such as digits, which are alike without being copies.
     """
     # As ±1 the product of two hashes is 64 - 2 x (bits that differ), and a matrix product compares all at once.
     one, other = (2 * dhash(images).astype(np.float32) - 1 for images in (first, second))  # (N, 64), (M, 64)
