@@ -253,7 +253,8 @@ NOTEBOOKS = (
     "04_selective_retraining",
     "05_evaluation_and_cam",
 )
-INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer",)  # they need no other, and leave figures only
+# They need no other, and leave figures only.
+INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer", "08_when_training_goes_wrong")
 OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood", *INDEPENDENT_NOTEBOOKS)
 ALL_NOTEBOOKS = (*NOTEBOOKS, *OPTIONAL_NOTEBOOKS)
 
