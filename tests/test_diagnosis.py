@@ -1,6 +1,7 @@
 """The rooms `diagnosis` and `data_checks`: each broken set-up is named, and a healthy run raises no finding."""
 
 import functools
+import time
 
 import keras
 import numpy as np
@@ -11,7 +12,6 @@ from sklearn.datasets import load_digits
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError
 from mscnn_parts import data_checks, diagnosis, networks
-from mscnn_parts.callbacks import EpochTimer
 from mscnn_parts.diagnosis import diagnose
 
 SEEDS = range(10)
@@ -61,7 +61,7 @@ def trained(setup: str) -> list[diagnosis.Report]:
         network.set_weights(small_cnn(**settings).get_weights())
         for variable in network.optimizer.variables[:1] + network.optimizer.variables[2:]:  # not the learning rate
             variable.assign(np.zeros(variable.shape))
-        network.fit(x, LABELS, 100, epochs=4, verbose=0)
+        network.fit(x[:1200], LABELS[:1200], 75, epochs=4, verbose=0)
         reports.append(diagnose(network, x[:128], LABELS[:128]))
     return reports
 
@@ -111,13 +111,13 @@ def test_a_weight_that_is_not_a_number_is_named():
     assert report.findings[0].name == "not finite" and "tenth" in str(report)
 
 
-def test_stage1_and_a_verifier_are_looked_into_and_stay_as_they_are(trained_model, tiny_data):
+def test_stage1_and_a_verifier_are_looked_into_and_stay_as_they_are(untrained_model, tiny_data):
     images, labels = tiny_data.train.take(np.arange(64))
-    for network, category in ((trained_model.stage1, None), (trained_model.stage2_cnn(2), 2)):
+    for network, category in ((untrained_model.stage1, None), (untrained_model.stage2_cnn(2), 2)):
         before = [variable.numpy() for variable in network.variables]
         report = diagnose(network, images, labels, category)
         assert report.guessing == pytest.approx(np.log(5 if category is None else 2))
-        assert report.findings == [] and report.accuracy > 0.8
+        assert any(layer.gradient and layer.gradient.largest > 0 for layer in report.layers)
         for variable, value in zip(network.variables, before, strict=True):
             assert np.array_equal(variable.numpy(), value), variable.path
 
@@ -157,10 +157,14 @@ def test_the_callback_costs_less_than_a_tenth_of_an_epoch():
     network = keras.Sequential([keras.Input((32, 32, 1)), layers.Rescaling(1 / 80, -1), *body, layers.Flatten()])
     network.add(layers.Dense(10))
     network.compile("adam", LOSS)
-    callback, timer = diagnosis.Diagnosis(images, labels), EpochTimer()
-    network.fit(images, labels, 64, epochs=2, verbose=0, callbacks=[timer, callback])
-    assert min(callback.seconds) < 0.1 * min(timer.seconds)
-    assert len(callback.reports) == 2
+    callback = diagnosis.Diagnosis(images, labels)
+    network.fit(images, labels, 64, verbose=0, callbacks=[callback])
+    begun = time.process_time()  # not by the clock, so that it holds beside other work, too
+    network.fit(images, labels, 64, verbose=0)
+    epoch, begun = time.process_time() - begun, time.process_time()
+    callback.on_epoch_end(1)
+    assert time.process_time() - begun < 0.1 * epoch
+    assert len(callback.reports) == len(callback.seconds) == 2
 
 
 def test_the_callback_tells_a_finding_once(capsys):
@@ -172,9 +176,11 @@ def test_the_callback_tells_a_finding_once(capsys):
 
 def test_the_callback_sees_through_a_trainer(tiny_data, untrained_model):
     callback = diagnosis.Diagnosis(*tiny_data.train)
-    recipe = mscnn.Recipe(epochs=1, batch_size=64)
+    recipe = mscnn.Recipe(epochs=6, batch_size=32)
     mscnn.train_classifier(untrained_model.stage1, tiny_data, recipe, callbacks=[callback])
-    assert callback.reports[0].network == "stage1"
+    last = callback.reports[-1]
+    assert last.network == "stage1" and last.accuracy > 0.7
+    assert last.findings == [], "a healthy Stage 1"
 
 
 def test_the_figure_has_a_histogram_for_each_kernel():
@@ -199,9 +205,9 @@ def test_occlusion_finds_the_only_place_that_counts():
     np.testing.assert_allclose(heat[0], [[0, 250], [0, 0]], atol=1)
 
 
-def test_randomized_weights_keep_the_scaling_only(trained_model, tiny_data):
-    stage1 = trained_model.stage1
-    copy = diagnosis.randomized(stage1)
+def test_randomized_weights_keep_the_scaling_only(untrained_model, tiny_data):
+    stage1 = untrained_model.stage1
+    copy = diagnosis.randomized(stage1, seed=1)
     for name, same in (("whitening", True), ("logits", False)):
         one, other = (network.get_layer(name).get_weights()[0] for network in (stage1, copy))
         assert np.array_equal(one, other) == same
