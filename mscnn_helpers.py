@@ -14,12 +14,12 @@ This module defines the Keras model, `MultiStageCNN`, and hands on what the note
 `mscnn_parts`, in this order, from which each uses only those before it:
 
     zoo · settings · files · checks · quiet
-    on_disk · data · downloads · pictures · sources · decision · thresholds · ood · metrics
+    on_disk · data · downloads · pictures · sources · decision · thresholds · ood · metrics · data_checks
     torch_files · kernels · layers · networks
     inference · model_files
     (this module)
     optimizers · callbacks · fitting · transfer · training · explanation
-    figures · explorer
+    figures · explorer · diagnosis
     run_folder · runs · pages · commands · cli · lab
 
 In comments beside tensors: B images in a batch, N in a split, H × W pixels, C categories.

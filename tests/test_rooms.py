@@ -9,16 +9,16 @@ from conftest import ROOT, SOURCES
 
 FLOORS = """
 zoo settings files checks quiet
-on_disk data downloads pictures sources decision thresholds ood metrics
+on_disk data downloads pictures sources decision thresholds ood metrics data_checks
 torch_files kernels layers networks
 inference model_files
 optimizers callbacks fitting transfer training explanation
-figures explorer
+figures explorer diagnosis
 run_folder runs pages commands cli lab
 """
 ROOMS = FLOORS.split()
 HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}
-HEAVY |= {"explanation", "fitting", "transfer"}  # the rooms that need TensorFlow when they are imported
+HEAVY |= {"explanation", "fitting", "transfer", "diagnosis"}  # the rooms that need TensorFlow when they are imported
 
 
 def path_of(room: str):

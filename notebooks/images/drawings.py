@@ -388,6 +388,25 @@ def certificate() -> None:
     )  # fmt: skip
 
 
+def where_to_look() -> None:
+    rows = (
+        ("loss is not finite", "weights and gradients", "learning rate, input range", RED),
+        ("loss stays at log C", "dead units, then the labels", "learning rate, shuffled labels", RED),
+        ("good while it trains,\npoor on train images after", "stored statistics", "BatchNormalization", ORANGE),
+        ("good on train images,\npoor on others", "labels, number of images", "labels, augmentation", ORANGE),
+        ("good on held-out images,\npoor in use", "copies between splits", "leak, easy negatives", BLUE),
+    )
+    heads = zip((124, 378, 628), ("symptom", "look first at", "usual cause"), strict=True)
+    parts = [text(x, 28, words, 16, bold=True) for x, words in heads]
+    for r, (symptom, look, cause, color) in enumerate(rows):
+        y = 50 + 62 * r
+        parts.append(box(20, y, 208, 52, color) + text(124, y + 26 - 9 * symptom.count("\n"), symptom, 14))
+        parts.append(arrow((230, y + 26), (266, y + 26)) + box(270, y, 216, 52, GREY) + text(378, y + 26, look, 14))
+        parts.append(arrow((488, y + 26), (518, y + 26)) + box(522, y, 218, 52, GREEN) + text(631, y + 26, cause, 14))
+    spoken = ". ".join(f"{symptom}: {look}; {cause}".replace("\n", " ") for symptom, look, cause, _ in rows)
+    save("where_to_look", "From the symptom to the first place to look", f"{spoken}.", 374, *parts)
+
+
 def colab_badge() -> None:
     """A badge that is there offline, too."""
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="118" height="22" role="img"><title>Open in Colab</title>'
@@ -400,5 +419,5 @@ def colab_badge() -> None:
 
 if __name__ == "__main__":
     for draw in (two_stages, splits, stage1_network, stage2_copies, verifier_batch, frozen_and_free,
-                 risk_coverage_eight, certificate, colab_badge):  # fmt: skip
+                 risk_coverage_eight, certificate, where_to_look, colab_badge):  # fmt: skip
         draw()

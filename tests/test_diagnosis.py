@@ -1,0 +1,344 @@
+"""The rooms `diagnosis` and `data_checks`: each broken set-up is named, and a healthy run raises no finding."""
+
+import functools
+import time
+
+import keras
+import numpy as np
+import pytest
+from conftest import TINY_NAMES, tiny_images
+from sklearn.datasets import load_digits
+
+import mscnn_helpers as mscnn
+from mscnn_helpers import MSCNNError
+from mscnn_parts import data_checks, diagnosis, networks
+from mscnn_parts.diagnosis import diagnose
+
+SEEDS = range(10)
+IMAGES, LABELS = load_digits(return_X_y=True)
+IMAGES = (IMAGES.reshape(-1, 8, 8, 1) / 16 * 255).astype(np.uint8)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def small_cnn(normalized: bool = True, momentum: float = 0.0, bias: float = 0.0) -> keras.Model:
+    """Digits (B, 8, 8, 1) -> logits (B, 10); momentum: of BatchNormalization, 0: without it."""
+    layers = keras.layers
+    x = inputs = keras.Input((8, 8, 1))
+    x = layers.Rescaling(1 / 80, -1)(x) if normalized else x
+    for block in (1, 2):
+        x = layers.Conv2D(16, 3, padding="same", bias_initializer=keras.initializers.Constant(bias))(x)
+        x = layers.BatchNormalization(momentum=momentum)(x) if momentum else x
+        x = layers.ReLU(name=f"block{block}")(x)
+        x = layers.MaxPooling2D(2)(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(layers.Flatten()(x)), name="small")
+
+
+SETUPS = {  # network, learning rate
+    "healthy": ({}, 5e-3),
+    "healthy with BatchNormalization": ({"momentum": 0.9}, 5e-3),
+    "learning rate 100 times too large": ({}, 0.5),
+    "images not normalized": ({"normalized": False}, 5e-3),
+    "statistics frozen": ({"momentum": 1.0}, 5e-3),
+    "dead ReLU": ({"bias": -10.0}, 5e-3),
+}
+EXPECTED = {
+    "learning rate 100 times too large": "weights too large",
+    "images not normalized": "input not normalized",
+    "statistics frozen": "statistics do not fit",
+    "dead ReLU": "dead units",
+}
+
+
+@functools.cache
+def trained(setup: str) -> list[diagnosis.Report]:
+    """Reports of one set-up on train images, a seed each; the graph of the training is traced once."""
+    settings, rate = SETUPS[setup]
+    network = small_cnn(**settings)
+    network.compile(keras.optimizers.Adam(rate), LOSS)
+    reports, x = [], IMAGES.astype(np.float32)
+    for seed in SEEDS if setup == "healthy" else range(3):
+        keras.utils.set_random_seed(seed)
+        network.set_weights(small_cnn(**settings).get_weights())
+        for variable in network.optimizer.variables[:1] + network.optimizer.variables[2:]:  # not the learning rate
+            variable.assign(np.zeros(variable.shape))
+        network.fit(x[:1200], LABELS[:1200], 75, epochs=4, verbose=0)
+        reports.append(diagnose(network, x[:128], LABELS[:128]))
+    return reports
+
+
+@pytest.mark.parametrize("setup", ["healthy", "healthy with BatchNormalization"])
+def test_a_healthy_run_raises_no_finding(setup):
+    for report in trained(setup):
+        assert report.findings == [], str(report)
+        assert report.accuracy > 0.8, "it has learned"
+
+
+@pytest.mark.parametrize("setup", EXPECTED)
+def test_a_broken_set_up_is_named(setup):
+    for report in trained(setup):
+        assert EXPECTED[setup] in report.names, str(report)
+
+
+# ---- what else `diagnose` says
+
+
+def test_the_report_reads_well():
+    text = str(trained("dead ReLU")[0])
+    assert "! dead units, block1: 16 of 16 units are 0 on the whole batch" in text and "smaller learning rate" in text
+    assert "No findings." in str(trained("healthy")[0])
+
+
+def test_histograms_have_fifty_bins_and_hold_the_output():
+    layers = [layer for layer in trained("healthy")[0].layers if layer.histogram]
+    assert [layer.kind for layer in layers] == ["Conv2D", "Conv2D", "Dense"]
+    counts, edges = layers[-1].histogram
+    assert (len(counts), len(edges), counts.sum()) == (50, 51, 128 * 10)
+
+
+@pytest.mark.parametrize(("scale", "name"), [(1e-5, "vanishing gradients"), (1e3, "exploding gradients")])
+def test_gradients_out_of_bounds_are_named(scale, name):
+    network = small_cnn()
+    for layer in network.layers:
+        layer.set_weights([scale * weight for weight in layer.get_weights()])
+    assert name in diagnose(network, IMAGES[:64], LABELS[:64]).names
+
+
+def test_a_weight_that_is_not_a_number_is_named():
+    network = small_cnn()
+    kernel = network.layers[-1].kernel
+    kernel.assign(kernel.numpy() * np.where(np.arange(10) == 3, np.nan, 1))
+    report = diagnose(network, IMAGES[:64], LABELS[:64])
+    assert report.findings[0].name == "not finite" and "tenth" in str(report)
+
+
+def test_stage1_and_a_verifier_are_looked_into_and_stay_as_they_are(untrained_model, tiny_data):
+    images, labels = tiny_data.train.take(np.arange(64))
+    for network, category in ((untrained_model.stage1, None), (untrained_model.stage2_cnn(2), 2)):
+        before = [variable.numpy() for variable in network.variables]
+        report = diagnose(network, images, labels, category)
+        assert report.guessing == pytest.approx(np.log(5 if category is None else 2))
+        assert any(layer.gradient and layer.gradient.largest > 0 for layer in report.layers)
+        for variable, value in zip(network.variables, before, strict=True):
+            assert np.array_equal(variable.numpy(), value), variable.path
+
+
+@pytest.mark.parametrize("name", ["classic", "resnet18", "efficientnet_lite0"])
+def test_networks_of_the_zoo_start_in_bounds(name, tiny_data):
+    """With shortcuts, depthwise convolutions, dropout; untrained, they only guess."""
+    keras.utils.set_random_seed(0)
+    statistics = (*tiny_data.channel_statistics(), True, "float32", 32)
+    network = networks.build_network(mscnn.NETWORKS[name], tiny_data.input_shape, 5, *statistics)
+    report = diagnose(network, *tiny_data.train.take(np.arange(16)))
+    assert not report.names & {"weights too large", "input not normalized", "not finite", "exploding gradients"}
+    assert max(layer.growth for layer in report.layers) > 0.3, "kernels are measured by their own fan-in"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(np.eye(10)[LABELS], "one integer per image"), (LABELS + 1, "use integers from 0 to 9")],
+)
+def test_labels_of_another_form_are_refused(labels, message):
+    with pytest.raises(MSCNNError, match=message):
+        diagnose(small_cnn(), IMAGES[:64], labels[:64])
+
+
+def test_a_model_that_hides_its_layers_is_refused(untrained_model, tiny_data):
+    with pytest.raises(MSCNNError, match=r"diagnose its parts, such as \.stage1"):
+        diagnose(untrained_model, tiny_data.train.images[:8], tiny_data.train.labels[:8])
+
+
+# ---- the callback and the figure
+
+
+def test_the_callback_costs_less_than_a_tenth_of_an_epoch():
+    images, labels = np.tile(IMAGES, (2, 4, 4, 1)), np.tile(LABELS, 2)  # 3,594 of 32 pixels
+    layers = keras.layers
+    body = [layers.Conv2D(12, 3, padding="same", activation="relu", name=f"block{i}") for i in range(3)]
+    network = keras.Sequential([keras.Input((32, 32, 1)), layers.Rescaling(1 / 80, -1), *body, layers.Flatten()])
+    network.add(layers.Dense(10))
+    network.compile("adam", LOSS)
+    callback = diagnosis.Diagnosis(images, labels)
+    network.fit(images, labels, 64, verbose=0, callbacks=[callback])
+    begun = time.process_time()  # not by the clock, so that it holds beside other work, too
+    network.fit(images, labels, 64, verbose=0)
+    epoch, begun = time.process_time() - begun, time.process_time()
+    callback.on_epoch_end(1)
+    assert time.process_time() - begun < 0.1 * epoch
+    assert len(callback.reports) == len(callback.seconds) == 2
+
+
+def test_the_callback_tells_a_finding_once(capsys):
+    network = small_cnn(bias=-10.0)
+    network.compile("adam", LOSS)
+    network.fit(IMAGES, LABELS, 500, epochs=2, verbose=0, callbacks=[diagnosis.Diagnosis(IMAGES, LABELS)])
+    assert capsys.readouterr().out.count("! dead units") == 1
+
+
+def test_the_callback_sees_through_a_trainer(tiny_data, untrained_model):
+    callback = diagnosis.Diagnosis(*tiny_data.train)
+    recipe = mscnn.Recipe(epochs=6, batch_size=32)
+    mscnn.train_classifier(untrained_model.stage1, tiny_data, recipe, callbacks=[callback])
+    last = callback.reports[-1]
+    assert last.network == "stage1" and last.accuracy > 0.7
+    assert last.findings == [], "a healthy Stage 1"
+
+
+def test_the_figure_has_a_histogram_for_each_kernel():
+    figure = diagnosis.plot_diagnosis(trained("healthy")[0])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert sum(title.endswith(": output") for title in titles) == 3
+    assert titles[:3] == ["largest gradient", "weights / start", "dead share"]
+
+
+# ---- explanations
+
+
+def test_occlusion_finds_the_only_place_that_counts():
+    network = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    kernel = np.zeros((16, 16, 2), np.float32)
+    kernel[2, 13, 1] = 1  # one pixel of the upper right quarter
+    network.set_weights([kernel.reshape(256, 2), np.zeros(2)])
+    image = np.zeros((1, 16, 16, 1), np.uint8)
+    image[0, 2, 13] = 250
+    heat = diagnosis.occlusion(network, image, lambda logits: logits[:, 1], size=8, stride=8)
+    assert heat.shape == (1, 2, 2)
+    np.testing.assert_allclose(heat[0], [[0, 250], [0, 0]], atol=1)
+
+
+def test_randomized_weights_keep_the_scaling_only(untrained_model, tiny_data):
+    stage1 = untrained_model.stage1
+    copy = diagnosis.randomized(stage1, seed=1)
+    for name, same in (("whitening", True), ("logits", False)):
+        one, other = (network.get_layer(name).get_weights()[0] for network in (stage1, copy))
+        assert np.array_equal(one, other) == same
+    assert copy(tiny_data.test.images[:2]).shape == (2, 5)
+
+
+# ---- data: form
+
+
+def test_healthy_data_raises_no_finding():
+    for seed in SEEDS:
+        labels = np.arange(200) % len(TINY_NAMES)
+        images = tiny_images(labels, 10 + seed)
+        found = data_checks.check_images(images) + data_checks.check_labels(labels, len(TINY_NAMES))
+        found += data_checks.check_leak(images, tiny_images(labels, 100 + seed))
+        assert found == []
+    assert data_checks.findings_text([]) == "No findings."
+
+
+def test_a_whole_data_set_is_checked(tiny_data):
+    assert data_checks.check_data(tiny_data) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "name", "remedy"),
+    [
+        (IMAGES / 255, "value range", "255"),
+        ((IMAGES / 255).astype(np.uint8), "value range", "cast before"),
+        (
+            np.where(np.arange(len(IMAGES))[:, None, None, None] == 7, 9, IMAGES).astype(np.uint8),
+            "empty images",
+            "Look",
+        ),
+    ],
+)
+def test_images_of_another_range_are_named(images, name, remedy):
+    finding = data_checks.check_images(images)[0]
+    assert finding.name == name and remedy in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        (np.eye(10)[LABELS], "one-hot labels"),
+        (LABELS.astype(float), "label type"),
+        (LABELS + 1, "shifted labels"),
+        (LABELS + 10 * (LABELS == 3), "label range"),
+        (np.where(LABELS == 3, 4, LABELS), "missing categories"),
+        (LABELS[(LABELS != 3) | (np.arange(len(LABELS)) < 300)], "class balance"),
+    ],
+)
+def test_labels_of_another_form_are_named(labels, name):
+    assert [finding.name for finding in data_checks.check_labels(labels, 10)] == [name]
+
+
+# ---- data: duplicates
+
+
+def test_a_leak_is_named_however_the_copies_were_changed():
+    for seed in SEEDS:
+        labels = np.arange(200) % len(TINY_NAMES)
+        train, test = tiny_images(labels, seed), tiny_images(labels, 100 + seed)
+        rng = np.random.default_rng(seed)
+        brighter = np.clip(train[[5]] * 1.1 + 8, 0, 255).astype(np.uint8)
+        noisy = np.clip(train[[6]] + rng.normal(0, 4, train[[6]].shape), 0, 255).astype(np.uint8)
+        leaky = np.concatenate([test, train[[4]], brighter, noisy])
+        (finding,) = data_checks.check_leak(train, leaky)
+        assert finding.name == "leak" and "3 of 203 test images" in finding.evidence
+        found = data_checks.find_duplicates(train, leaky)
+        assert {tuple(pair) for pair in found.pairs} == {(4, 200), (5, 201), (6, 202)}
+        assert found.exact.tolist() == [True, False, False]
+
+
+def test_the_hash_is_one_of_brightness_not_of_size():
+    image = tiny_images(np.zeros(1, int), 0)
+    large = np.repeat(np.repeat(image, 2, 1), 2, 2)
+    hashes = data_checks.dhash(image)
+    assert hashes.shape == (1, 64) and hashes.dtype == bool
+    assert (data_checks.dhash(large) != hashes).sum() <= 10, "the distance that find_duplicates allows"
+    assert data_checks.dhash(IMAGES[:3]).shape == (3, 64), "images smaller than the thumbnail"
+
+
+# ---- data: labels against images
+
+
+@functools.cache
+def probability_for(shuffled: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    chosen = np.random.default_rng(seed).permutation(len(IMAGES))[:400]
+    labels = LABELS[chosen]
+    labels = np.random.default_rng(seed).permutation(labels) if shuffled else labels
+    return labels, data_checks.cross_validated(data_checks.pixel_features(IMAGES[chosen]), labels, 3, seed)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_labels_that_were_shuffled_are_named(shuffled):
+    for seed in SEEDS:
+        found = data_checks.check_labels_fit(*probability_for(shuffled, seed))
+        assert [finding.name for finding in found] == ["labels do not fit the images"] * shuffled
+
+
+def test_suspects_by_the_definition():
+    probability = np.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]])
+    labels = np.array([0, 0, 0, 1, 1])
+    # The thresholds are the means 0.6 and 0.75: image 2 reaches that of category 1; image 3 reaches none.
+    assert data_checks.suspected_label_errors(labels, probability).tolist() == [2]
+
+
+def test_planted_label_errors_are_found():
+    rng = np.random.default_rng(0)
+    planted = rng.choice(len(LABELS), 50, replace=False)
+    labels = LABELS.copy()
+    labels[planted] = (labels[planted] + rng.integers(1, 10, 50)) % 10
+    probability = data_checks.cross_validated(data_checks.pixel_features(IMAGES), labels, 3)
+    suspects = data_checks.suspected_label_errors(labels, probability)
+    assert len(set(planted) & set(suspects)) >= 35
+    assert len(set(suspects[:40]) & set(planted)) >= 33, "the most suspicious come first"
+
+
+def test_a_category_too_small_to_divide_is_told():
+    with pytest.raises(MSCNNError, match="5 folds need 5 or more"):
+        data_checks.cross_validated(np.zeros((20, 3)), np.repeat([0, 1], [18, 2]))
+
+
+# ---- data: negatives
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_verifier_s_random_negatives_are_named(hard):
+    for seed in SEEDS:
+        labels, probability = probability_for(False, seed)
+        own = probability[:, 3] if hard else np.zeros(len(labels))
+        order = mscnn.sample_hard_negatives(labels, own, 3, 400, np.random.default_rng(seed))
+        found = data_checks.check_negatives(labels, probability[:, 3], 3, order)
+        assert [finding.name for finding in found] == ([] if hard else ["easy negatives"])
