@@ -307,7 +307,7 @@ def augmented(layer: keras.layers.Layer, images: tf.Tensor, targets: tf.Tensor) 
     if isinstance(layer, keras.layers.MixUp):
         mixed = layer({"images": images, "labels": targets}, training=True)
         return mixed["images"], mixed["labels"]
-    return layer(images, training=True), targets
+    return tf.ensure_shape(layer(images, training=True), images.shape), targets  # for graphs, some layers lose it
 
 
 # ---- the input pipeline and the machine
