@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """How a network is trained; rate 0 asks the learning rate finder."""
 
     optimizer: str = "Nesterov"
-    rate: float = 0.2
+    rate: float = 0.06
     schedule: str = "our triangle"
     augmentation: str = "recipe"
     dropout: float = 0.0
