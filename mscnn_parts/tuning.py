@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -190,11 +191,7 @@ def optimizers(recipe: Recipe) -> dict[str, Callable[[Any], keras.optimizers.Opt
 
 @serializable
 class CyclicRate(keras.optimizers.schedules.LearningRateSchedule):
-    """Rises and falls in straight lines between two rates, again and again. Source: Smith 2017.
-
-    Args:
-        low, high: the rates. period: steps up and down again.
-    """
+    """Rises and falls in straight lines between two rates, in `period` steps, again and again. Source: Smith 2017."""
 
     def __init__(self, low: float, high: float, period: int):
         self.low, self.high, self.period = low, high, period
@@ -275,7 +272,8 @@ class Sometimes(keras.layers.Layer):
 def augmentations(size: int, channels: int = 3, seed: int = 0) -> dict[str, keras.layers.Layer]:
     """Layers that augment batches of images (B, size, size, channels) of 0 to 255 while they train.
 
-    All are Keras' own but "pad and crop": `keras.layers.RandomCrop` cuts all images of a batch at the same place.
+    All are Keras' own but "pad and crop": `keras.layers.RandomCrop` cuts all images of a batch at the same place. A
+    saturation of 0.5 changes nothing, 0 is gray: so 0.2 alone, from which Keras makes 0 to 0.2, would take the color.
 
     Raises:
         MSCNNError: Keras is older than 3.10 and lacks some of them.
@@ -286,7 +284,11 @@ def augmentations(size: int, channels: int = 3, seed: int = 0) -> dict[str, kera
             f"Keras {keras.__version__} lacks RandomGaussianBlur and RandomErasing: install 3.10 or newer."
         )
     scale = {"value_range": (0, 255), "seed": seed}
-    color = {"brightness_factor": 0.2, "contrast_factor": 0.2, "saturation_factor": 0.2 if channels == 3 else None}
+    color = {
+        "brightness_factor": 0.2,
+        "contrast_factor": 0.2,
+        "saturation_factor": (0.4, 0.6) if channels == 3 else None,
+    }
     blur = {"kernel_size": 11, "sigma": (0.1, 2.0), **scale}
     return {
         "flip": kinds.RandomFlip("horizontal", seed=seed),
@@ -297,7 +299,7 @@ def augmentations(size: int, channels: int = 3, seed: int = 0) -> dict[str, kera
         "blur": kinds.RandomGaussianBlur((1.0, 1.0), **blur),
         "blur, half": Sometimes(kinds.RandomGaussianBlur((1.0, 1.0), **blur), 0.5, seed),
         "mixup": kinds.MixUp(0.2, seed=seed),
-        "cutout": kinds.RandomErasing((1.0, 1.0), scale=(0.3, 0.3), fill_value=128.0, **scale),
+        "cutout": kinds.RandomErasing((1.0, 1.0), scale=(1 / 16, 1 / 16), fill_value=128.0, **scale),
     }
 
 
@@ -410,7 +412,9 @@ def open_study(path: str | Path, seed: int = 0, warm_up: int = 4) -> optuna.Stud
         MSCNNError: Optuna is not installed.
     """
     try:
-        import optuna
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets it asks for them
+            import optuna
     except ImportError as error:
         raise MSCNNError('Optuna is not installed: pip install ".[tuning]", then run this again.') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)

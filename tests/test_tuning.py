@@ -336,3 +336,12 @@ def test_a_hopeless_trial_is_pruned(tmp_path):
     tuning.run_trials(study, objective, 4)
     assert study.trials[3].state == optuna.trial.TrialState.PRUNED
     assert epochs.count(3) < 4 and epochs.count(2) == 4
+
+
+def test_color_changes_little_and_cutout_a_sixteenth():
+    images = np.full((200, 32, 32, 3), (200.0, 120.0, 60.0), np.float32)
+    layers, targets = tuning.augmentations(32), np.zeros((200, 2), np.float32)
+    seen = tuning.augmented(layers["color 0.2"], images, targets)[0].numpy()
+    assert np.median(seen[..., 0] - seen[..., 2]) > 70, "red stays red: 0.2 of saturation is not gray"
+    erased = (tuning.augmented(layers["cutout"], images, targets)[0].numpy() == 128).all(axis=3).mean(axis=(1, 2))
+    np.testing.assert_allclose(erased, 1 / 16, atol=0.02)
