@@ -165,7 +165,8 @@ def plot_range_tests(tests: dict[str, RangeTest]) -> Figure:
         axis.semilogx(test.rates, test.smoothed, color="C0", label="smoothed")
         axis.axvline(test.suggestion, color="C3", linestyle=":", label=f"suggestion {test.suggestion:.1e}")
         axis.set(xlabel="learning rate", ylabel="loss of the batch", title=title)
-        axis.set_ylim(0.8 * test.smoothed.min(), 2 * test.smoothed[0] - 0.8 * test.smoothed.min())
+        least, span = test.smoothed.min(), max(np.ptp(test.smoothed[: test.smoothed.argmin() + 1]), 0.05)
+        axis.set_ylim(least - 0.5 * span, least + 2 * span)  # what diverges leaves the picture
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=9)
     return figure
@@ -227,22 +228,12 @@ class LogLearningRate(keras.callbacks.Callback):
 
 
 class CountedEarlyStopping(keras.callbacks.EarlyStopping):
-    """Keras' early stopping, which says each epoch how long it has been waiting.
-
-    Args:
-        show: what is done with the line; the others are those of `keras.callbacks.EarlyStopping`.
-    """
-
-    def __init__(self, *args, show: Callable[[str], object] = print, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.show = show
+    """Keras' early stopping, which prints each epoch how long it has been waiting."""
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         value = f"epoch {epoch + 1}: {self.monitor} {self.get_monitor_value(logs):.3f}"
-        self.show(
-            f"{value}, no improvement for {self.wait} of {self.patience} epochs" if self.wait else f"{value}, best"
-        )
+        print(f"{value}, no improvement for {self.wait} of {self.patience} epochs" if self.wait else f"{value}, best")
 
 
 # ---- augmentation
@@ -309,7 +300,8 @@ def augmented(layer: keras.layers.Layer, images: tf.Tensor, targets: tf.Tensor) 
     if isinstance(layer, keras.layers.MixUp):
         mixed = layer({"images": images, "labels": targets}, training=True)
         return mixed["images"], mixed["labels"]
-    return tf.ensure_shape(layer(images, training=True), images.shape), targets  # for graphs, some layers lose it
+    seen = tf.clip_by_value(layer(images, training=True), 0, 255)  # color may leave the range
+    return tf.ensure_shape(seen, images.shape), targets  # in a graph some layers lose it
 
 
 # ---- the input pipeline and the machine

@@ -195,15 +195,15 @@ def test_the_learning_rate_is_in_the_history(stage1):
     np.testing.assert_allclose(history["learning_rate"], [0.1, 0.01], rtol=1e-5)
 
 
-def test_early_stopping_counts():
-    lines = []
-    stopping = tuning.CountedEarlyStopping(monitor="val_loss", patience=2, show=lines.append)
+def test_early_stopping_counts(capsys):
+    stopping = tuning.CountedEarlyStopping(monitor="val_loss", patience=2)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     stopping.set_model(model)
     stopping.on_train_begin()
     for epoch, loss in enumerate([3.0, 1.0, 2.0, 2.0]):
         stopping.on_epoch_end(epoch, {"val_loss": loss})
+    lines = capsys.readouterr().out.splitlines()
     assert ["best" in line for line in lines] == [True, True, False, False]
     assert "1 of 2" in lines[2] and "2 of 2" in lines[3] and model.stop_training
 
