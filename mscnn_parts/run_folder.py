@@ -253,7 +253,7 @@ NOTEBOOKS = (
     "04_selective_retraining",
     "05_evaluation_and_cam",
 )
-INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer", "07_craft_of_training")  # they need no other, and leave figures only
+INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer", "07_craft_of_training")  # they need no other notebook
 OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood", *INDEPENDENT_NOTEBOOKS)
 ALL_NOTEBOOKS = (*NOTEBOOKS, *OPTIONAL_NOTEBOOKS)
 
