@@ -139,6 +139,8 @@ def compiled(row: Row, network: keras.Model, batches: tf.data.Dataset, steps: in
     optimizer = make(rate if plateau else tuning.schedules(rate, steps)[row.schedule])
     if row.weight_decay:  # of kernels; Keras takes learning rate x weight decay of each weight away
         optimizer.weight_decay = row.weight_decay
+    if row.policy == "mixed_float16":  # Keras does it by itself only where this is the global policy
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     network.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     return rate
 
@@ -224,9 +226,9 @@ def augmentation_speed(form: Form) -> dict[str, list[float]]:
 
 def step_task(row: Row, data: mscnn.Dataset, images: np.ndarray, targets: np.ndarray) -> Callable[[], Timed]:
     """A task that takes training steps on all images, and times what is behind its graph's tracing."""
-    network = network_for(row, data, 0)
-    network.compile(tuning.optimizers(mscnn.Recipe(1, BATCH))[row.optimizer](0.01),
-                    keras.losses.CategoricalCrossentropy(from_logits=True), jit_compile=False)  # fmt: skip
+    network, optimizer = network_for(row, data, 0), tuning.optimizers(mscnn.Recipe(1, BATCH))[row.optimizer](0.01)
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer) if row.policy == "mixed_float16" else optimizer
+    network.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True), jit_compile=False)
 
     def task() -> Timed:
         begun = time.perf_counter()
@@ -361,7 +363,7 @@ def jobs(form: Form) -> list[tuple[str, str, int, Callable[[], dict]]]:
         if seed == form.seeds[0]:
             found += [("measurements", name, -1, lambda measure=measure: {"figures": measure(form)})
                       for name, measure in MEASUREMENTS.items()]  # fmt: skip
-    return found
+    return sorted(found, key=lambda job: job[1].startswith("mixed"))  # these are slow where the processor lacks AMX
 
 
 def place_of(figures: dict, kind: str, name: str, seed: int) -> tuple[dict, str]:
