@@ -363,7 +363,8 @@ def jobs(form: Form) -> list[tuple[str, str, int, Callable[[], dict]]]:
         if seed == form.seeds[0]:
             found += [("measurements", name, -1, lambda measure=measure: {"figures": measure(form)})
                       for name, measure in MEASUREMENTS.items()]  # fmt: skip
-    return sorted(found, key=lambda job: job[1].startswith("mixed"))  # these are slow where the processor lacks AMX
+    # What takes minutes comes last: ensembles, and half precision where the processor lacks AMX.
+    return sorted(found, key=lambda job: (job[1].startswith("mixed"), job[0] == "ensembles"))
 
 
 def place_of(figures: dict, kind: str, name: str, seed: int) -> tuple[dict, str]:
