@@ -60,10 +60,10 @@ AUGMENTATIONS = (
 )
 GROUPS: dict[str, dict[str, Row]] = {
     "the base": {"the base": BASE},
+    "augmentation": {"none": Row(augmentation="none"), **{name: Row(augmentation=name) for name in AUGMENTATIONS}},
     "optimizers": {name: Row(name, 0) for name in tuning.optimizers(mscnn.Recipe(1, BATCH))},
     "schedules": {name: Row(schedule=name)
                   for name in ("constant", "steps", "cosine", "one-cycle", "cyclic", "on plateau")},
-    "augmentation": {"none": Row(augmentation="none"), **{name: Row(augmentation=name) for name in AUGMENTATIONS}},
     "regularization": {
         "dropout 0.3": Row(dropout=0.3), "dropout 0.5": Row(dropout=0.5),
         "weight decay 0.0005": Row(weight_decay=5e-4), "weight decay 0.005": Row(weight_decay=5e-3),
