@@ -31,7 +31,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-notebooks test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood bench-networks lint format lock badges site clean distclean
+.PHONY: help env run lab test test-notebooks test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood bench-craft bench-networks lint format lock badges site clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
