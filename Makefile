@@ -33,7 +33,7 @@ RUN := $(firstword $(PYTHON))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env run lab test test-notebooks test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood bench-networks lint format lock badges site clean distclean
+.PHONY: help env run lab test test-notebooks test-slow bench-quality bench-speed bench-ablations bench-selective bench-verifiers bench-ood bench-craft bench-networks lint format lock badges site clean distclean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +87,9 @@ bench-verifiers: env ## Measure which verifier is worth having: over an hour; BE
 
 bench-ood: env ## Measure what becomes of images that show no category: after bench-quality; BENCH=--quick
 	@$(RUN) benchmarks/ood.py $(BENCH)
+
+bench-craft: env ## Measure what notebook 07 compares: 40 minutes; BENCH=--quick
+	@$(RUN) benchmarks/craft.py $(BENCH)
 
 bench-networks: env ## Measure one of Stage 1's networks: BENCH='--row "MNIST, mnist_bn"'
 	@$(RUN) benchmarks/networks.py $(BENCH)

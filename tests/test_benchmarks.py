@@ -9,6 +9,7 @@ import time
 
 import ablations
 import common
+import craft
 import keras
 import networks
 import numpy as np
@@ -83,12 +84,32 @@ def test_results_are_made_from_the_figures():
         "quality": quality.table, "speed": speed.section, "ablations": ablations.table,
         "selective": selective.table, "ood": ood.table, "verifiers": verifiers.table,
         "branches": functools.partial(verifiers.table, branches=True), "networks": networks.table,
+        "craft": craft.section,
     }  # fmt: skip
     for name, make in sections.items():
         figures = common.read_json(name, None)
         assert figures is None or make(figures).strip() in text
     assert "## Quality" in text
     assert targets.table(targets.read_measured()).strip() in text
+
+
+def test_a_row_of_craft_is_compared_with_the_base_of_the_same_seed():
+    def run(accuracy: float, aurc: float) -> dict:
+        return {"accuracy": accuracy, "aurc": aurc, "train": {"rate": 0.06}}
+
+    rows = {"the base": {"0": run(0.5, 0.2), "1": run(0.6, 0.1)}, "flip": {"1": run(0.63, 0.05), "2": run(0.9, 0.01)}}
+    assert craft.row_line("flip", rows) == ["flip", "1", "0.06", "63.0%", "+3.0", "0.050", "-50%"]
+    assert craft.row_line("mixup", rows) == []
+
+
+def test_craft_measures_everything_once_and_its_ends_have_a_place():
+    jobs, figures = craft.jobs(craft.FULL), {"rows": {}, "ensembles": {}, "measurements": {}}
+    for kind, name, seed, _ in jobs:
+        part, key = craft.place_of(figures, kind, name, seed)
+        assert key not in part
+        part[key] = {}
+    assert set(figures["rows"]) == set(craft.ROWS) and set(figures["measurements"]) == set(craft.MEASUREMENTS)
+    assert all(set(seeds) == {"0", "1", "2"} for seeds in [*figures["rows"].values(), figures["ensembles"]])
 
 
 def test_shares_that_become_other():
@@ -472,6 +493,15 @@ def test_the_quick_form_measures_everything(tmp_path, monkeypatch):
     figures = quick_figures(speed, tmp_path, monkeypatch)
     assert list(figures) == list(speed.MEASURES)
     assert abs(np.mean(figures["control"]["results"]["accuracies"]) - 0.1) < 0.037
+
+
+@pytest.mark.slow
+def test_the_quick_form_of_craft_leaves_the_figures_as_they_are(monkeypatch, capsys):
+    before = (ROOT / "benchmarks/craft.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["craft.py", "--quick"])
+    craft.main()
+    assert (ROOT / "benchmarks/craft.json").read_bytes() == before
+    assert "mixed_float16" in capsys.readouterr().out
 
 
 @pytest.mark.slow

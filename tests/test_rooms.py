@@ -15,10 +15,11 @@ inference model_files
 optimizers callbacks fitting transfer training explanation
 figures explorer diagnosis
 run_folder runs pages commands cli lab
+tuning
 """
 ROOMS = FLOORS.split()
 HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}
-HEAVY |= {"explanation", "fitting", "transfer", "diagnosis"}  # the rooms that need TensorFlow when they are imported
+HEAVY |= {"explanation", "fitting", "transfer", "diagnosis", "tuning"}  # the rooms that need TensorFlow when they are imported
 
 
 def path_of(room: str):

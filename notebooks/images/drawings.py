@@ -388,6 +388,24 @@ def certificate() -> None:
     )  # fmt: skip
 
 
+def schedule_optimizer_model() -> None:
+    """Who moves the weights, and who only says how far."""
+    rising = [(52 + 9 * i, 128 - 34 * (i / 4 if i < 4 else (15 - i) / 11)) for i in range(16)]
+    save(
+        "schedule_optimizer_model", "Schedule, optimizer, model",
+        "The schedule reads the number of the step and hands the learning rate to the optimizer. The optimizer reads "
+        "the gradient from the model and moves the model's weights. The schedule never touches the model.", 250,
+        box(24, 52, 190, 96, ORANGE), text(119, 74, "schedule", 15, bold=True), path(rising, ORANGE, 2.4),
+        box(286, 52, 190, 96, BLUE, "optimizer\ngradient → step\nkeeps momentum"),
+        box(548, 52, 190, 96, GREEN, "model\nweights → loss\nloss → gradient"),
+        arrow((214, 100), (286, 100)), text(250, 84, "rate", 14),
+        arrow((476, 80), (548, 80)), text(512, 64, "step", 14),
+        arrow((548, 122), (476, 122)), text(512, 138, "gradient", 14),
+        arrow((381, 148), (381, 178), (119, 178), (119, 148)), text(250, 194, "number of the step", 14),
+        text(380, 226, "The optimizer moves the weights. The schedule only changes how far a step goes.", 14, GREY),
+    )  # fmt: skip
+
+
 def where_to_look() -> None:
     rows = (
         ("loss is not finite", "weights and gradients", "learning rate, input range", RED),
@@ -419,5 +437,5 @@ def colab_badge() -> None:
 
 if __name__ == "__main__":
     for draw in (two_stages, splits, stage1_network, stage2_copies, verifier_batch, frozen_and_free,
-                 risk_coverage_eight, certificate, where_to_look, colab_badge):  # fmt: skip
+                 risk_coverage_eight, certificate, schedule_optimizer_model, where_to_look, colab_badge):  # fmt: skip
         draw()
