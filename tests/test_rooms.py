@@ -18,8 +18,9 @@ run_folder runs pages commands cli lab
 tuning
 """
 ROOMS = FLOORS.split()
+# the rooms that need TensorFlow when they are imported
 HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}
-HEAVY |= {"explanation", "fitting", "transfer", "diagnosis", "tuning"}  # the rooms that need TensorFlow when they are imported
+HEAVY |= {"explanation", "fitting", "transfer", "diagnosis", "tuning"}
 
 
 def path_of(room: str):
