@@ -190,7 +190,7 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, folds: int = 5, se
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits  # scikit-learn brings it
+    from threadpoolctl import threadpool_limits
 
     least = np.bincount(labels).min()
     if least < folds:
