@@ -128,6 +128,26 @@ class Trainer(keras.Model):
         self.network.save_weights(filepath, **kwargs)
 
 
+def compile_trainer(
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    loss: keras.losses.Loss,
+    metric: keras.metrics.Metric,
+    steps_of_epoch: int,
+) -> keras.Model:
+    """Compiles a model for `fit`, and returns it.
+
+    The optimizer is built here and the metric has its variables: TensorFlow traces a step that makes any twice.
+    """
+    model.compile(
+        optimizer, loss, metrics=[metric],
+        jit_compile=False,  # XLA was slower on CPU wherever it was measured; on GPU it has not been tried
+        steps_per_execution=steps_per_execution(steps_of_epoch),
+    )  # fmt: skip
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def compile_classifier(
     model: keras.Model, recipe: Recipe, steps: int, optimizer: keras.optimizers.Optimizer | None = None
 ) -> keras.Model:
@@ -137,14 +157,11 @@ def compile_classifier(
         steps: of the whole training, over which the learning rate rises and falls.
         optimizer: in place of the recipe's.
     """
-    model.compile(
-        optimizer or stage1_optimizer(recipe, steps),
+    return compile_trainer(
+        model, optimizer or stage1_optimizer(recipe, steps),
         keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
-        metrics=["accuracy"],
-        jit_compile=False,  # XLA was slower on CPU wherever it was measured; on GPU it has not been tried
-        steps_per_execution=steps_per_execution(steps // recipe.epochs),
-    )
-    return model
+        keras.metrics.CategoricalAccuracy("accuracy"), steps // recipe.epochs,
+    )  # fmt: skip
 
 
 def train_classifier(

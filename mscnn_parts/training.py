@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mscnn_parts.callbacks import EpochTimer, ProgressBar
 from mscnn_parts.data import Dataset, train_and_calibration
-from mscnn_parts.fitting import Trainer, seed_training, steps_per_execution, train_classifier
+from mscnn_parts.fitting import Trainer, compile_trainer, seed_training, train_classifier
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
 from mscnn_parts.networks import sees_images, weights_behind
@@ -130,16 +130,11 @@ class Stage2Trainer:
         self.head = LogOdds()
         self.trainer = trainer_class(self.network, images, self.head)
 
-        def accuracy(correct, log_odds):
-            return tf.cast((log_odds > 0) == (correct > 0.5), tf.float32)
-
-        self.trainer.compile(
-            stage2_optimizer(recipe, self.batch_size, self.steps * self.HISTORY_POINTS, heads),
+        compile_trainer(
+            self.trainer, stage2_optimizer(recipe, self.batch_size, self.steps * self.HISTORY_POINTS, heads),
             keras.losses.BinaryCrossentropy(from_logits=True),
-            metrics=[accuracy],
-            jit_compile=False,
-            steps_per_execution=steps_per_execution(self.steps),
-        )
+            keras.metrics.BinaryAccuracy("accuracy", threshold=0.0), self.steps,
+        )  # fmt: skip
 
     def train(self, category: int, start: keras.Model, seed: int) -> dict[str, list[float]]:
         """Trains one Stage 2 CNN from the weights of `start`; returns its history, a value per round."""

@@ -17,7 +17,9 @@ from mscnn_parts.settings import Settings
 RECIPE = mscnn.Recipe(epochs=2, batch_size=32, stage2_base_epochs=1, stage2_fraction=0.3, views=2)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def branched_path(request, tiny_data, trained_model_path, tmp_path_factory):
     """The file of a model whose Stage 2 CNNs share so many blocks; all else is that of the trained model."""
     whole = mscnn.load_model(trained_model_path)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_parts.files import jsonable
-from mscnn_parts.run_folder import ALL_NOTEBOOKS
+from mscnn_parts.run_folder import ALL_NOTEBOOKS, INDEPENDENT_NOTEBOOKS
 from mscnn_parts.settings import Settings
 from mscnn_parts.zoo import efficientnet_lite0
 
@@ -31,12 +31,18 @@ else:
 FOLDER = ROOT / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 CHAIN = [FOLDER / f"{name}.ipynb" for name in mscnn.NOTEBOOKS]
+LINKED = [path for path in PATHS if path.stem not in INDEPENDENT_NOTEBOOKS]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mscnn"]
 # Blank lines around the fence: without them the code is not set as code inside <details>.
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n(?:(?!</?details>).)+\n\n</details>", re.S)
 PYTHON = re.compile(r"(?<=\n\n)```python\n(.+?)\n```(?=\n\n)", re.S)
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def needs_chain(test):
+    """Of `make test-notebooks`, and on the one process that runs the chain."""
+    return pytest.mark.chain(pytest.mark.xdist_group("chain")(test))
 
 
 def cells(path, kind: str | None = None):
@@ -401,23 +407,24 @@ def with_solutions(path, target):
     return target
 
 
+def execute(path, base, settings: Settings):
+    """Runs a notebook with all its solutions by papermill; fails with the cell's error if a cell fails."""
+    folder = base / "run/notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        with_solutions(path, base / path.name), folder / path.name, dataclasses.asdict(settings),
+        kernel_name="python3", cwd=ROOT, progress_bar=False,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """The run folder after all notebooks with all solutions, by papermill, as the README's loop runs them.
-
-    Every notebook gets the same parameters. Fails with the cell's error if a cell fails.
-    """
+    """The run folder after the notebooks that need one another, run with the same parameters."""
     base = tmp_path_factory.mktemp("chain")
-    folder = base / "run"
-    settings = Settings(epochs=EPOCHS, dataset=str(write_tiny_npz(base / "tiny.npz")), run_dir=str(folder))
-    (folder / "notebooks").mkdir(parents=True)
-    for path in PATHS:
-        copy = with_solutions(path, base / path.name)
-        papermill.execute_notebook(
-            copy, folder / "notebooks" / path.name, dataclasses.asdict(settings), kernel_name="python3", cwd=ROOT,
-            progress_bar=False,
-        )  # fmt: skip
-    return folder
+    settings = Settings(epochs=EPOCHS, dataset=str(write_tiny_npz(base / "tiny.npz")), run_dir=str(base / "run"))
+    for path in LINKED:
+        execute(path, base, settings)
+    return base / "run"
 
 
 @pytest.fixture(scope="module")
@@ -471,12 +478,12 @@ def check_metrics(folder) -> None:
         assert name in metrics["report"]
 
 
-@pytest.mark.chain
+@needs_chain
 def test_the_chain_from_the_top_folder_learns(chain):
     check_metrics(chain)
 
 
-@pytest.mark.chain
+@needs_chain
 def test_the_chain_makes_the_documented_figures(chain):
     for name in FIGURES:
         with Image.open(chain / "figures" / f"{name}.png") as picture:
@@ -484,7 +491,7 @@ def test_the_chain_makes_the_documented_figures(chain):
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10, f"{name} is empty"
 
 
-@pytest.mark.chain
+@needs_chain
 def test_the_chain_keeps_its_history(chain):
     history = read(chain, "history")
     assert history.keys() >= {"stage1", "stage2_base", "stage2", "retraining"}
@@ -497,28 +504,33 @@ def test_the_chain_keeps_its_history(chain):
     assert all(np.isfinite(one["loss"]).all() for one in history["stage2"].values())
 
 
-def executed(folder):
-    for path in PATHS:
-        for cell in nbformat.read(folder / "notebooks" / path.name, 4).cells:
-            if cell.cell_type == "code":
-                yield path.stem, cell
-
-
-@pytest.mark.chain
-def test_the_chain_runs_without_warnings(chain):
-    for name, cell in executed(chain):
+def check_executed(path) -> None:
+    """All code of an executed notebook ran, its solutions with it, without error or warning."""
+    done = cells(path, "code")
+    for cell in done:
         for output in cell.outputs:
-            assert output.output_type != "error", f"{name} {cell.id}"
+            assert output.output_type != "error", f"{path.stem} {cell.id}"
             if output.get("name") == "stderr":
-                assert "Warning" not in output.text, f"{name} {cell.id}: {output.text}"
+                assert "Warning" not in output.text, f"{path.stem} {cell.id}: {output.text}"
+    wanted = {f"solution-{i + 1}" for i in range(len(solutions(FOLDER / path.name)))}
+    assert wanted <= {cell.id for cell in done if cell.execution_count}
+    assert len(wanted) >= 2
+
+
+@needs_chain
+@pytest.mark.parametrize("name", [path.name for path in LINKED])
+def test_the_chain_runs_with_solutions_and_without_warnings(chain, name):
+    check_executed(chain / "notebooks" / name)
 
 
 @pytest.mark.chain
-def test_every_solution_was_executed(chain):
-    done = {(name, cell.id) for name, cell in executed(chain) if cell.execution_count}
-    wanted = {(path.stem, f"solution-{i + 1}") for path in PATHS for i in range(len(solutions(path)))}
-    assert wanted <= done
-    assert len(wanted) >= 2 * len(PATHS)
+@pytest.mark.parametrize("name", INDEPENDENT_NOTEBOOKS)
+def test_an_independent_notebook_runs_with_solutions_and_without_warnings(name, tmp_path):
+    data = write_tiny_npz(tmp_path / "tiny.npz", train=240, test=60)
+    path = FOLDER / f"{name}.ipynb"
+    execute(path, tmp_path, Settings(epochs=2, light_mode=True, dataset=str(data), run_dir=str(tmp_path / "run")))
+    check_executed(tmp_path / "run/notebooks" / path.name)
+    assert list((tmp_path / "run/figures").glob("*.png"))
 
 
 FRESH = """
@@ -532,7 +544,7 @@ np.savez(sys.argv[4], *decisions)
 """
 
 
-@pytest.mark.chain
+@needs_chain
 def test_a_fresh_process_decides_the_same(chain, tmp_path):
     settings = read(chain, "metrics")["parameters"]
     path = chain / "multistage_cnn_model.keras"
@@ -589,11 +601,10 @@ def test_two_runs_from_two_folders_see_the_same_data(chain, program):
     assert read(chain, "metrics")["dataset"]["fingerprint"] == read(folder, "metrics")["dataset"]["fingerprint"]
 
 
-@pytest.mark.chain
+@needs_chain
 def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
-    text = "".join(
-        output.get("text", "") for name, cell in executed(chain) if name.startswith("04") for output in cell.outputs
-    )
+    page = chain / "notebooks/04_selective_retraining.ipynb"
+    text = "".join(output.get("text", "") for cell in cells(page, "code") for output in cell.outputs)
     free = re.findall(r"✓ ([\w ]+): True", text)
     frozen = re.findall(r"✗ ([\w ]+): False", text)
     retraining = read(chain, "history")["retraining"]
