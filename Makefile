@@ -62,7 +62,7 @@ lab: env ## Open JupyterLab on copies of the notebooks in runs/lab, which keep y
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/runs/lab/notebooks
 
 test: env ## Run the tests but the slow ones, on two processes: 5 minutes on two cores
-	@$(RUN) -m pytest -n 2 -m "not slow and not chain"
+	@$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not chain"
 
 test-notebooks: env ## Run all notebooks and the solutions of their exercises on a small data set
 	@$(RUN) -m pytest -n 2 --dist loadgroup -m chain

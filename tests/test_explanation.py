@@ -117,10 +117,10 @@ def test_frozen_networks_are_explained_alike(trained_model, images):
         np.testing.assert_array_equal(grad_cam(network, images, logit(CATEGORY)), expected)
 
 
-def test_explaining_changes_no_array(trained_model, images):
-    before = trained_model.fingerprints()
-    mscnn.trace_decisions(trained_model, images[:2])
-    assert trained_model.fingerprints() == before
+def test_explaining_changes_no_array(model, images):
+    before = model.fingerprints()
+    mscnn.trace_decisions(model, images[:2])
+    assert model.fingerprints() == before
 
 
 def test_cam_finds_what_makes_the_category(model):
@@ -182,8 +182,8 @@ def test_traces_without_truth_and_without_images(model, images):
     assert mscnn.trace_decisions(model, images[:0]) == []
 
 
-def test_what_cannot_be_explained_is_refused(trained_model, tiny_data):
-    network, images = trained_model.stage1, tiny_data.test.images[:2]
+def test_what_cannot_be_explained_is_refused(model, tiny_data):
+    network, images = model.stage1, tiny_data.test.images[:2]
     for incorrect, message in (
         (
             lambda: class_activation_map(network, images / 255, 1),
@@ -191,13 +191,13 @@ def test_what_cannot_be_explained_is_refused(trained_model, tiny_data):
         ),
         (lambda: grad_cam(network, images[0], lambda z: z[:, 1]), r"Images are uint8 \(32, 32, 3\)"),
         (lambda: grad_cam(network, images, lambda z: z[:, 1], "blok2"), r"no layer 'blok2'\. Did you mean block2\?"),
-        (lambda: mscnn.trace_decisions(trained_model, images, np.array([1])), r"decisions is \(2,\) and labels \(1,\)"),
+        (lambda: mscnn.trace_decisions(model, images, np.array([1])), r"decisions is \(2,\) and labels \(1,\)"),
     ):
         with pytest.raises(mscnn.MSCNNError, match=message):
             incorrect()
 
 
 @pytest.mark.parametrize("category", [-1, 5, 1.0])
-def test_a_map_of_no_category_is_refused(trained_model, tiny_data, category):
+def test_a_map_of_no_category_is_refused(model, tiny_data, category):
     with pytest.raises(mscnn.MSCNNError, match=r"Categories are .*: use integers from 0 to 4"):
-        mscnn.class_activation_map(trained_model.stage1, tiny_data.test.images[:2], category)
+        mscnn.class_activation_map(model.stage1, tiny_data.test.images[:2], category)

@@ -74,7 +74,7 @@ def test_call_gives_both_stages(model, tiny_data):
 
 
 def plain_decision(model: MultiStageCNN, images: np.ndarray, threshold: float) -> Decisions:
-    """The decision by the long way: every Stage 2 CNN verifiers every image and its mirror image."""
+    """The decision by the long way: every Stage 2 CNN verifies every image and its mirror image."""
     one, mirrored = (model.stage1(view, training=False).numpy() for view in (images, images[:, :, ::-1]))
     logits = (one.astype(np.float64) + mirrored) / 2
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -528,11 +528,11 @@ def test_save_replaces_no_file_unless_it_may(untrained_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2_base", "stage2"])
-def test_a_network_is_not_replaced(untrained_model, name):
-    before = getattr(untrained_model, name)
+def test_a_network_is_not_replaced(model, name):
+    before = getattr(model, name)
     with pytest.raises(MSCNNError, match=rf"^{name} cannot be replaced: .*set_weights"):
-        setattr(untrained_model, name, untrained_model.build_stage2(name="mine"))
-    assert getattr(untrained_model, name) is before
+        setattr(model, name, model.build_stage2(name="mine"))
+    assert getattr(model, name) is before
 
 
 def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
@@ -543,13 +543,13 @@ def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", None])
-def test_a_batch_size_that_is_no_number_of_images(untrained_model, tiny_data, batch_size):
+def test_a_batch_size_that_is_no_number_of_images(model, tiny_data, batch_size):
     images = tiny_data.test.images[:3]
-    for ask in (untrained_model.stage1_logits, untrained_model.stage1_outputs, untrained_model.scores):
+    for ask in (model.stage1_logits, model.stage1_outputs, model.scores):
         with pytest.raises(MSCNNError, match=f"batch_size is {batch_size}: it is a number of images"):
             ask(images, batch_size=batch_size)
     with pytest.raises(MSCNNError, match="batch_size is"):
-        untrained_model.stage2_log_odds(images, 0, batch_size)
+        model.stage2_log_odds(images, 0, batch_size)
 
 
 @pytest.mark.parametrize(
@@ -568,10 +568,10 @@ def test_why_a_file_is_no_model(tmp_path, name, content, reason):
 
 
 @pytest.mark.parametrize("name", ["folder.keras", "m", "m.h5"])
-def test_a_model_is_saved_under_a_name_that_can_be_loaded(untrained_model, tmp_path, name):
+def test_a_model_is_saved_under_a_name_that_can_be_loaded(model, tmp_path, name):
     (tmp_path / "folder.keras").mkdir()
     with pytest.raises(MSCNNError, match=r"is no name for a model file: give one that ends in \.keras"):
-        untrained_model.save(tmp_path / name)
+        model.save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.keras"]
 
 
@@ -584,18 +584,18 @@ def test_a_model_is_saved_and_loaded_in_the_home_folder(untrained_model, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"])
-def test_what_the_networks_were_made_for_cannot_be_changed(untrained_model, name):
+def test_what_the_networks_were_made_for_cannot_be_changed(model, name):
     with pytest.raises(MSCNNError, match=f"{name} cannot be changed: the networks were made for it"):
-        setattr(untrained_model, name, getattr(untrained_model, name))
+        setattr(model, name, getattr(model, name))
 
 
-def test_labels_of_another_number_calibrate_nothing(trained_model, tiny_data):
+def test_labels_of_another_number_calibrate_nothing(model, tiny_data):
     split = mscnn.Split(tiny_data.calibration.images, tiny_data.calibration.labels[1:])
-    before = trained_model.fingerprints()
-    for use in (trained_model.calibrate, lambda split: trained_model.certify(split, 0.5)):
+    before = model.fingerprints()
+    for use in (model.calibrate, lambda split: model.certify(split, 0.5)):
         with pytest.raises(MSCNNError, match=r"decisions is \(90,\) and labels \(89,\)"):
             use(split)
-    assert trained_model.fingerprints() == before
+    assert model.fingerprints() == before
 
 
 def test_no_path_is_no_model():
@@ -626,10 +626,10 @@ def test_a_keras_that_is_set_up_otherwise_is_named(tmp_path, tiny_data, monkeypa
             make()
 
 
-def test_thresholds_of_another_number_cannot_be_set(untrained_model):
+def test_thresholds_of_another_number_cannot_be_set(model):
     with pytest.raises(MSCNNError, match=r"Thresholds are \(3,\): give one for all, or one per category, \(5,\)"):
-        untrained_model.threshold = [0.5, 0.6, 0.7]
-    assert untrained_model.threshold == 0.7
+        model.threshold = [0.5, 0.6, 0.7]
+    assert model.threshold == 0.7
 
 
 def test_a_fresh_process_decides_alike(model, trained_model_path, tiny_data, tmp_path):
