@@ -198,6 +198,22 @@ def train_ensembles(form: Form, seed: int) -> dict[str, dict]:
     return figures
 
 
+def statistics_anew(form: Form) -> dict[str, list[float]]:
+    """Accuracy after a constant rate: as trained, and with BatchNormalization's statistics of the weights at rest."""
+    found: dict[str, list[float]] = {"constant, as trained": [], "constant, statistics taken anew": []}
+    for seed in form.seeds:
+        data = data_for(form, seed)
+        network, _ = trained(ROWS["constant"], data, form, seed)
+        for name, accuracies in found.items():
+            if "anew" in name:
+                for images, _ in batches_for(ROWS["constant"], data, seed):
+                    network(images, training=True)  # moves the statistics, and nothing else
+            answers = softmax(network, data.test.images).argmax(axis=1)
+            accuracies.append(float((answers == data.test.labels).mean()))
+        keras.backend.clear_session()
+    return found
+
+
 # ---- seconds and memory
 
 
@@ -278,6 +294,7 @@ def memory_ladder(form: Form) -> dict[str, float]:
 
 MEASUREMENTS: dict[str, Callable[[Form], dict]] = {
     "augmentation speed": augmentation_speed, "precision speed": precision_speed, "memory": memory_ladder,
+    "statistics": statistics_anew,
 }  # fmt: skip
 
 
@@ -291,7 +308,8 @@ def section(figures: dict) -> str:
         "Written by `python benchmarks/craft.py` for notebook 07: Stage 2's network at half its width, 4,500 of",
         "CIFAR-10's train images, 6 epochs in batches of 64, measured on 5,000 other train images (see the script's",
         "first lines). Median (minimum to maximum) over the seeds; differences from the base are taken seed by seed.",
-        "So short a training says what a change does *there*, not what it does to a long one.", "",
+        "So short a training says what a change does *there*, not what it does to a long one. The base flips and",
+        "shifts; a row of another augmentation has that one in place of both.", "",
     ]  # fmt: skip
     header = [
         "row",
@@ -307,6 +325,9 @@ def section(figures: dict) -> str:
     for name, what in {"augmentation speed": "images per second", "precision speed": "images per second"}.items():
         values = figures["measurements"].get(name, {}).get("figures", {})
         lines += markdown([name.removesuffix(" speed"), what], [[k, spread(v, "{:,.0f}")] for k, v in values.items()])
+    values = figures["measurements"].get("statistics", {}).get("figures", {})
+    if values:
+        lines += markdown(["BatchNormalization", "accuracy"], [[k, spread(v, "{:.1%}")] for k, v in values.items()])
     memory = figures["measurements"].get("memory", {}).get("figures", {})
     lines += markdown(["training step of Stage 1", "MB at its peak"], [[k, f"{v:,.0f}"] for k, v in memory.items()])
     lines += [f"- {line}" for line in sorted(origins(figures))]

@@ -56,6 +56,12 @@ class RangeTest(NamedTuple):
         """A tenth of `best`: there the loss still falls quickly, and far enough from where it rises."""
         return self.best / 10
 
+    @property
+    def warning(self) -> str:
+        """What to do if the loss was least in the last tenth of the steps, without having risen since; else ""."""
+        too_low = not self.diverged and self.smoothed.argmin() >= 0.9 * (len(self.smoothed) - 1)
+        return "did not diverge: raise `high`" if too_low else ""
+
 
 def find_learning_rate(
     model: keras.Model,
@@ -164,7 +170,7 @@ def plot_range_tests(tests: dict[str, RangeTest]) -> Figure:
         axis.semilogx(test.rates, test.losses, color="C7", alpha=0.5, label="each step")
         axis.semilogx(test.rates, test.smoothed, color="C0", label="smoothed")
         axis.axvline(test.suggestion, color="C3", linestyle=":", label=f"suggestion {test.suggestion:.1e}")
-        axis.set(xlabel="learning rate", ylabel="loss of the batch", title=title)
+        axis.set(xlabel="learning rate", ylabel="loss of the batch", title=f"{title}\n{test.warning}".strip())
         least, span = test.smoothed.min(), max(np.ptp(test.smoothed[: test.smoothed.argmin() + 1]), 0.05)
         axis.set_ylim(least - 0.5 * span, least + 2 * span)  # what diverges leaves the picture
         axis.grid(alpha=0.3)
@@ -265,39 +271,35 @@ def augmentations(size: int, channels: int = 3, seed: int = 0) -> dict[str, kera
 
     All are Keras' own but "pad and crop": `keras.layers.RandomCrop` cuts all images of a batch at the same place. A
     saturation of 0.5 changes nothing, 0 is gray: so 0.2 alone, from which Keras makes 0 to 0.2, would take the color.
-
-    Raises:
-        MSCNNError: Keras is older than 3.10 and lacks some of them.
+    An older Keras lacks some of them: they are left out, and a line says so.
     """
-    kinds = keras.layers
-    if not hasattr(kinds, "RandomGaussianBlur") or not hasattr(kinds, "RandomErasing"):
-        raise MSCNNError(
-            f"Keras {keras.__version__} lacks RandomGaussianBlur and RandomErasing: install 3.10 or newer."
-        )
-    scale = {"value_range": (0, 255), "seed": seed}
-    color = {
-        "brightness_factor": 0.2,
-        "contrast_factor": 0.2,
-        "saturation_factor": (0.4, 0.6) if channels == 3 else None,
+    scale, saturation = {"value_range": (0, 255)}, {"saturation_factor": (0.4, 0.6)} if channels == 3 else {}
+    color = {"brightness_factor": 0.2, "contrast_factor": 0.2, **saturation, **scale}
+    blur = {"factor": (1.0, 1.0), "kernel_size": 11, "sigma": (0.1, 2.0), **scale}
+    square = {"factor": (1.0, 1.0), "scale": (1 / 16, 1 / 16), "fill_value": 128.0, **scale}
+    wanted = {
+        "flip": ("RandomFlip", {"mode": "horizontal"}),
+        "shift 10 %": ("RandomTranslation", {"height_factor": 0.1, "width_factor": 0.1}),
+        "rotation 10°": ("RandomRotation", {"factor": 10 / 360}),
+        "color 0.2": ("RandomColorJitter", color),
+        "blur": ("RandomGaussianBlur", blur),
+        "blur, half": ("RandomGaussianBlur", blur),
+        "mixup": ("MixUp", {"alpha": 0.2}),
+        "cutout": ("RandomErasing", square),
     }
-    blur = {"kernel_size": 11, "sigma": (0.1, 2.0), **scale}
-    return {
-        "flip": kinds.RandomFlip("horizontal", seed=seed),
-        "pad and crop": RandomFlipCrop(flip=False, shift=size // 8, seed=seed),
-        "shift 10 %": kinds.RandomTranslation(0.1, 0.1, seed=seed),
-        "rotation 10°": kinds.RandomRotation(10 / 360, seed=seed),
-        "color 0.2": kinds.RandomColorJitter(**color, **scale),
-        "blur": kinds.RandomGaussianBlur((1.0, 1.0), **blur),
-        "blur, half": Sometimes(kinds.RandomGaussianBlur((1.0, 1.0), **blur), 0.5, seed),
-        "mixup": kinds.MixUp(0.2, seed=seed),
-        "cutout": kinds.RandomErasing((1.0, 1.0), scale=(1 / 16, 1 / 16), fill_value=128.0, **scale),
-    }
+    kinds = {name: getattr(keras.layers, kind, None) for name, (kind, _) in wanted.items()}
+    layers = {name: kind(**wanted[name][1], seed=seed) for name, kind in kinds.items() if kind}
+    if missing := sorted({wanted[name][0] for name, kind in kinds.items() if not kind}):
+        print(f"Keras {keras.__version__} lacks {', '.join(missing)}: left out. Keras 3.10 has them all.")
+    if "blur, half" in layers:
+        layers["blur, half"] = Sometimes(layers["blur, half"], 0.5, seed)
+    return {"pad and crop": RandomFlipCrop(flip=False, shift=size // 8, seed=seed), **layers}
 
 
 def augmented(layer: keras.layers.Layer, images: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """A batch as training sees it: float32 images (B, H, W, channels) and one-hot targets (B, C), mixed by MixUp."""
     images, targets = tf.cast(images, tf.float32), tf.cast(targets, tf.float32)
-    if isinstance(layer, keras.layers.MixUp):
+    if isinstance(layer, getattr(keras.layers, "MixUp", ())):
         mixed = layer({"images": images, "labels": targets}, training=True)
         return mixed["images"], mixed["labels"]
     seen = tf.clip_by_value(layer(images, training=True), 0, 255)  # color may leave the range
@@ -394,10 +396,11 @@ def majority_vote(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---- the search
 
 
-def open_study(path: str | Path, seed: int = 0, warm_up: int = 4) -> optuna.Study:
+def open_study(path: str | Path, name: str, seed: int = 0, warm_up: int = 4) -> optuna.Study:
     """An Optuna study that minimises, kept in an SQLite file: opened again, it goes on where it was.
 
     Args:
+        name: all that the objective depends on besides its trial; trials of another name are another study's.
         seed: of the draws; a study that goes on draws others than at its start. warm_up: trials before one is pruned.
 
     Raises:
@@ -411,7 +414,7 @@ def open_study(path: str | Path, seed: int = 0, warm_up: int = 4) -> optuna.Stud
         raise MSCNNError('Optuna is not installed: pip install ".[tuning]", then run this again.') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        study_name="mscnn", storage=f"sqlite:///{Path(path).resolve()}", load_if_exists=True,
+        study_name=name, storage=f"sqlite:///{Path(path).resolve()}", load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=warm_up),
     )  # fmt: skip
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), n_startup_trials=warm_up)
@@ -430,16 +433,16 @@ class ReportToTrial(keras.callbacks.Callback):
     """Tells a trial a measure after each epoch, and ends the training if Optuna finds it hopeless.
 
     Args:
-        trial: of Optuna. measure: nothing -> what the study minimises, of the network as it is.
+        trial: of Optuna. measure: the model that `fit` trains, as it is now -> what the study minimises.
     """
 
-    def __init__(self, trial: optuna.Trial, measure: Callable[[], float]):
+    def __init__(self, trial: optuna.Trial, measure: Callable[[keras.Model], float]):
         super().__init__()
         self.trial, self.measure = trial, measure
 
     def on_epoch_end(self, epoch, logs=None):
         import optuna
 
-        self.trial.report(self.measure(), epoch)
+        self.trial.report(self.measure(self.model), epoch)
         if self.trial.should_prune():
             raise optuna.TrialPruned
