@@ -122,7 +122,6 @@ def test_the_table_of_craft_says_how_many_seeds_each_row_has():
         assert table[name] == str(len(figures["ensembles"])), name
 
 
-@pytest.mark.skip("enable when craft.json is complete")
 def test_craft_has_measured_everything_with_every_seed():
     figures, seeds = common.read_json("craft", None), {str(seed) for seed in craft.SEEDS}
     assert {name for name in craft.ROWS if figures["rows"].get(name, {}).keys() != seeds} == set()
