@@ -419,6 +419,7 @@ def plot_diagnosis(report: Report) -> Figure:
         axis.stairs(counts, edges, fill=True, color="C1")
         axis.set_title(f"{names[place][:18]}: output", fontsize=8)
         axis.tick_params(labelsize=7, labelleft=False, left=False)
+        axis.locator_params(axis="x", nbins=4)
     findings = ", ".join(finding.name for finding in report.findings) or "no findings"
     figure.suptitle(f"{report.network}, loss {report.loss:.3g}: {findings}", fontsize=10)
     return figure
