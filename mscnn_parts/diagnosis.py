@@ -1,9 +1,7 @@
 """Looks inside a network that trains badly: gradients, weights, activations and statistics on one batch, and findings.
 
-References
+Reference
     Ioffe & Szegedy, "Batch Normalization", ICML 2015 (moving statistics).
-    Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014 (occlusion).
-    Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018 (randomized weights).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import tensorflow as tf
 
 from mscnn_parts.checks import check_categories_within
 from mscnn_parts.data_checks import Finding, findings_text
-from mscnn_parts.figures import _axes
+from mscnn_parts.figures import new_axes
 from mscnn_parts.layers import FusedBatchNormalization, WhiteningConv, log_odds_tensor
 from mscnn_parts.settings import MSCNNError
 
@@ -41,6 +39,9 @@ class Spread(NamedTuple):
     mean: float
     std: float
     largest: float  # absolute value
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1g} ± {self.std:.2g}"
 
 
 class LayerReport(NamedTuple):
@@ -81,59 +82,113 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.network}: loss {self.loss:.3g} (guessing: {self.guessing:.3g}), accuracy {self.accuracy:.1%}",
-            f"{'layer':30}{'gradient: std':>14}{'largest':>10}{'weights: std':>14}{'output: std':>13}{'dead':>10}",
+            "each as mean ± standard deviation, then the largest absolute value",
+            f"{'layer':22}{'gradient':>17}{'largest':>9}{'weights':>16}{'largest':>9}{'output':>15}{'dead':>10}",
         ]
         for layer in (one for one in self.layers if one.weights or one.units):
-            spreads = (layer.gradient, layer.weights, layer.activation)
-            gradient, weights, output = (spread and f"{spread.std:.2g}" for spread in spreads)
-            largest = layer.gradient and f"{layer.gradient.largest:.2g}"
+            cells = []
+            for spread, width in ((layer.gradient, 17), (layer.weights, 16)):
+                cells.append(f"{spread!s:>{width}}{spread.largest:9.2g}" if spread else " " * (width + 9))
             dead = "" if layer.dead is None else f"{layer.dead} of {layer.units}"
-            cells = f"{gradient or '':>14}{largest or '':>10}{weights or '':>14}{output or '':>13}{dead:>10}"
-            lines.append(f"{layer.name[:29]:30}{cells}")
+            lines.append(f"{layer.name[:21]:22}{''.join(cells)}{layer.activation!s:>15}{dead:>10}")
         return "\n".join([*lines, findings_text(self.findings)])
-
-
-def _spread(values: tf.Tensor | np.ndarray) -> Spread:
-    flat = tf.reshape(tf.cast(values, tf.float32), [-1])
-    mean, variance = tf.nn.moments(flat, 0)
-    return Spread(float(mean), float(tf.sqrt(variance)), float(tf.reduce_max(tf.abs(flat))))
 
 
 # ---- one batch through the network
 
 
 class _Pass(NamedTuple):
-    """What one batch does in a network."""
+    """What one batch does in a network; all but the logits by the name of a layer. Spreads are (mean, std, largest)."""
 
-    logits: np.ndarray  # (B, C)
+    logits: tf.Tensor  # (B, C)
     loss: tf.Tensor
-    gradients: dict[str, tf.Tensor]  # by the path of a trainable weight
-    outputs: dict[str, tf.Tensor]  # by the name of a layer
-    inputs: dict[str, tf.Tensor]
+    gradients: dict[str, tf.Tensor]  # (3,): of the kernel, or of the first trainable weight
+    weights: dict[str, tf.Tensor]  # (3,): of the same
+    activations: dict[str, tf.Tensor]  # (3,)
+    samples: dict[str, tf.Tensor]  # some outputs of a layer with a kernel, flat
+    live: dict[str, tf.Tensor]  # bool (units,): whether a unit of a ReLU is ever positive
+    apart: dict[str, tf.Tensor]  # see `_statistics_apart`
+    seen: tuple[tf.Tensor, ...]  # root mean square, least and largest of what the first kernel sees
 
 
-def _run(network: keras.Model, images: np.ndarray, labels: np.ndarray, category: int | None) -> _Pass:
-    """Forward and back, in inference mode: so neither statistics nor random numbers move."""
+def _watched(network: keras.Model, category: int | None) -> Callable[..., _Pass]:
+    """The function (images, labels) -> `_Pass` of a network: eager, or for `tf.function`.
+
+    It goes forward and back in inference mode: so neither statistics nor random numbers move.
+    """
+    if not getattr(network, "inputs", None):
+        raise MSCNNError(f"{network.name} is no functional or Sequential model: diagnose its parts, such as .stage1.")
     layers = [layer for layer in network.layers if not isinstance(layer, keras.layers.InputLayer)]
-    around = {layer.name: (layer.input, layer.output) for layer in layers}
-    probe = keras.Model(network.inputs[0], [around, network.outputs[0]])
-    with tf.GradientTape() as tape:
-        tensors, logits = probe(images, training=False)
-        logits = tf.cast(logits, tf.float32)  # (B, C)
-        loss = _loss(logits, labels, category)
-    weights = network.trainable_weights
-    gradients = zip(weights, tape.gradient(loss, [weight.value for weight in weights]), strict=True)
-    by_path = {weight.path: tf.convert_to_tensor(gradient) for weight, gradient in gradients if gradient is not None}
-    outputs = {name: pair[1] for name, pair in tensors.items()}
-    inputs = {name: pair[0] for name, pair in tensors.items()}
-    return _Pass(logits.numpy(), loss, by_path, outputs, inputs)
+    probe = keras.Model(network.inputs[0], [{one.name: (one.input, one.output) for one in layers}, network.outputs[0]])
+    first = next((layer.name for layer in layers if _has_kernel(layer)), layers[0].name)
+
+    def watched(images: tf.Tensor, labels: tf.Tensor) -> _Pass:
+        trained = {layer.name: weight for layer in layers if (weight := _main_weight(layer)) is not None}
+        with tf.GradientTape() as tape:
+            tensors, logits = probe(images, training=False)
+            logits = tf.cast(logits, tf.float32)  # (B, C)
+            loss = _loss(logits, labels, category)
+        gradients = tape.gradient(loss, {name: weight.value for name, weight in trained.items()})
+        samples = {name: _sample(output) for name, (_, output) in tensors.items()}
+        seen = tf.cast(tensors[first][0], tf.float32)
+        return _Pass(
+            logits, loss, {name: _spread(one) for name, one in gradients.items() if one is not None},
+            {name: _spread(weight.value) for name, weight in trained.items()},
+            {name: _spread(sample) for name, sample in samples.items()},
+            {name: samples[name] for name, weight in trained.items() if len(weight.shape) > 1},
+            {layer.name: _live(tensors[layer.name][1]) for layer in layers if _is_relu(layer)},
+            {one.name: _statistics_apart(one, tensors[one.name][0]) for one in layers if isinstance(one, NORMALIZING)},
+            (tf.sqrt(tf.reduce_mean(seen**2)), tf.reduce_min(seen), tf.reduce_max(seen)),
+        )  # fmt: skip
+
+    return watched
 
 
-def _loss(logits: tf.Tensor, labels: np.ndarray, category: int | None) -> tf.Tensor:
+def _loss(logits: tf.Tensor, labels: tf.Tensor, category: int | None) -> tf.Tensor:
     if category is None:
         return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-    correct = tf.constant(labels == category, tf.float32)
+    correct = tf.cast(labels == category, tf.float32)
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(correct, log_odds_tensor(logits, category)))
+
+
+def _main_weight(layer: keras.Layer) -> keras.Variable | None:
+    """The kernel of a layer, or its first trainable weight."""
+    return next(iter(sorted(layer.trainable_weights, key=lambda weight: len(weight.shape) < 2)), None)
+
+
+def _has_kernel(layer: keras.Layer) -> bool:
+    return isinstance(layer, WhiteningConv) or any(len(weight.shape) > 1 for weight in layer.weights)
+
+
+def _is_relu(layer: keras.Layer) -> bool:
+    return isinstance(layer, keras.layers.ReLU) or getattr(layer, "activation", None) is keras.activations.relu
+
+
+def _live(output: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_any(output > 0, axis=list(range(len(output.shape) - 1)))
+
+
+def _sample(output: tf.Tensor) -> tf.Tensor:
+    """Some 65,000 values of an output, float32: enough for its spread and shape, and far faster than millions."""
+    flat = tf.reshape(output, [-1])
+    step = -(-tf.size(flat) // SAMPLED_VALUES) // 2 * 2 + 1  # odd, so that it meets all channels, mostly even in number
+    return tf.cast(flat[::step], tf.float32)
+
+
+def _spread(values: tf.Tensor) -> tf.Tensor:
+    flat = tf.reshape(tf.cast(tf.convert_to_tensor(values), tf.float32), [-1])
+    mean, variance = tf.nn.moments(flat, 0)
+    return tf.stack([mean, tf.sqrt(variance), tf.reduce_max(tf.abs(flat))])
+
+
+def _statistics_apart(layer: keras.Layer, inputs: tf.Tensor) -> tf.Tensor:
+    """Mean over channels of |difference of means| / std of the batch + |log of the ratio of standard deviations|."""
+    axes = list(range(len(inputs.shape) - 1))
+    mean, variance = tf.nn.moments(tf.cast(inputs, tf.float32), axes)  # (channels,) each
+    stored_mean, stored = (tf.convert_to_tensor(v.value) for v in (layer.moving_mean, layer.moving_variance))
+    epsilon = layer.epsilon
+    means = tf.abs(mean - stored_mean) / tf.sqrt(variance + epsilon)
+    return tf.reduce_mean(means + 0.5 * tf.abs(tf.math.log((stored + epsilon) / (variance + epsilon))))
 
 
 def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, category: int | None = None) -> Report:
@@ -148,14 +203,22 @@ def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, categ
     Raises:
         MSCNNError: the network's layers cannot be looked into, or labels are no categories of it.
     """
-    if not getattr(network, "inputs", None):
-        raise MSCNNError(f"{network.name} is no functional or Sequential model: diagnose its parts, such as .stage1.")
+    watched = _watched(network, category)
+    labels = _checked(network, images, labels)
+    return _report(network, watched(tf.convert_to_tensor(images), tf.constant(labels)), labels, category)
+
+
+def _checked(network: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.shape != (len(images),):
         raise MSCNNError(f"labels are {labels.shape} for {len(images)} images: give one integer per image, (B,).")
     check_categories_within(labels, network.output_shape[-1])
-    batch = _run(network, images, labels.astype(np.int64), category)
-    layers = [_layer_report(layer, batch) for layer in network.layers if layer.name in batch.outputs]
+    return labels.astype(np.int64)
+
+
+def _report(network: keras.Model, measured: _Pass, labels: np.ndarray, category: int | None) -> Report:
+    batch = tf.nest.map_structure(np.asarray, measured)
+    layers = [_layer_report(layer, batch) for layer in network.layers if layer.name in batch.activations]
     if category is None:
         accuracy, guessing = (batch.logits.argmax(axis=1) == labels).mean(), np.log(batch.logits.shape[1])
     else:
@@ -164,7 +227,7 @@ def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, categ
     report = Report(network.name, float(batch.loss), float(guessing), float(accuracy), layers, [])
     findings = [
         *_input_findings(network, batch), *_number_findings(report), *_weight_findings(report),
-        *_statistics_findings(network, batch), *_unit_findings(report), *_gradient_findings(report),
+        *_statistics_findings(batch), *_unit_findings(report), *_gradient_findings(report),
         *_guessing_findings(report),
     ]  # fmt: skip
     report.findings.extend(findings)
@@ -172,34 +235,16 @@ def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, categ
 
 
 def _layer_report(layer: keras.Layer, batch: _Pass) -> LayerReport:
-    kernel = next((weight for weight in layer.trainable_weights if len(weight.shape) > 1), None)
-    weight = kernel if kernel is not None else next(iter(layer.trainable_weights), None)
-    gradient = batch.gradients.get(weight.path) if weight is not None else None
-    output = batch.outputs[layer.name]
-    sample = _sample(output)
-    dead = units = histogram = fan_in = None
-    if _is_relu(layer):
-        live = tf.reduce_any(output > 0, axis=list(range(len(output.shape) - 1)))  # (channels,)
-        dead, units = int(tf.reduce_sum(tf.cast(~live, tf.int32))), int(live.shape[0])
-    if kernel is not None:
+    name, weight, histogram, fan_in = layer.name, _main_weight(layer), None, None
+    spreads = (batch.gradients, batch.weights, batch.activations)
+    gradient, weights, activation = (Spread(*map(float, one[name])) if name in one else None for one in spreads)
+    if name in batch.samples:
         depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)  # each output sees a single channel
-        values, fan_in = sample.numpy(), int(np.prod(kernel.shape[: 2 if depthwise else -1]))
+        values, fan_in = batch.samples[name], int(np.prod(weight.shape[: 2 if depthwise else -1]))
         histogram = np.histogram(values[np.isfinite(values)], HISTOGRAM_BINS)
-    return LayerReport(
-        layer.name, type(layer).__name__, None if gradient is None else _spread(gradient),
-        None if weight is None else _spread(weight.value), _spread(sample), histogram, fan_in, dead, units,
-    )  # fmt: skip
-
-
-def _is_relu(layer: keras.Layer) -> bool:
-    return isinstance(layer, keras.layers.ReLU) or getattr(layer, "activation", None) is keras.activations.relu
-
-
-def _sample(output: tf.Tensor) -> tf.Tensor:
-    """Some 65,000 values of an output, float32: enough for its spread and shape, and far faster than millions."""
-    flat = tf.reshape(output, [-1])
-    step = -(-len(flat) // SAMPLED_VALUES) | 1  # odd, so that it meets all channels, whose number is mostly even
-    return tf.cast(flat[::step], tf.float32)
+    live = batch.live.get(name)
+    dead, units = (None, None) if live is None else (int((~live).sum()), len(live))
+    return LayerReport(name, type(layer).__name__, gradient, weights, activation, histogram, fan_in, dead, units)
 
 
 # ---- findings, causes before their consequences
@@ -207,20 +252,13 @@ def _sample(output: tf.Tensor) -> tf.Tensor:
 
 def _input_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
     """What the first kernel sees should be of the order of 1."""
-    first = next((one for one in network.layers if _has_kernel(one)), None)
-    if first is None:
+    first = next((layer.name for layer in network.layers if _has_kernel(layer)), None)
+    size, least, largest = map(float, batch.seen)
+    if first is None or not size > LARGE_INPUT:
         return []
-    seen = tf.cast(batch.inputs[first.name], tf.float32)
-    size = float(tf.sqrt(tf.reduce_mean(seen**2)))
-    if not size > LARGE_INPUT:
-        return []
-    evidence = f"the first kernel sees values from {float(tf.reduce_min(seen)):.3g} to {float(tf.reduce_max(seen)):.3g}"
+    evidence = f"the first kernel sees values from {least:.3g} to {largest:.3g}"
     remedy = "Standardize inside the model: keras.layers.Rescaling(1 / std, -mean / std), of the train split."
-    return [Finding("input not normalized", first.name, evidence, remedy)]
-
-
-def _has_kernel(layer: keras.Layer) -> bool:
-    return isinstance(layer, WhiteningConv) or any(len(weight.shape) > 1 for weight in layer.weights)
+    return [Finding("input not normalized", first, evidence, remedy)]
 
 
 def _number_findings(report: Report) -> list[Finding]:
@@ -238,14 +276,10 @@ def _number_findings(report: Report) -> list[Finding]:
     return []
 
 
-def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
+def _statistics_findings(batch: _Pass) -> list[Finding]:
     """BatchNormalization: whether what it has stored is what passes through it."""
-    apart = {
-        layer.name: _statistics_apart(layer, batch.inputs[layer.name])
-        for layer in network.layers
-        if isinstance(layer, NORMALIZING) and layer.name in batch.inputs
-    }
-    worst = max(apart, key=apart.get, default=None)
+    apart = {name: float(value) for name, value in batch.apart.items()}
+    worst = max(apart, key=apart.__getitem__, default=None)
     if worst is None or not apart[worst] > STATISTICS_APART:
         return []
     evidence = f"moving mean and variance are {apart[worst]:.2g} apart from those of the batch"
@@ -254,16 +288,6 @@ def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
         "(training=True, and non-trainable weights are updated). Frozen ones have to fit the data from the start."
     )
     return [Finding("statistics do not fit", worst, evidence, remedy)]
-
-
-def _statistics_apart(layer: keras.Layer, inputs: tf.Tensor) -> float:
-    """Mean over channels of |difference of means| / std of the batch + |log of the ratio of standard deviations|."""
-    axes = list(range(len(inputs.shape) - 1))
-    mean, variance = tf.nn.moments(tf.cast(inputs, tf.float32), axes)  # (channels,) each
-    stored_mean, stored = (tf.convert_to_tensor(v.value) for v in (layer.moving_mean, layer.moving_variance))
-    epsilon = layer.epsilon
-    means = tf.abs(mean - stored_mean) / tf.sqrt(variance + epsilon)
-    return float(tf.reduce_mean(means + 0.5 * tf.abs(tf.math.log((stored + epsilon) / (variance + epsilon)))))
 
 
 def _unit_findings(report: Report) -> list[Finding]:
@@ -325,7 +349,8 @@ class Diagnosis(keras.callbacks.Callback):
         images, labels: of the train split; the first 64 are used, so that it costs little beside an epoch.
         category: see `diagnose`.
 
-    Afterwards `reports` has a `Report` per epoch, and `seconds` what each has taken.
+    Afterwards `reports` has a `Report` per epoch, `seconds` what each has taken, `epoch_seconds` how long the epochs
+    took without them, and `start_seconds` the time for making the graph that all of them use.
     """
 
     BATCH = 64
@@ -336,17 +361,29 @@ class Diagnosis(keras.callbacks.Callback):
         self.category = category
 
     def on_train_begin(self, logs=None):
-        self.reports, self.seconds, self.told = [], [], set()
+        self.reports, self.seconds, self.epoch_seconds, self.told = [], [], [], set()
+        begun = time.perf_counter()
+        self.network = getattr(self.model, "network", self.model)  # of a `Trainer`
+        watched = tf.function(_watched(self.network, self.category), autograph=False)
+        self.labels = _checked(self.network, self.images, self.labels)
+        batch = tf.convert_to_tensor(self.images), tf.constant(self.labels)
+        graph = watched.get_concrete_function(*batch)
+        self.measure = lambda: graph(*batch)
+        self.measure()  # TensorFlow prunes the graph when it first runs
+        self.start_seconds = time.perf_counter() - begun
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
         begun = time.perf_counter()
-        network = getattr(self.model, "network", self.model)  # of a `Trainer`
-        report = diagnose(network, self.images, self.labels, self.category)
+        report = _report(self.network, self.measure(), self.labels, self.category)
         for finding in report.findings:
             if finding.name not in self.told:
                 print(f"After epoch {epoch + 1}: {finding}", flush=True)
         self.told |= report.names
         self.reports.append(report)
+        self.epoch_seconds.append(begun - self.begun)
         self.seconds.append(time.perf_counter() - begun)
 
 
@@ -354,7 +391,7 @@ def plot_diagnosis(report: Report) -> Figure:
     """Gradients, weights and dead units of each layer with a kernel, and the histogram of its output."""
     layers = [layer for layer in report.layers if layer.histogram is not None]
     columns = max(3, min(len(layers), 5))
-    figure, axes = _axes(1 - (-len(layers) // columns), columns, 2.4, 2.0)
+    figure, axes = new_axes(1 - (-len(layers) // columns), columns, 2.4, 2.0)
     names, places = [layer.name for layer in layers], np.arange(len(layers))
     gradients = [np.clip(layer.gradient.largest if layer.gradient else 0, 1e-9, 1e9) for layer in layers]
     relus = [layer for layer in report.layers if layer.units]
@@ -382,46 +419,7 @@ def plot_diagnosis(report: Report) -> Figure:
         axis.stairs(counts, edges, fill=True, color="C1")
         axis.set_title(f"{names[place][:18]}: output", fontsize=8)
         axis.tick_params(labelsize=7, labelleft=False, left=False)
+        axis.locator_params(axis="x", nbins=4)
     findings = ", ".join(finding.name for finding in report.findings) or "no findings"
     figure.suptitle(f"{report.network}, loss {report.loss:.3g}: {findings}", fontsize=10)
     return figure
-
-
-# ---- explanations without gradients
-
-
-def occlusion(network: keras.Model, images: np.ndarray, target: Callable, size: int = 8, stride: int = 4) -> np.ndarray:
-    """How far a target falls when a square of the image is covered with the image's mean color.
-
-    Source: Zeiler & Fergus 2014, section 4.2.
-
-    Args:
-        images: uint8 (B, H, W, channels). target: as of `grad_cam`. size, stride: of the square, in pixels.
-
-    Returns:
-        float32 (B, h, w); positive where the square speaks for the target.
-    """
-    height, width = images.shape[1:3]
-    tops, lefts = (range(0, max(1, side - size + 1), stride) for side in (height, width))
-    maps = []
-    for image in images:
-        covered = np.repeat(image[None], len(tops) * len(lefts) + 1, axis=0)  # (1 + h w, H, W, channels)
-        for number, (top, left) in enumerate(np.ndindex(len(tops), len(lefts)), start=1):
-            place = np.s_[number, tops[top] : tops[top] + size, lefts[left] : lefts[left] + size]
-            covered[place] = image.mean(axis=(0, 1))
-        values = np.asarray(target(network(covered, training=False)), np.float32)  # (1 + h w,)
-        maps.append((values[0] - values[1:]).reshape(len(tops), len(lefts)))
-    return np.stack(maps)
-
-
-def randomized(network: keras.Model, seed: int = 0) -> keras.Model:
-    """The same network as it was before any training: an explanation that stays the same explains nothing of it.
-
-    Source: Adebayo et al. 2018. What is not trained, scaling and whitening, is kept.
-    """
-    keras.utils.set_random_seed(seed)
-    copy = keras.models.clone_model(network)
-    for layer, own in zip(network.layers, copy.layers, strict=True):
-        if isinstance(layer, WhiteningConv):
-            own.set_weights(layer.get_weights())
-    return copy

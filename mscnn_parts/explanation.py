@@ -1,7 +1,8 @@
-"""Class Activation Maps, and how an image was decided."""
+"""Class Activation Maps, occlusion, the test of an explanation on random weights, and how an image was decided."""
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from mscnn_parts.checks import check_categories_within, checked_labels
-from mscnn_parts.layers import log_odds_tensor
+from mscnn_parts.layers import WhiteningConv, log_odds_tensor
 from mscnn_parts.networks import OWN_INPUT, on_images
 from mscnn_parts.settings import OTHER, MSCNNError, did_you_mean
 
@@ -86,6 +87,53 @@ def split_at(network: keras.Model, images: np.ndarray, layer: str) -> tuple[tf.T
     if not inner:  # a class of one's own, whose layers only it can run
         return maps, own
     return keras.Model(own.inputs[0], inner[-1])(maps, training=False), keras.Model(inner[-1], own.outputs[0])
+
+
+def occlusion(
+    network: keras.Model, images: np.ndarray, target: Callable, size: int | None = None, stride: int | None = None
+) -> np.ndarray:
+    """How far a target falls when a square of the image is covered with the image's mean color.
+
+    Source: Zeiler & Fergus 2014, section 4.2.
+
+    Args:
+        images: uint8 (B, H, W, channels). target: as of `grad_cam`.
+        size, stride: of the square, in pixels; None: a quarter of the image's shorter side, and half of that.
+
+    Returns:
+        float32 (B, h, w); positive where the square speaks for the target.
+    """
+    height, width = images.shape[1:3]
+    size = size or max(2, min(height, width) // 4)
+    stride = stride or max(1, size // 2)
+    tops, lefts = (range(0, max(1, side - size + 1), stride) for side in (height, width))
+    maps = []
+    for image in images:
+        covered = np.repeat(image[None], len(tops) * len(lefts) + 1, axis=0)  # (1 + h w, H, W, channels)
+        for number, (top, left) in enumerate(np.ndindex(len(tops), len(lefts)), start=1):
+            place = np.s_[number, tops[top] : tops[top] + size, lefts[left] : lefts[left] + size]
+            covered[place] = image.mean(axis=(0, 1))
+        values = np.asarray(target(network(covered, training=False)), np.float32)  # (1 + h w,)
+        maps.append((values[0] - values[1:]).reshape(len(tops), len(lefts)))
+    return np.stack(maps)
+
+
+def randomized(network: keras.Model, seed: int = 0) -> keras.Model:
+    """The same network as it was before any training: an explanation that stays the same explains nothing of it.
+
+    Source: Adebayo et al. 2018. What is not trained, scaling and whitening, is kept.
+
+    Args:
+        seed: of the new weights. Random numbers elsewhere go on as if this had not been called.
+    """
+    state = random.getstate()
+    random.seed(seed)  # Keras draws from it a seed for each initializer
+    copy = keras.models.clone_model(network)
+    random.setstate(state)
+    for layer, own in zip(network.layers, copy.layers, strict=True):
+        if isinstance(layer, WhiteningConv):
+            own.set_weights(layer.get_weights())
+    return copy
 
 
 def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "pooled") -> None:

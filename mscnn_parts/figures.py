@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CAM_COLORMAP = "magma"  # perceptually uniform, and readable without color vision
 
 
-def _axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
+def new_axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
     """A figure and its axes in a flat array; closed for pyplot, so that a notebook shows it only once."""
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -124,7 +124,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
         raise MSCNNError(f"{len(captions)} captions for {len(images)} images: give one of each image, '' for none.")
     columns = min(columns, max(4, len(images)))
     rows = max(1, -(-len(images) // columns))
-    figure, axes = _axes(rows, columns, 1.25, 1.5)
+    figure, axes = new_axes(rows, columns, 1.25, 1.5)
     for axis in axes:
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short
@@ -136,7 +136,7 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
 def plot_samples(data: Dataset, columns: int = 8) -> Figure:
     """A row of train images for each category."""
     chosen = [np.flatnonzero(data.train.labels == c)[:columns] for c in range(len(data.category_names))]
-    figure, axes = _axes(len(chosen), columns, 0.9, 0.95)
+    figure, axes = new_axes(len(chosen), columns, 0.9, 0.95)
     for axis in axes:
         axis.set_axis_off()
     for row, (indices, name) in enumerate(zip(chosen, data.category_names, strict=True)):
@@ -170,7 +170,7 @@ def plot_history(history: dict[str, dict]) -> Figure:
             "stage2": {category name: the same}}`; for Stage 2 the mean over the categories is drawn bold.
     """
     stages = [stage for stage in ("stage1", "stage2_base", "stage2") if history.get(stage)]
-    figure, axes = _axes(max(1, len(stages)), 2, 5, 2.8)
+    figure, axes = new_axes(max(1, len(stages)), 2, 5, 2.8)
     titles = {
         "stage1": "Stage 1",
         "stage2_base": "Stage 2 base network",
@@ -217,7 +217,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], title: str) -> Figu
         raise MSCNNError(f"The matrix is {matrix.dtype} {matrix.shape}: use counts, integers, for {len(labels)} names.")
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     few, size = len(labels) <= 31, min(2 + 0.42 * len(labels), 20)  # inches; of eleven it fits a screen
-    figure, (axis,) = _axes(1, 1, size + 0.8, size)
+    figure, (axis,) = new_axes(1, 1, size + 0.8, size)
     seaborn.heatmap(
         share, annot=matrix if few else None, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=axis,
         linewidths=0.5 if few else 0, annot_kws={"fontsize": 8}, xticklabels=False, yticklabels=False,
@@ -243,7 +243,7 @@ def plot_risk_coverage(
         accepted: label -> which images a decision accepts, bool (N,): a dot in its color. It lies on the curve if one
             threshold decides, and beside it if images are also rejected for another reason.
     """
-    figure, (axis,) = _axes(1, 1, 6, 4)
+    figure, (axis,) = new_axes(1, 1, 6, 4)
     for label, (confidence, correct) in curves.items():
         coverage, risk = risk_coverage(confidence, correct)
         (line,) = axis.plot(coverage, risk, label=f"{label} (AURC {aurc(confidence, correct):.4f})")
@@ -265,7 +265,7 @@ def plot_reliability(curves: dict[str, tuple[np.ndarray, np.ndarray]], bins: int
         curves: label -> (confidence (N,) in 0..1, correct bool (N,)).
         few: a bin of fewer images is a small dot, which no line joins: its height is mostly chance.
     """
-    figure, (axis, counts) = _axes(1, 2, 4.5, 4)
+    figure, (axis, counts) = new_axes(1, 2, 4.5, 4)
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for label, (confidence, correct) in curves.items():
         mean, accuracy, count = reliability(confidence, correct, bins)
@@ -316,7 +316,7 @@ def plot_thresholds(
         marked: a threshold to mark, or several. rejected: images that are OTHER at any threshold, bool (N,).
     """
     confidence, correct = checked_pair(confidence, correct)
-    figure, (axis,) = _axes(1, 1, 6, 3.6)
+    figure, (axis,) = new_axes(1, 1, 6, 3.6)
     grid, marked = np.asarray(thresholds), np.unique(marked)
     accepted = confidence[None, :] >= grid[:, None]  # (thresholds, N)
     accepted &= True if rejected is None else ~rejected
@@ -336,7 +336,7 @@ def plot_thresholds(
 
 def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
     """Log loss on the calibration split before and after retraining, side by side."""
-    figure, (axis,) = _axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
+    figure, (axis,) = new_axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
     place = np.arange(len(results))
     axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
     axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
@@ -349,7 +349,7 @@ def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
 
 def plot_decision_traces(traces: Sequence[DecisionTrace]) -> Figure:
     """One row per image: picture, Stage 1's map, Stage 2's map, the top three and the verdict."""
-    figure, axes = _axes(max(1, len(traces)), 4, 2.3, 2.0)
+    figure, axes = new_axes(max(1, len(traces)), 4, 2.3, 2.0)
     for axis in axes:
         axis.set_axis_off()
     for row, trace in enumerate(traces):
