@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mscnn_parts.data import Dataset
-from mscnn_parts.files import notebooks_folder, read_model_config
+from mscnn_parts.files import notebooks_folder
 from mscnn_parts.model_files import load_model
 from mscnn_parts.settings import PRETRAINED
 from mscnn_parts.sources import BUILT_IN, load_dataset
@@ -67,11 +67,11 @@ def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
     """
     name = run.settings.dataset
     for path in (run.model_path, notebooks_folder() / PRETRAINED):
-        stored = read_model_config(path)["config"] if path.is_file() else {}
-        of_another = stored.get("dataset") != name and {stored.get("dataset"), name} & set(BUILT_IN)
-        if not stored or of_another:
+        model = load_model(path) if path.is_file() else None
+        if model is None or (model.dataset != name and {model.dataset, name} & set(BUILT_IN)):
             continue
+        stored = model.get_config()  # not the file's: older ones lack what has a default
         data = load_dataset(name, stored["light_mode"], stored["seed"], stored["image_size"])
-        if data.fingerprint == stored["data_fingerprint"]:
-            return load_model(path), data
+        if data.fingerprint == model.data_fingerprint:
+            return model, data
     return None, load_dataset(name, run.settings.light_mode, run.settings.seed)

@@ -80,6 +80,14 @@ def test_a_model_of_other_data_is_left_alone(run, trained_model):
     assert model is None and (data.name, data.seed) == ("digits", 3)
 
 
+def test_the_pretrained_model_is_tried_with_the_splits_that_it_was_trained_with(run, tiny_data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(exercises, "load_dataset", lambda *arguments: asked.append(arguments) or tiny_data)
+    run.settings = dataclasses.replace(run.settings, dataset="cifar10")
+    assert exercises.finished_model(run) == (None, tiny_data), "those are not its images"
+    assert asked == [("cifar10", False, 0, 32), ("cifar10", False, 3)]
+
+
 def test_images_that_changed_since_are_other_data(run, trained_model, tmp_path, tiny_path):
     with np.load(tiny_path) as file:
         arrays = dict(file)
