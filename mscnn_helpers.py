@@ -21,7 +21,7 @@ This module defines the Keras model, `MultiStageCNN`, and hands on what the note
     optimizers · callbacks · fitting · transfer · training · explanation
     figures · explorer · diagnosis
     run_folder · runs · pages · commands · cli · lab
-    tuning
+    tuning · exercises
 
 In comments beside tensors: B images in a batch, N in a split, H × W pixels, C categories.
 

@@ -282,7 +282,12 @@ NOTEBOOKS = (
     "05_evaluation_and_cam",
 )
 # They need no other, leave figures only, and take from the run folder what the command line is not given.
-INDEPENDENT_NOTEBOOKS = ("06_networks_and_transfer", "07_craft_of_training", "08_when_training_goes_wrong")
+INDEPENDENT_NOTEBOOKS = (
+    "06_networks_and_transfer",
+    "07_craft_of_training",
+    "08_when_training_goes_wrong",
+    "09_exercises",
+)
 OPTIONAL_NOTEBOOKS = ("05b_thresholds_and_ood", *INDEPENDENT_NOTEBOOKS)
 ALL_NOTEBOOKS = (*NOTEBOOKS, *OPTIONAL_NOTEBOOKS)
 RESULTS = ("figures", "notebooks", "metrics.json", "history.json")  # in a run folder, beside the models

@@ -34,8 +34,11 @@ CHAIN = [FOLDER / f"{name}.ipynb" for name in mscnn.NOTEBOOKS]
 LINKED = [path for path in PATHS if path.stem not in INDEPENDENT_NOTEBOOKS]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mscnn"]
 # Blank lines around the fence: without them the code is not set as code inside <details>.
-SOLUTION = re.compile(r"<details><summary>Solution</summary>\n\n(?:(?!</?details>).)+\n\n</details>", re.S)
+FOLDED = r"<details><summary>{}</summary>\n\n(?:(?!</?details>).)+\n\n</details>"
+SOLUTION, HINT = (re.compile(FOLDED.format(summary), re.S) for summary in ("Solution", r"Hint \d"))
 PYTHON = re.compile(r"(?<=\n\n)```python\n(.+?)\n```(?=\n\n)", re.S)
+
+TEN = FOLDER / "09_exercises.ipynb"  # the notebook that is exercises
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -377,17 +380,32 @@ def test_colab_without_network_shows_git_s_error(set_up, tmp_path, monkeypatch):
 
 
 @each_notebook
-def test_two_or_three_exercises_each_with_a_collapsed_solution(path):
+def test_exercises_each_with_a_collapsed_solution(path):
     text = "\n\n".join(cell.source for cell in cells(path, "markdown"))
     before, exercises = re.split(r"^## Exercises$", text, maxsplit=1, flags=re.M)
     assert "<details>" not in before
-    questions = re.findall(r"^\*\*(?:Exercise )?(\d)\. ?\S", exercises, re.M)
+    questions = re.findall(r"^\*\*(?:Exercise )?(\d+)\. ?\S", exercises, re.M)
     assert questions == [str(i + 1) for i in range(len(questions))]
-    assert 2 <= len(questions) <= 3
-    for part in re.split(r"^\*\*(?:Exercise )?\d\.", exercises, flags=re.M)[1:]:
-        assert part.count("<details>") == part.count("</details>") == len(SOLUTION.findall(part)) == 1
+    assert len(questions) in ((10,) if path == TEN else (2, 3))
+    for part in re.split(r"^\*\*(?:Exercise )?\d+\.", exercises, flags=re.M)[1:]:
+        hints = HINT.findall(part)
+        assert part.count("<details>") == part.count("</details>") == 1 + len(hints)
+        assert len(SOLUTION.findall(part)) == 1 and bool(hints) == (path == TEN)
     for code in solutions(path):
         assert ast.parse(code).body, "a solution is worked: it has code"
+
+
+def test_each_of_the_ten_has_its_difficulty_its_check_and_an_honest_solution():
+    code = [cell.source for cell in cells(TEN, "code")]
+    for number, solution in enumerate(solutions(TEN), start=1):
+        assert re.search(rf"^\*\*{number}\. [^*]+\*\* \((easy|medium|hard)\) ", prose(TEN), re.M)
+        (asked,) = [
+            line for cell in code for line in cell.splitlines() if line.startswith(f"exercises.check({number}, ")
+        ]
+        work = asked.split(", ")[1]
+        assert f"\n{work} = None  # " in "\n" + "\n".join(code), "the reader's own cell is empty"
+        assert asked.rpartition(", ")[0] in solution, "the solution is put to the reader's check"
+        assert re.search(rf"^(def )?{work}\b", solution, re.M), "and defines what the reader is asked for"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -531,6 +549,20 @@ def test_an_independent_notebook_runs_with_solutions_and_without_warnings(name, 
     execute(path, tmp_path, Settings(epochs=2, light_mode=True, dataset=str(data), run_dir=str(tmp_path / "run")))
     check_executed(tmp_path / "run/notebooks" / path.name)
     assert list((tmp_path / "run/figures").glob("*.png"))
+
+
+@pytest.mark.chain
+def test_the_checks_of_the_ten_wait_for_the_reader_and_judge_the_solutions(chain):
+    printed = {
+        cell.id: "".join(output.get("text", "") for output in cell.outputs)
+        for name, cell in executed(chain)
+        if name == TEN.stem
+    }
+    for number in range(1, 11):
+        assert printed[f"check-{number}"] == f"Exercise {number}: not done yet.\n"
+        assert re.search(rf"^Exercise {number}: (reached|out of reach here)\. ?", printed[f"solution-{number}"], re.M)
+    for number in (7, 8, 10):  # whatever the data
+        assert f"Exercise {number}: reached." in printed[f"solution-{number}"], printed[f"solution-{number}"]
 
 
 FRESH = """

@@ -15,12 +15,12 @@ inference model_files
 optimizers callbacks fitting transfer training explanation
 figures explorer diagnosis
 run_folder runs pages commands cli lab
-tuning
+tuning exercises
 """
 ROOMS = FLOORS.split()
 # the rooms that need TensorFlow when they are imported
 HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}
-HEAVY |= {"explanation", "fitting", "transfer", "diagnosis", "tuning"}
+HEAVY |= {"explanation", "fitting", "transfer", "diagnosis", "tuning", "exercises"}
 
 
 def path_of(room: str):

@@ -1,0 +1,77 @@
+"""Exercises: whether the target of one is reached, told in a line, and the finished model that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mscnn_parts.data import Dataset
+from mscnn_parts.files import notebooks_folder
+from mscnn_parts.model_files import load_model
+from mscnn_parts.settings import PRETRAINED
+from mscnn_parts.sources import BUILT_IN, load_dataset
+
+if TYPE_CHECKING:
+    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.run_folder import Run
+
+
+class Target(NamedTuple):
+    """A figure that an exercise asks for; it is reached from `least` to `most`, where these are given."""
+
+    what: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+    form: str = ".1%"  # of the three numbers
+
+    @property
+    def reached(self) -> bool:
+        """False also where the value is NaN."""
+        enough = self.least is None or self.value >= self.least
+        return bool(enough and (self.most is None or self.value <= self.most) and self.value == self.value)
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "at most": self.most}
+        asked = ", ".join(f"{word} {bound:{self.form}}" for word, bound in bounds.items() if bound is not None)
+        return f"{self.what} {self.value:{self.form}}" + (f" ({asked})" if asked else "")
+
+
+def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]], obstacle: str = "") -> None:
+    """Prints whether an exercise is 'not done yet', 'not yet' right, 'reached', or 'out of reach here'.
+
+    Args:
+        work: what the reader has made; None: nothing so far.
+        targets: measures it.
+        obstacle: why a target may be missed here through no fault of the reader; a sentence.
+    """
+    if work is None:
+        print(f"Exercise {number}: not done yet.")
+        return
+    found = targets(work)
+    if all(target.reached for target in found):
+        print(f"Exercise {number}: reached.", *found, sep="\n  ")
+        return
+    verdict = f"out of reach here. {obstacle}" if obstacle else "not yet."
+    lines = [f"{target}" if target.reached else f"{target}  <-- missed" for target in found]
+    print(f"Exercise {number}: {verdict}", *lines, sep="\n  ")
+
+
+def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
+    """The run folder's finished model or else the pretrained one, and the data in the splits that it was trained with.
+
+    None, and the data by the run's own settings, where neither model is of the run's data set.
+
+    Raises:
+        MSCNNError: the data is absent, or a model file cannot be loaded.
+    """
+    name = run.settings.dataset
+    for path in (run.model_path, notebooks_folder() / PRETRAINED):
+        model = load_model(path) if path.is_file() else None
+        if model is None or (model.dataset != name and {model.dataset, name} & set(BUILT_IN)):
+            continue
+        stored = model.get_config()  # not the file's: older ones lack what has a default
+        data = load_dataset(name, stored["light_mode"], stored["seed"], stored["image_size"])
+        if data.fingerprint == model.data_fingerprint:
+            return model, data
+    return None, load_dataset(name, run.settings.light_mode, run.settings.seed)
