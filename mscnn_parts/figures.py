@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CAM_COLORMAP = "magma"  # perceptually uniform, and readable without color vision
 
 
-def new_axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0):
+def new_axes(rows: int = 1, columns: int = 1, width: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
     """A figure and its axes in a flat array; closed for pyplot, so that a notebook shows it only once."""
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
