@@ -65,7 +65,7 @@ test: env ## Run the tests but the slow ones, on two processes: 5 to 10 minutes 
 	@$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not chain"
 
 test-notebooks: env ## Run all notebooks and the solutions of their exercises on a small data set
-	@$(RUN) -m pytest -n 2 --dist loadgroup -m chain
+	@$(RUN) -m pytest -n 2 --dist loadfile -m chain
 
 test-slow: env ## Run the slow tests: about an hour
 	@$(RUN) -m pytest -m slow

