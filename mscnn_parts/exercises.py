@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """A figure that an exercise asks for; it is reached from `least` to `most`, where these are given."""
+    """A figure that an exercise asks for; it is reached from `least` to `most`, where these are given.
+
+    obstacle: why it may be missed here through no fault of the reader; a sentence.
+    """
 
     what: str
     value: float
     least: float | None = None
     most: float | None = None
     form: str = ".1%"  # of the three numbers
+    obstacle: str = ""
 
     @property
     def reached(self) -> bool:
@@ -37,13 +41,12 @@ class Target(NamedTuple):
         return f"{self.what} {self.value:{self.form}}" + (f" ({asked})" if asked else "")
 
 
-def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]], obstacle: str = "") -> None:
+def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]]) -> None:
     """Prints whether an exercise is 'not done yet', 'not yet' right, 'reached', or 'out of reach here'.
 
     Args:
         work: what the reader has made; None: nothing so far.
-        targets: measures it.
-        obstacle: why a target may be missed here through no fault of the reader; a sentence.
+        targets: measures it. Out of reach is what misses nothing but targets with an obstacle.
     """
     if work is None:
         print(f"Exercise {number}: not done yet.")
@@ -52,7 +55,8 @@ def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]], ob
     if all(target.reached for target in found):
         print(f"Exercise {number}: reached.", *found, sep="\n  ")
         return
-    verdict = f"out of reach here. {obstacle}" if obstacle else "not yet."
+    obstacles = [target.obstacle for target in found if not target.reached]
+    verdict = f"out of reach here. {' '.join(dict.fromkeys(obstacles))}" if all(obstacles) else "not yet."
     lines = [f"{target}" if target.reached else f"{target}  <-- missed" for target in found]
     print(f"Exercise {number}: {verdict}", *lines, sep="\n  ")
 

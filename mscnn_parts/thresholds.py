@@ -30,7 +30,7 @@ class Certificate(NamedTuple):
     def text(self) -> str:
         """What it promises, in one line."""
         return (
-            f"Guaranteed with probability {1 - self.delta:.0%}: at threshold {self.threshold:.4f} at most "
+            f"Guaranteed with probability {100 * (1 - self.delta):.4g}%: at threshold {self.threshold:.4f} at most "
             f"{self.risk:.2%} of the accepted are incorrect. "
             f"Of {self.accepted:,} accepted images, {self.errors} were."
         )
@@ -110,7 +110,7 @@ def threshold_for_risk(confidence: np.ndarray, correct: np.ndarray, risk: float,
             risk_upper_bound(int(errors[i]), i + 1, delta / steps) for i in np.flatnonzero(np.diff(errors, append=-1))
         )
         raise MSCNNError(
-            f"No threshold guarantees {risk:.2%} errors at the most with probability {1 - delta:.0%} on these "
+            f"No threshold guarantees {risk:.2%} errors at the most with probability {100 * (1 - delta):.4g}% on these "
             f"{len(correct):,} images: ask for a larger risk, from about {least:.2%} on."
         )
     return best

@@ -31,22 +31,27 @@ def never(work):
     raise AssertionError("there is nothing to measure")
 
 
-def good(work):
-    return [Target("accuracy", work, 0.5), Target("networks", 3, form="d")]
+def targets(obstacle: str = "", networks: int = 3):
+    counted = Target("networks", networks, 3, form="d")
+    return lambda work: [Target("accuracy", work, 0.5, obstacle=obstacle), counted]
+
+
+MISSED = "\n  accuracy 40.0% (at least 50.0%)  <-- missed\n  networks"
 
 
 @pytest.mark.parametrize(
-    ("work", "targets", "obstacle", "printed"),
+    ("work", "measure", "printed"),
     [
-        (None, never, "No weights.", "Exercise 4: not done yet.\n"),
-        (0.6, good, "No weights.", "Exercise 4: reached.\n  accuracy 60.0% (at least 50.0%)\n  networks 3\n"),
-        (0.4, good, "", "Exercise 4: not yet.\n  accuracy 40.0% (at least 50.0%)  <-- missed\n  networks 3\n"),
-        (0.4, good, "No weights.",
-         "Exercise 4: out of reach here. No weights.\n  accuracy 40.0% (at least 50.0%)  <-- missed\n  networks 3\n"),
+        (None, never, "Exercise 4: not done yet.\n"),
+        (0.6, targets("No weights."),
+         "Exercise 4: reached.\n  accuracy 60.0% (at least 50.0%)\n  networks 3 (at least 3)\n"),
+        (0.4, targets(), f"Exercise 4: not yet.{MISSED} 3 (at least 3)\n"),
+        (0.4, targets("No weights."), f"Exercise 4: out of reach here. No weights.{MISSED} 3 (at least 3)\n"),
+        (0.4, targets("No weights.", 2), f"Exercise 4: not yet.{MISSED} 2 (at least 3)  <-- missed\n"),
     ],
 )  # fmt: skip
-def test_a_check_says_one_of_four_things(capsys, work, targets, obstacle, printed):
-    exercises.check(4, work, targets, obstacle)
+def test_a_check_says_one_of_four_things(capsys, work, measure, printed):
+    exercises.check(4, work, measure)
     assert capsys.readouterr().out == printed
 
 
