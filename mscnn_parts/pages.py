@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(
     for name in ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 )
 LINK = re.compile(rf'((?:Previous|Next|First): )?<a href="({"|".join(ALL_NOTEBOOKS)})\.ipynb(#[^"]*)?">(.*?)</a>')
+ELSEWHERE = re.compile(r'<a href="(\.\./[^"#]+)(?:#[^"]*)?">(.*?)</a>')
+IMAGE = re.compile(r'(?<=<img )([^>]*?src=")(?!\w+:)([^"]+)')
 
 
 def write_page(notebook: Path, others: Sequence[str]) -> None:
@@ -32,11 +36,22 @@ def write_page(notebook: Path, others: Sequence[str]) -> None:
             return f'{before}<a href="{name}.html{place}">{text}</a>'
         return f"{before}{text} (not run: --notebooks {name.partition('_')[0]})" if before else text
 
-    exporter = HTMLExporter(template_name="lab", raw_template=TEMPLATE, embed_images=True)
+    def elsewhere(found: re.Match) -> str:
+        return found[0] if (notebook.parent / found[1]).exists() else found[2]
+
+    def embedded(found: re.Match) -> str:
+        """An image file as part of the page. (nbconvert's own way closes <details> before what is folded in it.)"""
+        file = notebook.parent / found[2]
+        if not file.is_file():
+            return found[0]
+        kind, content = mimetypes.guess_type(file.name)[0], base64.b64encode(file.read_bytes()).decode()
+        return f"{found[1]}data:{kind};base64,{content}"
+
+    exporter = HTMLExporter(template_name="lab", raw_template=TEMPLATE)
     content = nbformat.read(notebook, 4)
     for cell in content.cells:  # what is folded in JupyterLab is left out of the page
         cell.metadata.transient = {"remove_source": cell.metadata.get("jupyter", {}).get("source_hidden", False)}
     place = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
     html, _ = exporter.from_notebook_node(content, place)
-    html = LINK.sub(link, html)
+    html = IMAGE.sub(embedded, ELSEWHERE.sub(elsewhere, LINK.sub(link, html)))
     write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
