@@ -36,7 +36,8 @@ class Target(NamedTuple):
         return bool(enough and (self.most is None or self.value <= self.most) and self.value == self.value)
 
     def __str__(self) -> str:
-        bounds = {"at least": self.least, "at most": self.most}
+        exact = self.least is not None and self.least == self.most
+        bounds = {"exactly": self.least} if exact else {"at least": self.least, "at most": self.most}
         asked = ", ".join(f"{word} {bound:{self.form}}" for word, bound in bounds.items() if bound is not None)
         return f"{self.what} {self.value:{self.form}}" + (f" ({asked})" if asked else "")
 
@@ -51,7 +52,11 @@ def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]]) ->
     if work is None:
         print(f"Exercise {number}: not done yet.")
         return
-    found = targets(work)
+    try:
+        found = targets(work)
+    except (AttributeError, TypeError, ValueError) as error:
+        print(f"Exercise {number}: not yet. What you made has not the form that your cell names: {error}")
+        return
     if all(target.reached for target in found):
         print(f"Exercise {number}: reached.", *found, sep="\n  ")
         return
@@ -64,7 +69,7 @@ def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]]) ->
 def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
     """The run folder's finished model or else the pretrained one, and the data in the splits that it was trained with.
 
-    None, and the data by the run's own settings, where neither model is of the run's data set.
+    None, and the data by the run's own settings, where neither model is of the run's data set. It prints which it is.
 
     Raises:
         MSCNNError: the data is absent, or a model file cannot be loaded.
@@ -77,5 +82,6 @@ def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
         stored = model.get_config()  # not the file's: older ones lack what has a default
         data = load_dataset(name, stored["light_mode"], stored["seed"], stored["image_size"])
         if data.fingerprint == model.data_fingerprint:
+            print(f"The finished model: {path}")
             return model, data
     return None, load_dataset(name, run.settings.light_mode, run.settings.seed)

@@ -23,7 +23,7 @@ def test_a_target_is_reached_from_its_least_to_its_most(value, least, most, reac
 
 def test_a_target_says_what_was_asked_for():
     assert str(Target("accuracy", 0.9923, 0.99)) == "accuracy 99.2% (at least 99.0%)"
-    assert str(Target("networks", 2, 3, 3, "d")) == "networks 2 (at least 3, at most 3)"
+    assert str(Target("networks", 2, 3, 3, "d")) == "networks 2 (exactly 3)"
     assert str(Target("seconds", 1.25, form=".1f")) == "seconds 1.2"
 
 
@@ -53,6 +53,14 @@ MISSED = "\n  accuracy 40.0% (at least 50.0%)  <-- missed\n  networks"
 def test_a_check_says_one_of_four_things(capsys, work, measure, printed):
     exercises.check(4, work, measure)
     assert capsys.readouterr().out == printed
+
+
+def test_work_of_another_form_is_told_in_a_line(capsys):
+    exercises.check(9, "many", lambda work: [Target("thresholds", work.shape[0], 3)])
+    printed = capsys.readouterr().out
+    assert (
+        printed.startswith("Exercise 9: not yet. What you made has not the form") and "no attribute 'shape'" in printed
+    )
 
 
 def test_work_that_is_an_array_is_no_riddle(capsys):
