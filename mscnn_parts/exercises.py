@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mscnn_parts.data import Dataset
 from mscnn_parts.files import notebooks_folder
 from mscnn_parts.model_files import load_model
+from mscnn_parts.run_folder import parameters_of_model
 from mscnn_parts.settings import PRETRAINED
 from mscnn_parts.sources import BUILT_IN, load_dataset
 
@@ -76,12 +78,15 @@ def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
     """
     name = run.settings.dataset
     for path in (run.model_path, notebooks_folder() / PRETRAINED):
-        model = load_model(path) if path.is_file() else None
-        if model is None or (model.dataset != name and {model.dataset, name} & set(BUILT_IN)):
+        if not path.is_file():
             continue
+        of = parameters_of_model(path).get("dataset", name)
+        if of != name and {of, name} & set(BUILT_IN):
+            continue
+        model = load_model(path)
         stored = model.get_config()  # not the file's: older ones lack what has a default
         data = load_dataset(name, stored["light_mode"], stored["seed"], stored["image_size"])
         if data.fingerprint == model.data_fingerprint:
             print(f"The finished model: {path}")
-            return model, data
+            return model, dataclasses.replace(data, flip=model.flip)
     return None, load_dataset(name, run.settings.light_mode, run.settings.seed)

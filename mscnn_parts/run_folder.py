@@ -226,8 +226,17 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
             f'{run.folder} holds no run yet: run notebook {NOTEBOOKS[0]} first, or set load_model = "pretrained" above.'
         )
     path = run.starting_model()
+    known = parameters_of_model(path or Path())
+    if known and known["dataset"] not in BUILT_IN and run.settings.dataset == "auto":
+        name = known["dataset"]
+        raise MSCNNError(f"{path} was trained on {name}: add dataset = the path of these images to the parameters.")
+    return known
+
+
+def parameters_of_model(path: Path) -> dict[str, Any]:
+    """What a model was trained on, as parameters of its data; {} where the file cannot tell."""
     try:
-        config = read_model_config(path or Path())["config"]
+        config = read_model_config(path)["config"]
         same = ("dataset", "light_mode", "seed", "stage2_branch")
         known = {name: config[name] for name in same if name in config}
         known |= {"mirror": config["flip"], "image_size": config.get("image_size", config["image_shape"][0])}
@@ -235,9 +244,6 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
         known |= {"stage1": network} if isinstance(network, str) else {}  # one's own has no name
     except Exception:  # a broken file fails in many ways; `load_model` says which
         return {}
-    if known.get("dataset") not in BUILT_IN and run.settings.dataset == "auto":
-        name = known["dataset"]
-        raise MSCNNError(f"{path} was trained on {name}: add dataset = the path of these images to the parameters.")
     return known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,12 +29,17 @@ class Certificate(NamedTuple):
     images: int  # size of the split
 
     def text(self) -> str:
-        """What it promises, in one line."""
+        """What it promises, in one line; never more than it does by rounding."""
         return (
-            f"Guaranteed with probability {100 * (1 - self.delta):.4g}%: at threshold {self.threshold:.4f} at most "
-            f"{self.risk:.2%} of the accepted are incorrect. "
+            f"Guaranteed with probability {_kept(self.delta)}: at threshold {self.threshold:.4f} at most "
+            f"{math.ceil(1e4 * self.risk - 1e-6) / 1e4:.2%} of the accepted are incorrect. "
             f"Of {self.accepted:,} accepted images, {self.errors} were."
         )
+
+
+def _kept(delta: float) -> str:
+    """The probability that a guarantee holds, rounded down: 98.75 % is not told as 99 %."""
+    return f"{math.floor(1e4 * (1 - delta) + 1e-6) / 100:g}%"
 
 
 def risk_upper_bound(errors: int, accepted: int, delta: float) -> float:
@@ -110,7 +116,7 @@ def threshold_for_risk(confidence: np.ndarray, correct: np.ndarray, risk: float,
             risk_upper_bound(int(errors[i]), i + 1, delta / steps) for i in np.flatnonzero(np.diff(errors, append=-1))
         )
         raise MSCNNError(
-            f"No threshold guarantees {risk:.2%} errors at the most with probability {100 * (1 - delta):.4g}% on these "
+            f"No threshold guarantees {risk:.2%} errors at the most with probability {_kept(delta)} on these "
             f"{len(correct):,} images: ask for a larger risk, from about {least:.2%} on."
         )
     return best

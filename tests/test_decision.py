@@ -275,6 +275,16 @@ def test_a_bound_that_cannot_be_met_is_refused():
         mscnn.threshold_for_risk(rng.random(2500), rng.random(2500) < 0.9, 0.01)
 
 
+@pytest.mark.parametrize(
+    ("delta", "probability", "risk", "told"),
+    [(0.05, "95%", 0.01, "1.00%"), (0.0125, "98.75%", 0.005, "0.50%"), (1e-5, "99.99%", 0.00504, "0.51%"),
+     (0.1, "90%", 0.1, "10.00%"), (0.001, "99.9%", 0.3, "30.00%")],
+)  # fmt: skip
+def test_a_certificate_promises_no_more_by_rounding(delta, probability, risk, told):
+    text = mscnn.Certificate(0.5, risk, delta, risk, 0, 100, 200).text()
+    assert text.startswith(f"Guaranteed with probability {probability}: at threshold 0.5000 at most {told} of the")
+
+
 def test_where_a_bound_cannot_be_met_the_smallest_one_that_can_is_named():
     rng = np.random.default_rng(1)
     confidence, correct = rng.random(600), rng.random(600) < 0.9

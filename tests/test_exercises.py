@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import SMALL
 
 import mscnn_helpers as mscnn
 from mscnn_parts import exercises
@@ -83,6 +84,20 @@ def test_the_run_folder_s_model_comes_with_its_own_splits(run, trained_model, ti
     trained_model.save(run.model_path)  # of seed 0
     model, data = exercises.finished_model(run)
     assert data.fingerprint == tiny_data.fingerprint and model.fingerprints() == trained_model.fingerprints()
+
+
+def test_images_of_a_model_without_mirrored_views_are_not_mirrored(run, tiny_data):
+    run.folder.mkdir()
+    own = dataclasses.replace(tiny_data, flip=False)
+    mscnn.MultiStageCNN.for_dataset(own, **SMALL).save(run.model_path)
+    assert not exercises.finished_model(run)[1].flip
+
+
+def test_a_damaged_model_is_told(run):
+    run.folder.mkdir()
+    run.model_path.write_bytes(b"PK")
+    with pytest.raises(mscnn.MSCNNError, match="is damaged or not a model of this project"):
+        exercises.finished_model(run)
 
 
 def test_a_model_of_other_data_is_left_alone(run, trained_model):

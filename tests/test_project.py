@@ -214,10 +214,8 @@ def test_system_python_installs_nothing(project):
     assert project.installs() == 0
     assert not (project.folder / ".venv").exists()
     log = (project.folder / "log").read_text("utf-8").splitlines()
-    assert (
-        log
-        == ["mscnn_helpers.py --epochs 5 --light_mode", "-m pytest -n 2 --dist loadfile -m not slow and not chain"] * 2
-    )
+    tested = "-m pytest -n 2 --dist loadfile -m not slow and not chain"
+    assert log == ["mscnn_helpers.py --epochs 5 --light_mode", tested] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------

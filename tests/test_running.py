@@ -1124,8 +1124,9 @@ def test_the_command_line_can_be_called_from_any_thread(monkeypatch):
         assert threads.submit(mscnn.main, ["--dataset", "digits"]).result() == 0
 
 
-def test_a_closed_output_does_no_harm(tmp_path):
-    command = f"{sys.executable} mscnn_helpers.py --dataset nothing --run_dir {tmp_path} >&- 2>&-"
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-"])
+def test_a_closed_output_does_no_harm(redirection, tmp_path):
+    command = f"{sys.executable} mscnn_helpers.py --dataset nothing --run_dir {tmp_path} {redirection}"
     assert subprocess.run(command, shell=True, cwd=ROOT, timeout=100).returncode == 1
 
 

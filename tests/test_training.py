@@ -469,6 +469,17 @@ def test_a_category_does_not_depend_on_those_trained_before(trained_model_path, 
     assert together["stage2/cat"] != alone["stage2/cat"]
 
 
+def test_a_training_step_is_traced_once(trained_model, few_images, monkeypatch):
+    """TensorFlow traces again what makes a variable while it is traced."""
+    traces, step = [], keras.Model.train_step
+    monkeypatch.setattr(keras.Model, "train_step", lambda self, data: traces.append(1) or step(self, data))
+    recipe = Recipe(epochs=1, batch_size=32)
+    mscnn.train_stage1(trained_model, few_images, recipe)
+    assert traces == [1]
+    mscnn.Stage2Trainer(trained_model, few_images, recipe).train(0, trained_model.stage2_base, seed=0)
+    assert traces == [1, 1]
+
+
 def test_all_categories_are_trained_by_one_graph(trained_model, few_images, monkeypatch):
     traces, loss = [], keras.losses.BinaryCrossentropy
 
