@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import mimetypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from mscnn_parts.files import write_atomically
 from mscnn_parts.run_folder import ALL_NOTEBOOKS
@@ -41,7 +43,7 @@ def write_page(notebook: Path, others: Sequence[str]) -> None:
 
     def embedded(found: re.Match) -> str:
         """An image file as part of the page. (nbconvert's own way closes <details> before what is folded in it.)"""
-        file = notebook.parent / found[2]
+        file = notebook.parent / unquote(html.unescape(found[2]))
         if not file.is_file():
             return found[0]
         kind, content = mimetypes.guess_type(file.name)[0], base64.b64encode(file.read_bytes()).decode()
@@ -52,6 +54,6 @@ def write_page(notebook: Path, others: Sequence[str]) -> None:
     for cell in content.cells:  # what is folded in JupyterLab is left out of the page
         cell.metadata.transient = {"remove_source": cell.metadata.get("jupyter", {}).get("source_hidden", False)}
     place = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
-    html, _ = exporter.from_notebook_node(content, place)
-    html = IMAGE.sub(embedded, ELSEWHERE.sub(elsewhere, LINK.sub(link, html)))
-    write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(html, encoding="utf-8"))
+    page, _ = exporter.from_notebook_node(content, place)
+    page = IMAGE.sub(embedded, ELSEWHERE.sub(elsewhere, LINK.sub(link, page)))
+    write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(page, encoding="utf-8"))

@@ -777,14 +777,15 @@ def test_a_page_needs_no_network_and_leads_nowhere_that_is_not(tmp_path):
 
 def test_a_page_folds_what_is_folded_and_holds_its_images(tmp_path):
     folded = "<details><summary>Solution</summary>\n\nSecret, see [docs](../docs/api.md).\n\n</details>"
-    image = '<img alt="a" src="a.svg"> ![b](a.svg) ![there](https://example.com/c.png)'
+    image = '<img alt="a" src="a.svg"> ![b](a.svg) ![c](my%20a&b.svg) ![there](https://example.com/c.png)'
     cells = [nbformat.v4.new_markdown_cell(text) for text in (folded, image)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "page.ipynb")
-    (tmp_path / "a.svg").write_text("<svg/>")
+    for name in ("a.svg", "my a&b.svg"):
+        (tmp_path / name).write_text("<svg/>")
     write_page(tmp_path / "page.ipynb", ())
     page = (tmp_path / "page.html").read_text("utf-8")
     assert re.search(r"<details><summary>Solution</summary>\s*<p>Secret, see docs\.</p>\s*</details>", page)
-    assert page.count("data:image/svg+xml;base64,PHN2Zy8+") == 2 and 'src="https://example.com/c.png"' in page
+    assert page.count("data:image/svg+xml;base64,PHN2Zy8+") == 3 and 'src="https://example.com/c.png"' in page
 
 
 def snapshot(folder) -> dict:
