@@ -401,7 +401,7 @@ def plot_diagnosis(report: Report) -> Figure:
     )  # fmt: skip
     for axis, (title, labels, values) in zip(axes, panels):  # noqa: B905 - there may be more axes
         axis.barh(np.arange(len(values)), np.nan_to_num(values, posinf=0), color="C0")
-        axis.set_yticks(np.arange(len(values)), [label[:14] for label in labels], fontsize=6)
+        axis.set_yticks(np.arange(len(values)), [label[:14] for label in labels], fontsize=8)
         axis.invert_yaxis()
         axis.set_title(title, fontsize=9)
         axis.tick_params(axis="x", labelsize=7)
