@@ -234,7 +234,7 @@ class MultiStageCNN(keras.Model):
         image_shape: (H, W, channels) of the uint8 images.
         mean, std: of each channel of the train split, in pixel values 0..255.
         flip: whether a mirrored image keeps its category. If so, training mirrors images, and a decision looks at
-            the image and its mirror image.
+            the image and its mirror image. quarter_turns: whether training turns images, too.
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
         threshold: confidence below which an image is OTHER. threshold_source: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
@@ -274,6 +274,7 @@ class MultiStageCNN(keras.Model):
         source_fingerprint: str = "",
         light_mode: bool = False,
         seed: int = 0,
+        quarter_turns: bool = False,
         format: int = FORMAT,
         **kwargs,
     ):
@@ -287,16 +288,18 @@ class MultiStageCNN(keras.Model):
             "data_fingerprint": data_fingerprint, "source_fingerprint": source_fingerprint, "policy": policy,
             "network": network, "image_size": image_size, "stage2_branch": stage2_branch,
             "stage1_widths": list(stage1_widths), "stage2_widths": list(stage2_widths), "logit_scale": logit_scale,
-            "activation": activation, "light_mode": light_mode, "seed": seed,
+            "activation": activation, "light_mode": light_mode, "seed": seed, "quarter_turns": quarter_turns,
         }  # fmt: skip
         self.category_names = tuple(category_names)
-        self.image_shape, self.flip, self.dataset, self.policy = tuple(image_shape), flip, dataset, policy
+        self.image_shape, self.dataset, self.policy = tuple(image_shape), dataset, policy
+        self.flip, self.quarter_turns = flip, quarter_turns
         self.threshold, self.threshold_source = threshold, threshold_source  # in this order: see the setter
         self.certificate = Certificate(*certificate) if certificate else None
         self.data_fingerprint, count = data_fingerprint, len(self.category_names)
         self.stage1, self.stage2_base, self.build_stage2 = build_stages(
             network, stage2_branch, stage1_widths, blocks, logit_scale, activation, input_shape=image_shape,
             categories=count, mean=mean, std=std, flip=flip, policy=policy, size=image_size,
+            quarter_turns=quarter_turns,
         )  # fmt: skip
         self.network, self.image_size = network if isinstance(network, str) else "own", image_size
         self.stage2_branch = stage2_branch
@@ -340,7 +343,7 @@ class MultiStageCNN(keras.Model):
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
             policy=policy, source_fingerprint=data.source_fingerprint, light_mode=data.light_mode, seed=data.seed,
-            network=network, image_size=data.image_size, **settings,
+            network=network, image_size=data.image_size, quarter_turns=data.quarter_turns, **settings,
         )  # fmt: skip
         if weights and network_named(model.network).pretrained:
             network_named(model.network).load_weights(model.stage1)

@@ -153,7 +153,7 @@ def plot_augmentation(data: Dataset, columns: int = 8, rows: int = 3) -> Figure:
     from mscnn_parts.layers import RandomFlipCrop
 
     chosen = data.train.images[:rows]
-    layer, views = RandomFlipCrop(data.flip), [chosen]
+    layer, views = RandomFlipCrop(data.flip, quarter_turns=data.quarter_turns), [chosen]
     for epoch in range(columns - 1):
         layer.epoch.assign(epoch)
         views.append(layer(tf.constant(chosen), training=True).numpy().astype(np.uint8))

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from mscnn_parts.kernels import images_per_row, short_rows_convolution
+from mscnn_parts.settings import MSCNNError
 
 RANDOM_FLIP = -1  # in place of an epoch
 serializable = keras.saving.register_keras_serializable(package="mscnn")
@@ -26,12 +27,14 @@ class RandomFlipCrop(keras.layers.Layer):
     second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
     Source: alternating flip (Jordan 2024, section 3.6).
 
+    With `quarter_turns`, each image is also turned by a random number of them, which takes square images.
+
     While `crop_fraction` is below 1, training sees a random part of each image, that share of its height and its width.
     """
 
-    def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, **kwargs):
+    def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, quarter_turns: bool = False, **kwargs):
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
-        self.flip, self.shift, self.seed = flip, shift, seed
+        self.flip, self.shift, self.seed, self.quarter_turns = flip, shift, seed, quarter_turns
         self.random = keras.random.SeedGenerator(seed)
         self.epoch = tf.Variable(RANDOM_FLIP, trainable=False)  # not weights: no model file needs them
         with tf.device("CPU"):  # the bounds of a draw are needed there
@@ -46,6 +49,11 @@ class RandomFlipCrop(keras.layers.Layer):
         """Starts the random numbers anew, also for a graph that has been traced already."""
         self.random.state.assign([seed, 0])
 
+    def build(self, input_shape):
+        if self.quarter_turns and input_shape[1] != input_shape[2]:
+            size = f"{input_shape[1]} x {input_shape[2]}"
+            raise MSCNNError(f"quarter_turns takes square images; these have {size} pixels.")
+
     def call(self, images, training=False):
         images = tf.cast(images, tf.float32)
         if not training:
@@ -54,6 +62,12 @@ class RandomFlipCrop(keras.layers.Layer):
         rows, columns = self._places(batch, height), self._places(batch, width)
         if self.flip:
             columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
+        if self.quarter_turns:  # a turn transposes, or reverses both axes, or does all of it
+            quarters = keras.random.randint((batch,), 0, 4, dtype="int32", seed=self.random)
+            transposed = tf.transpose(images, (0, 2, 1, 3))  # (B, W, H, channels)
+            images = tf.where((quarters % 2 == 1)[:, None, None, None], transposed, images)
+            rows = tf.where(((quarters == 1) | (quarters == 2))[:, None], height - 1 - rows, rows)
+            columns = tf.where((quarters >= 2)[:, None], width - 1 - columns, columns)
         images = tf.gather(images, tf.cast(rows, tf.int64), axis=1, batch_dims=1)  # (B, crop H, W, channels)
         return tf.gather(images, tf.cast(columns, tf.int64), axis=2, batch_dims=1)  # (B, crop H, crop W, channels)
 
@@ -72,7 +86,8 @@ class RandomFlipCrop(keras.layers.Layer):
         return (size - 1) - tf.abs((size - 1) - tf.abs(tf.cast(start, tf.float32) + tf.range(kept)))
 
     def get_config(self):
-        return {**super().get_config(), "flip": self.flip, "shift": self.shift, "seed": self.seed}
+        own = {name: getattr(self, name) for name in ("flip", "shift", "seed", "quarter_turns")}
+        return {**super().get_config(), **own}
 
 
 @serializable

@@ -173,8 +173,8 @@ def check_assignable(name: str) -> None:
     if name in ("stage1", "stage2_base", "stage2"):
         raise _not_replaceable(name)
     fixed = {
-        "category_names", "image_shape", "image_size", "flip", "dataset", "data_fingerprint", "policy", "network",
-        "stage2_branch",
+        "category_names", "image_shape", "image_size", "flip", "quarter_turns", "dataset", "data_fingerprint",
+        "policy", "network", "stage2_branch",
     }  # fmt: skip
     if name in fixed:
         raise MSCNNError(f"{name} cannot be changed: the networks were made for it. Build another MultiStageCNN.")
@@ -219,11 +219,15 @@ def check_matches(model: MultiStageCNN, data: Dataset) -> None:
                 f"The model is for another {what}: {mine}; the data has {given}. "
                 "Choose the data set that the model was trained on, or train a new model."
             )
-    if model.flip != data.flip:
-        raise MSCNNError(
-            f"The model was trained with mirror {model.flip}, and the data has {data.flip}: set mirror as it was "
-            "(--mirror, --no-mirror), or train a new model."
-        )
+    for name, mine, given in (
+        ("mirror", model.flip, data.flip),
+        ("quarter_turns", model.quarter_turns, data.quarter_turns),
+    ):
+        if mine != given:
+            raise MSCNNError(
+                f"The model was trained with {name} {mine}, and the data has {given}: set {name} as it was, or train a "
+                "new model."
+            )
     if model.data_fingerprint not in ("", data.fingerprint):
         raise MSCNNError(
             f"The model was trained on other splits of {data.name} (seed, light_mode or files differ): its train "

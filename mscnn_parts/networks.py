@@ -50,6 +50,7 @@ def build_cnn(
     logit_scale: float = 0.25,
     activation: str = "relu",
     size: int = 0,
+    quarter_turns: bool = False,
 ) -> keras.Model:
     """A small CNN from uint8 images (B, H, W, channels) to float32 logits (B, categories).
 
@@ -65,10 +66,11 @@ def build_cnn(
             rate this layer is the first to diverge.
         activation: Keras' name of it.
         size: pixels to which smaller images are enlarged; 0: as they are.
+        quarter_turns: whether training turns images.
     """
     layers = keras.layers
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
-    x = _enlarged(RandomFlipCrop(flip, name="augmentation")(x), size)
+    x = _enlarged(RandomFlipCrop(flip, quarter_turns=quarter_turns, name="augmentation")(x), size)
     scale, shift = [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     x = layers.Rescaling(scale, shift, dtype="float32", name="normalization")(x)
     x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
@@ -99,7 +101,7 @@ def build_stages(
     Args:
         network: see `MultiStageCNN`. stage2_branch, stage2_widths: of `stage2_design`.
         stage1_widths: of `build_cnn`; empty: those for the size.
-        common: input_shape, categories, mean, std, flip, policy and size, see `build_cnn`.
+        common: input_shape, categories, mean, std, flip, policy, size and quarter_turns, see `build_cnn`.
     """
     entry = network_named(network) if isinstance(network, str) else OWN
     compact = functools.partial(build_cnn, logit_scale=logit_scale, activation=activation, **common)
@@ -133,6 +135,7 @@ def build_network(
     flip: bool,
     policy: str,
     size: int,
+    quarter_turns: bool = False,
     name: str = "stage1",
 ) -> keras.Model:
     """A network of the zoo, or one's own, as a Stage 1: uint8 images (B, H, W, channels) -> float32 logits (B, C).
@@ -142,11 +145,12 @@ def build_network(
     Args:
         network: an entry of `zoo.NETWORKS`; or a model from float32 images (B, size, size, channels) of 0 to 255 to
             logits, which scales its input itself.
-        mean, std, flip, policy, size: see `build_cnn`.
+        mean, std, flip, policy, size, quarter_turns: see `build_cnn`.
     """
     layers, own = keras.layers, isinstance(network, keras.Model)
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
-    x = RandomFlipCrop(flip, shift=max(2, input_shape[0] // 16), name="augmentation")(x)
+    shift = max(2, input_shape[0] // 16)
+    x = RandomFlipCrop(flip, shift, quarter_turns=quarter_turns, name="augmentation")(x)
     x = _enlarged(x, size)
     normal = layers.Rescaling(
         [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)], dtype="float32", name="standardized"

@@ -171,7 +171,7 @@ def open_run(notebook: str, namespace: Mapping[str, Any]) -> Run:
     """A notebook's hold on the run folder, by the parameters among its variables: `open_run("...", globals())`.
 
     Notebook 01 sets all parameters. Each later one takes from the run folder what it does not set itself, or sets to an
-    empty text; where notebook 01 has not run, data set, light mode, image size, mirroring and seed are those of
+    empty text; where notebook 01 has not run, what concerns the data, and the seed, are those of
     the model that `load_model` names. A notebook that needs no other has its own parameters; its run folder is made and
     `auto` resolved here, once for all its data, so that its figures know whether the fallback data set stands in.
 
@@ -237,7 +237,7 @@ def parameters_of_model(path: Path) -> dict[str, Any]:
     """What a model was trained on, as parameters of its data; {} where the file cannot tell."""
     try:
         config = read_model_config(path)["config"]
-        same = ("dataset", "light_mode", "seed", "stage2_branch")
+        same = ("dataset", "light_mode", "seed", "stage2_branch", "quarter_turns")
         known = {name: config[name] for name in same if name in config}
         known |= {"mirror": config["flip"], "image_size": config.get("image_size", config["image_shape"][0])}
         network = config.get("network", "compact")

@@ -73,7 +73,7 @@ def _load_data(settings: Settings, name: str) -> Dataset:
     """A data set as the parameters ask for it."""
     size = settings.image_size or NETWORKS[settings.stage1].image_size
     data = load_dataset(name, settings.light_mode, settings.seed, size)
-    return dataclasses.replace(data, flip=data.flip and settings.mirror)
+    return dataclasses.replace(data, flip=data.flip and settings.mirror, quarter_turns=settings.quarter_turns)
 
 
 TOLD_FROM = 50e6  # bytes of images
@@ -236,7 +236,7 @@ def validate_continued(run: Run) -> Dataset:
     check_places(run)
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
-    for name in ("dataset", "light_mode", "stage1", "image_size", "mirror", "stage2_branch", "seed"):
+    for name in ("dataset", "light_mode", "stage1", "image_size", "mirror", "quarter_turns", "stage2_branch", "seed"):
         given = getattr(settings, name)
         if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
             raise MSCNNError(

@@ -583,7 +583,9 @@ def test_a_model_is_saved_and_loaded_in_the_home_folder(untrained_model, tmp_pat
     assert mscnn.load_model("~/m.keras").fingerprints() == untrained_model.fingerprints()
 
 
-@pytest.mark.parametrize("name", ["category_names", "image_shape", "flip", "dataset", "data_fingerprint", "policy"])
+@pytest.mark.parametrize(
+    "name", ["category_names", "image_shape", "flip", "quarter_turns", "dataset", "data_fingerprint", "policy"]
+)
 def test_what_the_networks_were_made_for_cannot_be_changed(model, name):
     with pytest.raises(MSCNNError, match=f"{name} cannot be changed: the networks were made for it"):
         setattr(model, name, getattr(model, name))

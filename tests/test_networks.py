@@ -9,7 +9,7 @@ import tensorflow as tf
 from conftest import tiny_images
 
 import mscnn_helpers as mscnn
-from mscnn_helpers import build_cnn
+from mscnn_helpers import MSCNNError, build_cnn
 from mscnn_parts import networks
 from mscnn_parts.kernels import images_per_row, pack_rows
 from mscnn_parts.layers import RANDOM_FLIP, FusedBatchNormalization, RandomFlipCrop, WhiteningConv
@@ -85,6 +85,22 @@ def test_in_epochs_what_must_not_be_mirrored_is_not():
     layer = RandomFlipCrop(flip=False)
     layer.epoch.assign(1)
     assert not any(mirrored for *_, mirrored in variants_seen(layer, noise(100)))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_are_turned_by_all_quarters(flip):
+    """Without mirroring by four turns alone, with it each also mirrored; all about equally often."""
+    images = noise(1_600, 6, 6)
+    seen = tf.function(RandomFlipCrop(flip, shift=0, quarter_turns=True))(images, training=True).numpy()
+    sides = (slice(None), slice(None, None, -1))[: 2 if flip else 1]
+    allowed = [np.rot90(images[:, :, side], turns, (1, 2)) for side in sides for turns in range(4)]
+    found = np.array([(seen == one).all(axis=(1, 2, 3)) for one in allowed])  # (variants, B)
+    assert (found.sum(axis=0) == 1).all() and found.mean(axis=1).min() > 0.75 / len(allowed)
+
+
+def test_only_square_images_can_be_turned():
+    with pytest.raises(MSCNNError, match="square images; these have 12 x 9 pixels"):
+        RandomFlipCrop(quarter_turns=True)(noise(2))
 
 
 def test_a_small_crop_is_a_random_part_of_the_image():

@@ -536,6 +536,20 @@ def test_images_are_not_mirrored_where_that_is_turned_off(settings, tmp_path):
     assert mscnn.open_run("05_evaluation_and_cam", alone).settings.mirror is False
 
 
+def test_images_are_turned_where_that_is_asked_for(settings, tmp_path):
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, quarter_turns=True))
+    data = mscnn.begin_run_data(run)
+    model = mscnn.MultiStageCNN.for_dataset(data, stage1_widths=(4, 4), stage2_widths=(4, 4))
+    layers = [network.get_layer("augmentation") for network in (model.stage1, model.stage2_base, model.stage2_cnn(0))]
+    assert all(layer.quarter_turns for layer in layers)
+    with pytest.raises(MSCNNError, match="trained with quarter_turns True, and the data has False"):
+        check_matches(model, dataclasses.replace(data, quarter_turns=False))
+    model.save(tmp_path / "m.keras")
+    assert mscnn.load_model(tmp_path / "m.keras").stage1.get_layer("augmentation").quarter_turns
+    alone = {"run_dir": str(tmp_path / "new"), "load_model": str(tmp_path / "m.keras"), "dataset": data.name}
+    assert mscnn.open_run("05_evaluation_and_cam", alone).settings.quarter_turns
+
+
 def test_without_notebook_01_a_model_says_what_it_was_trained_on(settings, tmp_path):
     data = mscnn.load_dataset("digits", light_mode=True, seed=5)
     mscnn.MultiStageCNN.for_dataset(data, stage1_widths=(4, 4), stage2_widths=(4, 4)).save(tmp_path / "m.keras")

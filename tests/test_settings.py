@@ -219,6 +219,7 @@ def test_documented_defaults():
         "stage1": "compact",
         "image_size": 0,
         "mirror": True,
+        "quarter_turns": False,
         "stage2_branch": -1,
         "seed": 0,
         "run_dir": "runs/latest",
