@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -239,7 +240,11 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
 
     def run_one(name: str) -> None:
         own = _of_run_folder(settings, given) if name in INDEPENDENT_NOTEBOOKS else settings
-        run_notebook(name, own, pages, notebooks, given)
+        try:
+            run_notebook(name, own, pages, notebooks, given)
+        except KeyboardInterrupt as error:
+            error.args = (name,)  # `main` says how to go on from there
+            raise
 
     # A page is made while the next notebook runs.
     with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
@@ -399,6 +404,14 @@ def _validate(settings: Settings, notebooks: Sequence[str], given: Collection[st
         check_folders(run)
 
 
+def _how_to_go_on(error: KeyboardInterrupt, notebooks: Sequence[str], settings: Settings) -> str:
+    kept = "What is finished lies in the run folder; a finished model is still whole."
+    if not error.args or error.args[0] == NOTEBOOKS[0]:
+        return kept
+    left = ",".join(name.split("_")[0] for name in notebooks[notebooks.index(error.args[0]) :])
+    return f"{kept}\nGo on by: --run_dir {shlex.quote(settings.run_dir)} --notebooks {left}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
@@ -423,8 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_anyway(f"\nerror: {error}", error=True)
         return 1
     except KeyboardInterrupt as error:
-        kept = "What is finished lies in the run folder; a finished model is still whole."
-        _print_anyway(f"\ninterrupted. {kept}", error=True)
+        _print_anyway(f"\ninterrupted. {_how_to_go_on(error, notebooks, settings)}", error=True)
         return 143 if isinstance(error, _Terminated) else 130
     finally:
         if in_main_thread:

@@ -227,7 +227,7 @@ def _report(network: keras.Model, measured: _Pass, labels: np.ndarray, category:
     report = Report(network.name, float(batch.loss), float(guessing), float(accuracy), layers, [])
     findings = [
         *_input_findings(network, batch), *_number_findings(report), *_weight_findings(report),
-        *_statistics_findings(batch), *_unit_findings(report), *_gradient_findings(report),
+        *_statistics_findings(network, batch), *_unit_findings(report), *_gradient_findings(report),
         *_guessing_findings(report),
     ]  # fmt: skip
     report.findings.extend(findings)
@@ -276,7 +276,7 @@ def _number_findings(report: Report) -> list[Finding]:
     return []
 
 
-def _statistics_findings(batch: _Pass) -> list[Finding]:
+def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
     """BatchNormalization: whether what it has stored is what passes through it."""
     apart = {name: float(value) for name, value in batch.apart.items()}
     worst = max(apart, key=apart.__getitem__, default=None)
@@ -287,6 +287,8 @@ def _statistics_findings(batch: _Pass) -> list[Finding]:
         "They have not followed the training: lower its momentum, train longer, or see that they move "
         "(training=True, and non-trainable weights are updated). Frozen ones have to fit the data from the start."
     )
+    if getattr(network.get_layer(worst), "momentum", 0) == 1:
+        remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
     return [Finding("statistics do not fit", worst, evidence, remedy)]
 
 

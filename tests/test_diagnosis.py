@@ -111,6 +111,7 @@ def test_a_healthy_run_raises_no_finding(setup, seeds):
 def test_a_broken_set_up_is_named(setup):
     for report in trained(setup):
         assert EXPECTED[setup] in report.names, str(report)
+        assert ("A momentum of 1 keeps the first values forever" in str(report)) == (setup == "statistics frozen")
 
 
 # ---- what else `diagnose` says

@@ -1156,6 +1156,17 @@ def test_a_missing_kernel_is_named(project, monkeypatch):
         run_all(Settings(), ["one"])
 
 
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tiny_path, tmp_path, capfd):
+    def interrupted_in_02(name, *_):
+        if name == mscnn.NOTEBOOKS[1]:
+            raise KeyboardInterrupt
+
+    patch_rooms(monkeypatch, "run_notebook", interrupted_in_02)
+    folder = tmp_path / "my runs"
+    assert mscnn.main(["--dataset", str(tiny_path), "--run_dir", str(folder)]) == 130
+    assert f"Go on by: --run_dir '{folder}' --notebooks 02,03,04,05\n" in capfd.readouterr().err
+
+
 def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):
     patch_rooms(monkeypatch, "run_all", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
     usual = signal.getsignal(signal.SIGTERM)
