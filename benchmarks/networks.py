@@ -105,9 +105,10 @@ def table(figures: dict) -> str:
     lines, origins = [], []
     for name, row in ROWS.items():
         seeds = figures.get(name, {})
+        how = f"{row.image_size}, {row.epochs or 'default'}{', turned' if row.quarter_turns else ''}"
         command = f'`python benchmarks/networks.py --row "{name}"`'
         if not seeds:
-            lines.append([name, f"{row.image_size}", "not measured here:", command, "", "", "", "", ""])
+            lines.append([name, how, "not measured here:", command, "", "", "", "", ""])
             continue
         each = list(seeds.values())
         origins += [f"- {name}, seed {seed}: commit {one['commit']}, {one['device']}" for seed, one in seeds.items()]
@@ -117,21 +118,21 @@ def table(figures: dict) -> str:
 
         saved = [1 - one["aurc"] / one["aurc_softmax"] for one in each]
         lines.append([
-            name, f"{row.image_size}", column("accuracy", "{:.1%}"), column("accuracy_of_answers", "{:.1%}"),
+            name, how, column("accuracy", "{:.1%}"), column("accuracy_of_answers", "{:.1%}"),
             f"{row.target:.1%}" if row.target else "", spread(saved, "{:.0%}"),
             f"{column('coverage', '{:.1%}')}, {column('selective_accuracy', '{:.1%}')}",
             f"{each[0]['MB']:.0f} MB, {each[0]['multiply_adds'] / 1e6:.0f} M",
             f"{np.median([sum(one['minutes'].values()) for one in each]):.0f} min, "
             f"{np.median([one['images_per_second'] for one in each]):.0f}/s",
         ])  # fmt: skip
-    header = ["data, network", "pixels", "accuracy, a single view", "of the answers", "target", "AURC below softmax",
+    header = ["data, network", "pixels, epochs", "accuracy, a single view", "of the answers", "target", "AURC below softmax",
               "coverage and selective accuracy at 0.7", "model file, multiply-adds", "training, decide()"]  # fmt: skip
     return "\n".join([
         "## Networks", "",
         "Stage 1's networks, each trained by its own recipe, with its Stage 2. Test split; of several seeds median",
         "(minimum to maximum). *AURC below softmax*: how much smaller the two stages' AURC is than that of Stage 1's",
-        "softmax on a single view. Not among them: STL-10 and the networks of `keras.applications`, whose data and",
-        "weights could not be downloaded where these figures were made.", "",
+        "softmax on a single view; *turned*: trained with `quarter_turns`. Not among them: STL-10 and the networks of",
+        "`keras.applications`, whose data and weights could not be downloaded where these figures were made.", "",
         *markdown(header, lines), accepted_strangers(figures), "", *origins,
     ])  # fmt: skip
 

@@ -425,6 +425,21 @@ def where_to_look() -> None:
     save("where_to_look", "From the symptom to the first place to look", f"{spoken}.", 374, *parts)
 
 
+def exercise_loop() -> None:
+    parts = [
+        box(20, 40, 150, 56, GREY, "your work"), arrow((172, 68), (216, 68)),
+        box(220, 40, 190, 56, BLUE), text(315, 59, "check, as often as you like:\ncalibration images", 13),
+        arrow((412, 68), (526, 68)), text(469, 56, "reached", 13),
+        box(530, 40, 210, 56, GREEN), text(635, 59, "your last number:\ntest split, once", 14),
+        arrow((315, 98), (315, 154), (172, 154)), text(243, 142, "not yet", 13),
+        box(20, 128, 150, 52, ORANGE, "a hint"), arrow((95, 126), (95, 100)),
+        arrow((370, 98), (370, 154), (526, 154)), text(449, 142, "out of reach here", 13),
+        box(530, 128, 210, 52, RED), text(635, 145, "why: too few images,\nor no weights", 14),
+    ]  # fmt: skip
+    told = "Work, check on calibration images; not yet: a hint. Reached: the test split, once. Out of reach: why."
+    save("exercise_loop", "How an exercise goes", told, 204, *parts)
+
+
 def colab_badge() -> None:
     """A badge that is there offline, too."""
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="118" height="22" role="img"><title>Open in Colab</title>'
@@ -437,5 +452,6 @@ def colab_badge() -> None:
 
 if __name__ == "__main__":
     for draw in (two_stages, splits, stage1_network, stage2_copies, verifier_batch, frozen_and_free,
-                 risk_coverage_eight, certificate, schedule_optimizer_model, where_to_look, colab_badge):  # fmt: skip
+                 risk_coverage_eight, certificate, schedule_optimizer_model, where_to_look, exercise_loop,
+                 colab_badge):  # fmt: skip
         draw()
