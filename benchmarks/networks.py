@@ -126,7 +126,8 @@ def table(figures: dict) -> str:
             f"{np.median([one['images_per_second'] for one in each]):.0f}/s",
         ])  # fmt: skip
     header = ["data, network", "pixels, epochs", "accuracy, a single view", "of the answers", "target",
-              "AURC below softmax", "coverage and selective accuracy at 0.7", "model file, multiply-adds", "training, decide()"]  # fmt: skip
+              "AURC below softmax", "coverage and selective accuracy at 0.7",
+              "model file, multiply-adds", "training, decide()"]  # fmt: skip
     return "\n".join([
         "## Networks", "",
         "Stage 1's networks, each trained by its own recipe, with its Stage 2. Test split; of several seeds median",
