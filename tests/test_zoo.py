@@ -54,6 +54,14 @@ def test_a_network_has_its_parameters_and_layers(name):
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in DEEP if name != "resnet50"]
 
 
+@pytest.mark.parametrize("name", ["mnist_bn", "vgg", "resnet18"])
+def test_statistics_follow_a_short_training(name):
+    """Keras' default momentum of 0.99 needs hundreds of steps: until then a network with random weights is no good."""
+    network = stage1_of(name, *PARAMETERS[name][1:])
+    own = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert own and {layer.momentum for layer in own} == {0.9}
+
+
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", *OTHERS])
 def test_scaling_is_what_the_weights_were_trained_with(name):
     """A gray of 127 is near 0; the channels of ResNet50 are reversed."""
