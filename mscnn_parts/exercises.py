@@ -88,5 +88,5 @@ def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
         data = load_dataset(name, stored["light_mode"], stored["seed"], stored["image_size"])
         if data.fingerprint == model.data_fingerprint:
             print(f"The finished model: {path}")
-            return model, dataclasses.replace(data, flip=model.flip)
+            return model, dataclasses.replace(data, flip=model.flip, quarter_turns=model.quarter_turns)
     return None, load_dataset(name, run.settings.light_mode, run.settings.seed)

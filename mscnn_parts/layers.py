@@ -19,6 +19,8 @@ serializable = keras.saving.register_keras_serializable(package="mscnn")
 class RandomFlipCrop(keras.layers.Layer):
     """Mirrors half of the images and shifts each by up to `shift` pixels, in training only.
 
+    By default `shift` is a sixteenth of the side, and 2 at least.
+
     From uint8 (B, H, W, channels) to float32. The border is filled by reflection. Two gathers do it, which costs far
     less than Keras' general affine layers. They and the arithmetic on the places of pixels use floats: on a GPU
     TensorFlow gathers no uint8 from a tensor, and computes with int32 on the host.
@@ -32,7 +34,9 @@ class RandomFlipCrop(keras.layers.Layer):
     While `crop_fraction` is below 1, training sees a random part of each image, that share of its height and its width.
     """
 
-    def __init__(self, flip: bool = True, shift: int = 2, seed: int = 0, quarter_turns: bool = False, **kwargs):
+    def __init__(
+        self, flip: bool = True, shift: int | None = None, seed: int = 0, quarter_turns: bool = False, **kwargs
+    ):
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
         self.flip, self.shift, self.seed, self.quarter_turns = flip, shift, seed, quarter_turns
         self.random = keras.random.SeedGenerator(seed)
@@ -80,9 +84,10 @@ class RandomFlipCrop(keras.layers.Layer):
 
     def _places(self, batch, size: int):
         """Which row (or column) each row of the result is taken from, reflected at the border: (B, crop size)."""
+        shift = max(2, size // 16) if self.shift is None else self.shift
         kept = tf.round(self.crop_fraction * size)
-        end = self.shift + size - tf.cast(kept, tf.int32) + 1
-        start = keras.random.randint((batch, 1), -self.shift, end, dtype="int32", seed=self.random)
+        end = shift + size - tf.cast(kept, tf.int32) + 1
+        start = keras.random.randint((batch, 1), -shift, end, dtype="int32", seed=self.random)
         return (size - 1) - tf.abs((size - 1) - tf.abs(tf.cast(start, tf.float32) + tf.range(kept)))
 
     def get_config(self):

@@ -149,9 +149,7 @@ def build_network(
     """
     layers, own = keras.layers, isinstance(network, keras.Model)
     inputs = x = keras.Input(tuple(input_shape), dtype="uint8")
-    shift = max(2, input_shape[0] // 16)
-    x = RandomFlipCrop(flip, shift, quarter_turns=quarter_turns, name="augmentation")(x)
-    x = _enlarged(x, size)
+    x = _enlarged(RandomFlipCrop(flip, quarter_turns=quarter_turns, name="augmentation")(x), size)
     normal = layers.Rescaling(
         [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)], dtype="float32", name="standardized"
     )(x)

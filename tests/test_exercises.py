@@ -86,11 +86,12 @@ def test_the_run_folder_s_model_comes_with_its_own_splits(run, trained_model, ti
     assert data.fingerprint == tiny_data.fingerprint and model.fingerprints() == trained_model.fingerprints()
 
 
-def test_images_of_a_model_without_mirrored_views_are_not_mirrored(run, tiny_data):
+def test_images_are_mirrored_and_turned_as_for_the_model(run, tiny_data):
     run.folder.mkdir()
-    own = dataclasses.replace(tiny_data, flip=False)
+    own = dataclasses.replace(tiny_data, flip=False, quarter_turns=True)
     mscnn.MultiStageCNN.for_dataset(own, **SMALL).save(run.model_path)
-    assert not exercises.finished_model(run)[1].flip
+    data = exercises.finished_model(run)[1]
+    assert not data.flip and data.quarter_turns
 
 
 def test_a_damaged_model_is_told(run):

@@ -65,6 +65,13 @@ def test_augmentation_shifts_and_mirrors_exactly(channels):
         assert counts.min() > 225, "all shifts are equally probable: 300 each are expected"
 
 
+@pytest.mark.parametrize(("size", "most"), [(28, 2), (64, 4)])
+def test_large_images_are_shifted_further(size, most):
+    places = np.tile(np.arange(size, dtype=np.uint8)[:, None, None], (300, 1, size, 1))  # each pixel says its row
+    seen = RandomFlipCrop(flip=False)(places, training=True).numpy()
+    assert set(seen[:, 20, 20, 0] - 20) == set(range(-most, most + 1))
+
+
 def test_what_must_not_be_mirrored_is_not():
     seen = variants_seen(RandomFlipCrop(flip=False), noise(1_000))
     assert not any(mirrored for *_, mirrored in seen)
