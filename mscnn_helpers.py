@@ -234,7 +234,7 @@ class MultiStageCNN(keras.Model):
         image_shape: (H, W, channels) of the uint8 images.
         mean, std: of each channel of the train split, in pixel values 0..255.
         flip: whether a mirrored image keeps its category. If so, training mirrors images, and a decision looks at
-            the image and its mirror image. quarter_turns: whether training turns images, too.
+            the image and its mirror image.
         dataset, data_fingerprint: name and fingerprint of the data set the model is trained on.
         threshold: confidence below which an image is OTHER. threshold_source: how it was chosen, in words.
         policy: Keras dtype policy of the convolutions.
@@ -243,6 +243,7 @@ class MultiStageCNN(keras.Model):
         image_size: pixels to which Stage 1 enlarges its images; 0: as they are.
         stage2_branch: how many blocks of the Stage 2 base network its Stage 2 networks share; 0: none, each is a whole
             CNN; -1: the network's default: a whole CNN, or a head on Stage 1's features if it has ImageNet weights.
+        quarter_turns: whether training turns images, by 0 to 3 quarters.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting. light_mode, seed: of the splits.
         format: of the model file, which `load_model` has checked.

@@ -243,7 +243,7 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
         try:
             run_notebook(name, own, pages, notebooks, given)
         except KeyboardInterrupt as error:
-            error.args = (name,)  # `main` says how to go on from there
+            error.args = (_how_to_go_on(name, notebooks, settings, given),)
             raise
 
     # A page is made while the next notebook runs.
@@ -259,6 +259,22 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
     if not set(notebooks) <= set(INDEPENDENT_NOTEBOOKS):
         run.write("metrics", seconds={**run.read("metrics").get("seconds", {}), "total": seconds})
     return seconds
+
+
+def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given: Collection[str]) -> str:
+    """The command that goes on with a notebook; notebook 01 leaves the parameters in the run folder for the others."""
+    if name == NOTEBOOKS[0]:
+        return ""
+    repeated = {"run_dir"} if NOTEBOOKS[0] in notebooks else {*given, "run_dir"}
+    words = []
+    for parameter in sorted(repeated):
+        value = getattr(settings, parameter)
+        if isinstance(value, bool):
+            words.append(f"--{parameter}" if value else f"--no-{parameter}")
+        else:
+            words += [f"--{parameter}", str(value)]
+    left = ",".join(one.split("_")[0] for one in notebooks[notebooks.index(name) :])
+    return f"Go on with: {command_line().prog} {shlex.join([*words, '--notebooks', left])}"
 
 
 def _of_run_folder(settings: Settings, given: Collection[str]) -> Settings:
@@ -404,14 +420,6 @@ def _validate(settings: Settings, notebooks: Sequence[str], given: Collection[st
         check_folders(run)
 
 
-def _how_to_go_on(error: KeyboardInterrupt, notebooks: Sequence[str], settings: Settings) -> str:
-    kept = "What is finished lies in the run folder; a finished model is still whole."
-    if not error.args or error.args[0] == NOTEBOOKS[0]:
-        return kept
-    left = ",".join(name.split("_")[0] for name in notebooks[notebooks.index(error.args[0]) :])
-    return f"{kept}\nGo on by: --run_dir {shlex.quote(settings.run_dir)} --notebooks {left}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
     _let_output_fail()
@@ -436,7 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_anyway(f"\nerror: {error}", error=True)
         return 1
     except KeyboardInterrupt as error:
-        _print_anyway(f"\ninterrupted. {_how_to_go_on(error, notebooks, settings)}", error=True)
+        kept = "What is finished lies in the run folder; a finished model is still whole."
+        _print_anyway("\n".join([f"\ninterrupted. {kept}", *filter(None, error.args)]), error=True)
         return 143 if isinstance(error, _Terminated) else 130
     finally:
         if in_main_thread:

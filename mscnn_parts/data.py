@@ -52,7 +52,7 @@ class Dataset:
     certification: Split
     test: Split
     flip: bool = True  # whether a mirrored image keeps its category (a digit does not)
-    quarter_turns: bool = False  # whether training turns images, too
+    quarter_turns: bool = False  # whether training turns images by quarters
     fallback: bool = False
     light_mode: bool = False
     seed: int = 0  # of the splits

@@ -115,7 +115,8 @@ class Networks:
     def _at_once(self, batch_size: int) -> int:
         """How many images to run at a time: of more than 32 pixels fewer, for memory's sake; a CPU is as fast then."""
         size = self.stage1.get_layer("whitening").input.shape[1]
-        return batch_size if size <= 32 else min(batch_size, 8 * max(1, self.PIXELS // (8 * size**2)))
+        fitting = max(1, self.PIXELS // size**2)
+        return batch_size if size <= 32 else min(batch_size, fitting // 8 * 8 or fitting)  # see `in_batches`
 
     @functools.cached_property
     def stage1_graph(self) -> Callable:

@@ -29,7 +29,7 @@ class RandomFlipCrop(keras.layers.Layer):
     second epoch, so that two epochs show both of its views. Which comes first, the parity of its sum decides.
     Source: alternating flip (Jordan 2024, section 3.6).
 
-    With `quarter_turns`, each image is also turned by a random number of them, which takes square images.
+    With `quarter_turns`, each image is also turned by 0 to 3 quarters, at random; images must be square.
 
     While `crop_fraction` is below 1, training sees a random part of each image, that share of its height and its width.
     """
@@ -66,8 +66,8 @@ class RandomFlipCrop(keras.layers.Layer):
         rows, columns = self._places(batch, height), self._places(batch, width)
         if self.flip:
             columns = tf.where(self._mirrored(images)[:, None], width - 1 - columns, columns)
-        if self.quarter_turns:  # a turn transposes, or reverses both axes, or does all of it
-            quarters = keras.random.randint((batch,), 0, 4, dtype="int32", seed=self.random)
+        if self.quarter_turns:  # 1: transpose, reverse rows; 2: reverse both; 3: transpose, reverse columns
+            quarters = tf.floor(keras.random.uniform((batch,), 0, 4, dtype="float32", seed=self.random))
             transposed = tf.transpose(images, (0, 2, 1, 3))  # (B, W, H, channels)
             images = tf.where((quarters % 2 == 1)[:, None, None, None], transposed, images)
             rows = tf.where(((quarters == 1) | (quarters == 2))[:, None], height - 1 - rows, rows)

@@ -219,14 +219,14 @@ def check_matches(model: MultiStageCNN, data: Dataset) -> None:
                 f"The model is for another {what}: {mine}; the data has {given}. "
                 "Choose the data set that the model was trained on, or train a new model."
             )
-    for name, mine, given in (
-        ("mirror", model.flip, data.flip),
-        ("quarter_turns", model.quarter_turns, data.quarter_turns),
+    for name, mine, given, options in (
+        ("mirror", model.flip, data.flip, "--mirror, --no-mirror"),
+        ("quarter_turns", model.quarter_turns, data.quarter_turns, "with or without --quarter_turns"),
     ):
         if mine != given:
             raise MSCNNError(
-                f"The model was trained with {name} {mine}, and the data has {given}: set {name} as it was, or train a "
-                "new model."
+                f"The model was trained with {name} {mine}, and the data has {given}: set {name} as it was "
+                f"({options}), or train a new model."
             )
     if model.data_fingerprint not in ("", data.fingerprint):
         raise MSCNNError(

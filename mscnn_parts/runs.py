@@ -73,7 +73,8 @@ def _load_data(settings: Settings, name: str) -> Dataset:
     """A data set as the parameters ask for it."""
     size = settings.image_size or NETWORKS[settings.stage1].image_size
     data = load_dataset(name, settings.light_mode, settings.seed, size)
-    return dataclasses.replace(data, flip=data.flip and settings.mirror, quarter_turns=settings.quarter_turns)
+    turned = data.flip and settings.quarter_turns  # what may not be mirrored may not be turned, such as a 6
+    return dataclasses.replace(data, flip=data.flip and settings.mirror, quarter_turns=turned)
 
 
 TOLD_FROM = 50e6  # bytes of images
@@ -237,10 +238,10 @@ def validate_continued(run: Run) -> Dataset:
     settings, known = run.settings, run.require("metrics", "dataset", NOTEBOOKS[0])
     asked = run.read("metrics")["parameters"]
     for name in ("dataset", "light_mode", "stage1", "image_size", "mirror", "quarter_turns", "stage2_branch", "seed"):
-        given = getattr(settings, name)
-        if asked.get(name, given) != given and not (name == "dataset" and same_data(asked[name], given)):
+        begun, given = asked.get(name, getattr(Settings, name)), getattr(settings, name)  # older folders lack some
+        if begun != given and not (name == "dataset" and same_data(begun, given)):
             raise MSCNNError(
-                f"{run.folder} was begun with {name}={asked[name]!r}, this notebook has {getattr(settings, name)!r}: "
+                f"{run.folder} was begun with {name}={begun!r}, this notebook has {given!r}: "
                 f"run {NOTEBOOKS[0]} with the same parameters first, or use another run_dir."
             )
     name = known["name"] if settings.dataset == "auto" else settings.dataset

@@ -215,7 +215,9 @@ class Settings:
     )
     image_size: int = _parameter(0, "pixels that images are brought to, 16 to 512; 0: the network's own")
     mirror: bool = _parameter(True, "mirror images, in training and decisions, if the data set allows it")
-    quarter_turns: bool = _parameter(False, "turn images in training: for what has no top, such as things from above")
+    quarter_turns: bool = _parameter(
+        False, "turn images by quarters in training, if they may be mirrored; for those with no up, as from above"
+    )
     stage2_branch: int = _parameter(
         -1,
         "how many first blocks all Stage 2 CNNs share, which makes them small and fast; 0: none; -1: what suits stage1",

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from PIL import Image
 import mscnn_helpers as mscnn
 from mscnn_helpers import Decisions, MSCNNError, MultiStageCNN
 from mscnn_parts.data import RawData, split_data
+from mscnn_parts.inference import Networks
 from mscnn_parts.layers import FusedBatchNormalization
 from mscnn_parts.model_files import check_matches, parts_of
 from mscnn_parts.sources import CIFAR10_NAMES, find_cifar10
@@ -145,6 +147,13 @@ def test_only_the_stage2_cnn_of_the_predicted_category_runs(model, tiny_data, mo
     assert [same for same, _ in runs] == [[1], [3]]
     counts = [((predicted == c).sum() + 7) // 8 * 8 for c in (1, 3)]  # batches are filled up to eights
     assert [count for _, count in runs] == counts
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(32, 512), (64, 48), (96, 16), (160, 7), (512, 1)])
+def test_large_images_run_in_small_batches(size, at_once):
+    whitening = types.SimpleNamespace(input=np.empty((0, size, size, 3)))
+    networks = Networks(types.SimpleNamespace(get_layer=lambda name: whitening), [], None, 1)
+    assert networks._at_once(512) == at_once and networks._at_once(1) == 1
 
 
 def test_stage2_judges_an_image_and_its_mirror_image(model, tiny_data):

@@ -22,7 +22,16 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Run
-from mscnn_parts.cli import _ending_written_down, _Terminated, command_line, parse, print_pages, print_result, run_all
+from mscnn_parts.cli import (
+    _ending_written_down,
+    _how_to_go_on,
+    _Terminated,
+    command_line,
+    parse,
+    print_pages,
+    print_result,
+    run_all,
+)
 from mscnn_parts.lab import make_working_copies
 from mscnn_parts.model_files import check_matches
 from mscnn_parts.pages import write_page
@@ -534,6 +543,11 @@ def test_images_are_not_mirrored_where_that_is_turned_off(settings, tmp_path):
     mscnn.MultiStageCNN.for_dataset(mscnn.load_dataset("digits"), **small).save(tmp_path / "m.keras")
     alone = {"run_dir": str(tmp_path / "new"), "load_model": str(tmp_path / "m.keras")}
     assert mscnn.open_run("05_evaluation_and_cam", alone).settings.mirror is False
+
+
+def test_what_may_not_be_mirrored_is_not_turned(settings):
+    run = Run("01_data_and_light_mode", dataclasses.replace(settings, dataset="digits", quarter_turns=True))
+    assert mscnn.begin_run_data(run).quarter_turns is False
 
 
 def test_images_are_turned_where_that_is_asked_for(settings, tmp_path):
@@ -1164,7 +1178,21 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tiny_path, tmp_path, 
     patch_rooms(monkeypatch, "run_notebook", interrupted_in_02)
     folder = tmp_path / "my runs"
     assert mscnn.main(["--dataset", str(tiny_path), "--run_dir", str(folder)]) == 130
-    assert f"Go on by: --run_dir '{folder}' --notebooks 02,03,04,05\n" in capfd.readouterr().err
+    assert f" --run_dir '{folder}' --notebooks 02,03,04,05\n" in capfd.readouterr().err
+
+
+def test_what_goes_on_without_notebook_01_repeats_what_was_given():
+    arguments = ["--notebooks", "04,05", "--stage2_categories", "ship, truck", "--light-mode", "--no-mirror"]
+    settings, notebooks, given = parse(arguments)
+    told = _how_to_go_on(notebooks[1], notebooks, settings, given)
+    again = parse(shlex.split(told.partition("mscnn_helpers.py ")[2]))
+    assert again == (settings, notebooks[1:], tuple(sorted({*given, "run_dir"})))
+    assert _how_to_go_on(mscnn.NOTEBOOKS[0], mscnn.NOTEBOOKS, settings, given) == "", "nothing is left of a run in 01"
+
+
+def test_an_interruption_before_anything_has_run_is_told(monkeypatch, capfd):
+    patch_rooms(monkeypatch, "parse", lambda _: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    assert mscnn.main([]) == 143 and "interrupted." in capfd.readouterr().err
 
 
 def test_sigterm_ends_a_run_as_an_interruption(monkeypatch, tiny_path, tmp_path):
