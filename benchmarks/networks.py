@@ -39,7 +39,7 @@ class Row(NamedTuple):
 ROWS = {
     "TrashNet, efficientnet_lite0": Row("trashnet", "efficientnet_lite0", 160, 12, False, 0.94, True),
     "TrashNet, compact": Row("trashnet", "compact", 96, 40, False, 0.86, True),
-    "EuroSAT, compact": Row("eurosat.npz", "compact", 64, target=0.975),
+    "EuroSAT, compact": Row("eurosat.npz", "compact", 64, 10, False, 0.975, True),
     "EuroSAT, alexnet": Row("eurosat.npz", "alexnet", 64, 10),
     "EuroSAT, resnet": Row("eurosat.npz", "resnet", 64, 10),
     "CIFAR-10 light mode, efficientnet_lite0": Row("cifar10", "efficientnet_lite0", 128, 6, True, target=0.88),
