@@ -21,6 +21,7 @@ TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(
 LINK = re.compile(rf'((?:Previous|Next|First): )?<a href="({"|".join(ALL_NOTEBOOKS)})\.ipynb(#[^"]*)?">(.*?)</a>')
 ELSEWHERE = re.compile(r'<a href="(\.\./[^"#]+)(?:#[^"]*)?">(.*?)</a>')
 IMAGE = re.compile(r'(?<=<img )([^>]*?src=")(?!\w+:)([^"]+)')
+INTERRUPTED = "**This run was interrupted**, where a KeyboardInterrupt is shown below; what follows it has not run."
 
 
 def write_page(notebook: Path, others: Sequence[str]) -> None:
@@ -53,6 +54,8 @@ def write_page(notebook: Path, others: Sequence[str]) -> None:
     content = nbformat.read(notebook, 4)
     for cell in content.cells:  # what is folded in JupyterLab is left out of the page
         cell.metadata.transient = {"remove_source": cell.metadata.get("jupyter", {}).get("source_hidden", False)}
+    if any(output.get("ename") == "KeyboardInterrupt" for cell in content.cells for output in cell.get("outputs", [])):
+        content.cells.insert(0, nbformat.v4.new_markdown_cell(INTERRUPTED))
     place = {"metadata": {"path": str(notebook.parent), "name": notebook.stem}}
     page, _ = exporter.from_notebook_node(content, place)
     page = IMAGE.sub(embedded, ELSEWHERE.sub(elsewhere, LINK.sub(link, page)))

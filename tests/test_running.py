@@ -816,6 +816,16 @@ def test_a_page_folds_what_is_folded_and_holds_its_images(tmp_path):
     assert page.count("data:image/svg+xml;base64,PHN2Zy8+") == 3 and 'src="https://example.com/c.png"' in page
 
 
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "ValueError"])
+def test_a_page_says_that_its_run_was_interrupted(name, tmp_path):
+    error = nbformat.v4.new_output("error", ename=name, evalue="", traceback=[name])
+    cell = nbformat.v4.new_code_cell("1", outputs=[error])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "page.ipynb")
+    write_page(tmp_path / "page.ipynb", ())
+    told = "<strong>This run was interrupted</strong>" in (tmp_path / "page.html").read_text("utf-8")
+    assert told == (name == "KeyboardInterrupt")
+
+
 def snapshot(folder) -> dict:
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
