@@ -266,15 +266,15 @@ def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given
     if name == NOTEBOOKS[0]:
         return ""
     repeated = {"run_dir"} if NOTEBOOKS[0] in notebooks else {*given, "run_dir"}
-    words = []
-    for parameter in sorted(repeated):
-        value = getattr(settings, parameter)
-        if isinstance(value, bool):
-            words.append(f"--{parameter}" if value else f"--no-{parameter}")
-        else:
-            words += [f"--{parameter}", str(value)]
+    values = {parameter: getattr(settings, parameter) for parameter in sorted(repeated)}
+    options = [
+        f"--{'' if value else 'no-'}{parameter}"
+        if isinstance(value, bool)
+        else f"--{parameter} {shlex.quote(str(value))}"
+        for parameter, value in values.items()
+    ]
     left = ",".join(one.split("_")[0] for one in notebooks[notebooks.index(name) :])
-    return f"Go on with: {command_line().prog} {shlex.join([*words, '--notebooks', left])}"
+    return f"Go on with: {' '.join([command_line().prog, *options])} --notebooks {left}"
 
 
 def _of_run_folder(settings: Settings, given: Collection[str]) -> Settings:
