@@ -266,13 +266,11 @@ def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given
     if name == NOTEBOOKS[0]:
         return ""
     repeated = {"run_dir"} if NOTEBOOKS[0] in notebooks else {*given, "run_dir"}
-    values = {parameter: getattr(settings, parameter) for parameter in sorted(repeated)}
-    options = [
-        f"--{'' if value else 'no-'}{parameter}"
-        if isinstance(value, bool)
-        else f"--{parameter} {shlex.quote(str(value))}"
-        for parameter, value in values.items()
-    ]
+    options = []
+    for parameter in sorted(repeated):
+        value = getattr(settings, parameter)
+        flag = f"--{parameter}" if value else f"--no-{parameter}"
+        options.append(flag if isinstance(value, bool) else f"--{parameter} {shlex.quote(str(value))}")
     left = ",".join(one.split("_")[0] for one in notebooks[notebooks.index(name) :])
     return f"Go on with: {' '.join([command_line().prog, *options])} --notebooks {left}"
 
