@@ -265,9 +265,8 @@ def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given
     """The command that goes on with a notebook; notebook 01 leaves the parameters in the run folder for the others."""
     if name == NOTEBOOKS[0]:
         return ""
-    repeated = {"run_dir"} if NOTEBOOKS[0] in notebooks else {*given, "run_dir"}
-    options = []
-    for parameter in sorted(repeated):
+    options, repeated = [], set() if NOTEBOOKS[0] in notebooks else set(given)
+    for parameter in sorted({*repeated, "run_dir"}):
         value = getattr(settings, parameter)
         flag = f"--{parameter}" if value else f"--no-{parameter}"
         options.append(flag if isinstance(value, bool) else f"--{parameter} {shlex.quote(str(value))}")
@@ -442,8 +441,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_anyway(f"\nerror: {error}", error=True)
         return 1
     except KeyboardInterrupt as error:
-        kept = "What is finished lies in the run folder; a finished model is still whole."
-        _print_anyway("\n".join([f"\ninterrupted. {kept}", *filter(None, error.args)]), error=True)
+        kept = "\ninterrupted. What is finished lies in the run folder; a finished model is still whole."
+        _print_anyway("\n".join([kept, *filter(None, error.args)]), error=True)
         return 143 if isinstance(error, _Terminated) else 130
     finally:
         if in_main_thread:
