@@ -287,7 +287,7 @@ def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
         "They have not followed the training: lower its momentum, train longer, or see that they move "
         "(training=True, and non-trainable weights are updated). Frozen ones have to fit the data from the start."
     )
-    if getattr(network.get_layer(worst), "momentum", 0) == 1:
+    if network.get_layer(worst).momentum == 1:
         remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
     return [Finding("statistics do not fit", worst, evidence, remedy)]
 
