@@ -61,7 +61,7 @@ lab: env ## Open JupyterLab on copies of the notebooks in runs/lab, which keep y
 	@$(RUN) -m mscnn_parts.lab $(if $(FRESH),--fresh)
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/runs/lab/notebooks
 
-test: env ## Run the tests but the slow ones, on two processes: 5 to 10 minutes on two cores
+test: env ## Run the tests but the slow ones, on two processes: about 5 minutes on two cores
 	@$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not chain"
 
 test-notebooks: env ## Run all notebooks and the solutions of their exercises on a small data set

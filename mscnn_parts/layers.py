@@ -114,6 +114,10 @@ class WhiteningConv(keras.layers.Layer):
     def call(self, images):
         return tf.nn.bias_add(keras.ops.conv(images, self.kernel, padding="valid"), self.bias)  # (B, H-1, W-1, 8 ch.)
 
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        batch, height, width, channels = input_shape
+        return (batch, height - 1, width - 1, 8 * channels)
+
 
 @serializable
 class FusedBatchNormalization(keras.layers.Layer):
@@ -156,6 +160,9 @@ class FusedBatchNormalization(keras.layers.Layer):
         ):
             moving.assign(moving.value * self.momentum + now * (1 - self.momentum))
         return result.y
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:  # Keras would trace a graph to know it
+        return input_shape
 
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum, "epsilon": self.epsilon}

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # before Matplotlib is imported; the kernels that tests start inherit it
@@ -73,7 +74,7 @@ def digits() -> mscnn.Dataset:
     return mscnn.load_dataset("digits")
 
 
-SMALL = {"policy": "float32", "stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
+SMALL = {"policy": "float32", "stage1_widths": (8, 8), "stage2_widths": (8, 8)}
 
 
 @pytest.fixture
@@ -98,7 +99,22 @@ def trained_model_path(tiny_data, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def lent_model(trained_model_path):
+    """The trained model, and what it holds: for `trained_model` alone."""
+    model = mscnn.load_model(trained_model_path)
+    return model, [variable.numpy() for variable in model.variables], model.fingerprints()
+
+
 @pytest.fixture
-def trained_model(trained_model_path) -> mscnn.MultiStageCNN:
-    """The trained model, loaded afresh, so that a test may change it."""
-    return mscnn.load_model(trained_model_path)
+def trained_model(lent_model) -> Iterator[mscnn.MultiStageCNN]:
+    """The trained model as its file has it, so that a test may change it; loading it takes longer than most tests."""
+    model, values, fingerprints = lent_model
+    yield model
+    for variable, value in zip(model.variables, values, strict=True):
+        variable.assign(value)
+    model.set_stage1_trainable()
+    model.stage2_base.trainable = True
+    model.set_stage2_category_trainable()
+    model.threshold, model.certificate = 0.7, None
+    assert model.fingerprints() == fingerprints

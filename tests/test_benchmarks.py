@@ -441,7 +441,7 @@ EVERY_VARIANT = ablations.VARIANTS | ablations.REGULARIZERS
 def trained_by(variant: str, tiny_data) -> np.ndarray:
     """All weights of a small network after six steps."""
     data = dataclasses.replace(tiny_data, train=tiny_data.train.take(np.arange(32)))
-    widths = {"stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
+    widths = {"stage1_widths": (8, 8), "stage2_widths": (8, 8)}
     network = mscnn.MultiStageCNN.for_dataset(data, "float32", **widths).stage2_base
     training = ablations.Training(network, mscnn.Recipe(epochs=3, batch_size=16), steps=6, callbacks=[])
     EVERY_VARIANT[variant](training)
@@ -469,7 +469,7 @@ def test_averaged_weights_are_the_mean_of_the_last_quarter(tiny_data, monkeypatc
         def on_train_batch_end(self, batch, logs=None):
             seen.append(self.model.network.get_layer("logits").kernel.numpy())
 
-    network = mscnn.MultiStageCNN.for_dataset(tiny_data, "float32", stage2_widths=(8, 8, 8)).stage2_base
+    network = mscnn.MultiStageCNN.for_dataset(tiny_data, "float32", stage2_widths=(8, 8)).stage2_base
     data = dataclasses.replace(tiny_data, train=tiny_data.train.take(np.arange(32)))
     recipe = mscnn.Recipe(epochs=3, batch_size=16)
     training = ablations.Training(network, recipe, steps=6, callbacks=[Watch()])

@@ -109,7 +109,7 @@ def test_the_card_says_what_the_model_is(trained_model_path, capsys):
     assert np.prod(model.stage1.get_weights()[-1].shape) == len(model.category_names)
     assert f"compact: {NETWORKS['compact'].text}\n" in told and "images      32 × 32 × 3\n" in told
     assert f"each of {len(model.category_names)} Stage 2 CNNs" in told
-    assert "stage2      whole CNNs of 3 blocks (stage2_branch 0)\n" in told
+    assert "stage2      whole CNNs of 2 blocks (stage2_branch 0)\n" in told
 
 
 def test_the_card_says_how_many_blocks_the_stage_2_cnns_share():

@@ -96,8 +96,9 @@ def watched(notebook_08, tiny_data) -> diagnosis.Diagnosis:
 @pytest.mark.parametrize(
     ("setup", "seeds"),
     [
-        ("healthy", 10),
+        ("healthy", 3),
         ("healthy with BatchNormalization", 3),
+        pytest.param("healthy", 10, marks=pytest.mark.slow),
         pytest.param("healthy with BatchNormalization", 10, marks=pytest.mark.slow),
     ],
 )
@@ -122,11 +123,11 @@ def test_the_report_reads_well():
     assert "each as mean ± standard deviation" in text
     assert f"{trained('dead ReLU')[0].layers[-1].weights.mean:.1g} ± " in text
     assert "! dead units, block1: 16 of 16 units are 0 on the whole batch" in text and "smaller learning rate" in text
-    assert "No findings." in str(trained("healthy", 10)[0])
+    assert "No findings." in str(trained("healthy")[0])
 
 
 def test_histograms_have_fifty_bins_and_hold_the_output():
-    layers = [layer for layer in trained("healthy", 10)[0].layers if layer.histogram]
+    layers = [layer for layer in trained("healthy")[0].layers if layer.histogram]
     assert [layer.kind for layer in layers] == ["Conv2D", "Conv2D", "Dense"]
     counts, edges = layers[-1].histogram
     assert (len(counts), len(edges), counts.sum()) == (50, 51, 64 * 10)
@@ -234,7 +235,7 @@ def test_the_callback_sees_through_a_trainer(tiny_data, untrained_model):
 
 
 def test_the_figure_has_a_histogram_for_each_kernel():
-    figure = diagnosis.plot_diagnosis(trained("healthy", 10)[0])
+    figure = diagnosis.plot_diagnosis(trained("healthy")[0])
     titles = [axis.get_title() for axis in figure.axes]
     assert sum(title.endswith(": output") for title in titles) == 3
     assert titles[:3] == ["largest gradient", "weights / start", "dead share"]

@@ -230,7 +230,7 @@ def test_what_is_known_is_learnt_from_the_whole_model_and_stays_when_a_category_
 
 
 def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
-    small = {"policy": "float32", "stage1_widths": (8, 8, 8), "stage2_widths": (8, 8, 8)}
+    small = {"policy": "float32", "stage1_widths": (8, 8), "stage2_widths": (8, 8)}
     model, images = MultiStageCNN.for_dataset(digits, **small), digits.test.images[:5]
     expected = mscnn.log_odds(model.stage2_cnn(7)(images, training=False), np.full(5, 7))
     np.testing.assert_allclose(model.stage2_log_odds(images, 7), expected, rtol=1e-4, atol=1e-4)

@@ -20,27 +20,24 @@ from mscnn_parts.networks import whitening_kernel
 # ------------------------------------------------------------------------------------------------------------
 
 
-def shifted(image: np.ndarray, down: int, correct: int, mirrored: bool) -> np.ndarray:
-    """The image moved by so many pixels, the border filled by reflection, then mirrored if asked for."""
-    height, width = image.shape[:2]
-    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    moved = padded[2 - down : 2 - down + height, 2 - correct : 2 - correct + width]
-    return moved[:, ::-1] if mirrored else moved
+def shifted(images: np.ndarray, down: int, right: int, mirrored: bool) -> np.ndarray:
+    """The images moved by so many pixels, the border filled by reflection, then mirrored if asked for."""
+    height, width = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    moved = padded[:, 2 - down : 2 - down + height, 2 - right : 2 - right + width]
+    return moved[:, :, ::-1] if mirrored else moved
 
 
-VARIANTS = [
-    (down, correct, mirrored) for down in range(-2, 3) for correct in range(-2, 3) for mirrored in (False, True)
-]
+VARIANTS = [(down, right, mirrored) for down in range(-2, 3) for right in range(-2, 3) for mirrored in (False, True)]
 
 
 def variants_seen(layer: Callable, images: np.ndarray) -> list[tuple[int, int, bool]]:
     """Which shift and mirroring each image of one training batch got; fails where it is none of the allowed ones."""
     seen = layer(tf.constant(images), training=True).numpy()
     assert (seen.shape, seen.dtype) == (images.shape, np.float32)
-    seen = seen.astype(np.uint8)
-    allowed = [{shifted(image, *one).tobytes(): one for one in VARIANTS} for image in images]
-    assert all(len(one) == len(VARIANTS) for one in allowed), "the variants of these images can be told apart"
-    return [names[image.tobytes()] for names, image in zip(allowed, seen, strict=True)]
+    found = np.array([(seen == shifted(images, *one)).all(axis=(1, 2, 3)) for one in VARIANTS])  # (variants, B)
+    assert (found.sum(axis=0) == 1).all(), "each is one of them, and they can be told apart"
+    return [VARIANTS[one] for one in found.argmax(axis=0)]
 
 
 def noise(count: int, height: int = 12, width: int = 9, channels: int = 3) -> np.ndarray:

@@ -92,7 +92,7 @@ def test_a_model_with_a_network_of_ones_own_says_its_data(settings, tiny_data, t
     inputs = keras.Input((32, 32, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(inputs))
     own = keras.Model(inputs, keras.layers.Dense(len(tiny_data.category_names))(x))
-    mscnn.MultiStageCNN.for_dataset(tiny_data, network=own, stage2_widths=(8, 8, 8)).save(tmp_path / "own.keras")
+    mscnn.MultiStageCNN.for_dataset(tiny_data, network=own, stage2_widths=(8, 8)).save(tmp_path / "own.keras")
     given = {"load_model": str(tmp_path / "own.keras"), "run_dir": str(tmp_path / "new"), "dataset": settings.dataset}
     run = mscnn.open_run("05_evaluation_and_cam", given)
     assert (run.settings.stage1, run.settings.image_size) == ("compact", 32)
@@ -1165,7 +1165,7 @@ def test_the_command_line_can_be_called_from_any_thread(monkeypatch):
 
 @pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-"])
 def test_a_closed_output_does_no_harm(redirection, tmp_path):
-    command = f"{sys.executable} mscnn_helpers.py --dataset nothing --run_dir {tmp_path} {redirection}"
+    command = f"{sys.executable} mscnn_helpers.py --notebooks 99 --run_dir {tmp_path} {redirection}"
     assert subprocess.run(command, shell=True, cwd=ROOT, timeout=100).returncode == 1
 
 

@@ -161,7 +161,7 @@ def test_all_the_way(chosen, digits, tmp_path):
     name = chosen if isinstance(chosen, str) else "own"
     network = chosen if isinstance(chosen, str) else chosen(4)
     data = dataclasses.replace(digits, image_size={"own": 40, "mnist": 28}.get(name, 32))
-    model = MultiStageCNN.for_dataset(data, network=network, weights=None, stage2_widths=(8, 8, 8))
+    model = MultiStageCNN.for_dataset(data, network=network, weights=None, stage2_widths=(8, 8))
     recipe = mscnn.default_recipe(len(data.train), 2, 64, name)
     mscnn.train_stage1(model, data, recipe)
     mscnn.train_stage2_base(model, data, recipe)
@@ -197,7 +197,7 @@ def test_all_the_way(chosen, digits, tmp_path):
 
 def test_a_class_that_is_not_imported_is_named(digits, tmp_path, monkeypatch):
     data = dataclasses.replace(digits, image_size=40)
-    MultiStageCNN.for_dataset(data, network=subclassed(4), stage2_widths=(8, 8, 8)).save(tmp_path / "mine.keras")
+    MultiStageCNN.for_dataset(data, network=subclassed(4), stage2_widths=(8, 8)).save(tmp_path / "mine.keras")
     monkeypatch.delitem(keras.saving.get_custom_objects(), "mine>Mine")  # as in a process that has not imported it
     with pytest.raises(MSCNNError, match="has a network of a class that is not there yet: import it first"):
         mscnn.load_model(tmp_path / "mine.keras")
