@@ -13,7 +13,7 @@ detection, or classification with a reject option. An image whose OOD score is t
 This module defines the Keras model, `MultiStageCNN`, and hands on what the notebooks use. Everything else has a room in
 `mscnn_parts`, in this order, from which each uses only those before it:
 
-    zoo · settings · files · checks · quiet
+    zoo · settings · files · checks · quiet · output
     on_disk · data · downloads · pictures · sources · decision · thresholds · ood · metrics · data_checks
     torch_files · kernels · layers · networks
     inference · model_files

@@ -30,7 +30,8 @@ from mscnn_parts.files import (
     project_root,
     without_new_folders,
 )
-from mscnn_parts.pages import write_page
+from mscnn_parts.output import closed_output_ignored, let_output_fail, print_anyway
+from mscnn_parts.pages import link_pages, write_page
 from mscnn_parts.run_folder import (
     ALL_NOTEBOOKS,
     INDEPENDENT_NOTEBOOKS,
@@ -46,37 +47,6 @@ from mscnn_parts.run_folder import (
 from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Settings
 from mscnn_parts.sources import find_cifar10
 from mscnn_parts.thresholds import Certificate
-
-
-def _print_anyway(text: str, error: bool = False) -> None:
-    """Prints what a run says of itself: what the output's encoding lacks as escapes, and to nobody if it is closed."""
-    stream = sys.stderr if error else sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    with _closed_output_ignored():
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
-
-
-@contextlib.contextmanager
-def _closed_output_ignored():
-    """From the moment when nobody reads the output any more, all that is printed goes nowhere."""
-    with contextlib.suppress(BrokenPipeError):
-        yield
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream:
-                stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _let_output_fail() -> None:
-    """A run outlives whoever reads its output: no encoding and no closed pipe stops it."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 class _Progress(logging.Handler):
@@ -97,9 +67,9 @@ class _Progress(logging.Handler):
             number = int(message.removeprefix("Executing Cell").strip(" -"))
             if number in self.code_cells:
                 step = self.code_cells.index(number) + 1
-                _print_anyway(f"[{self.title}] cell {step} of {len(self.code_cells)}")
+                print_anyway(f"[{self.title}] cell {step} of {len(self.code_cells)}")
         elif not message.startswith(("Ending Cell", "Input Notebook", "Output Notebook", "Executing notebook", "<")):
-            _print_anyway("    " + message.rstrip().replace("\n", "\n    "))
+            print_anyway("    " + message.rstrip().replace("\n", "\n    "))
 
 
 def _code_cells(notebook: Path) -> list[int]:
@@ -179,8 +149,9 @@ def run_notebook(
 def _write_page(notebook: Path, others: Sequence[str]) -> None:
     try:
         write_page(notebook, others)
+        link_pages(notebook.parent)
     except Exception as error:  # nbconvert, Jinja and the file system each have their own; the run is worth more
-        _print_anyway(f"No page could be made of {notebook}: {error}", error=True)
+        print_anyway(f"No page could be made of {notebook}: {error}", error=True)
 
 
 @contextlib.contextmanager
@@ -386,11 +357,17 @@ def _with_underscores(argument: str) -> str:
 
 
 def _run_command(name: str, *arguments: str) -> int:
+    code = 128 + 13  # what a shell reports of a program that writes into a pipe which is closed (SIGPIPE)
     try:
-        return COMMANDS[name](arguments)
+        with closed_output_ignored():
+            code = COMMANDS[name](arguments)
     except MSCNNError as error:
-        _print_anyway(f"error: {error}", error=True)
+        print_anyway(f"error: {error}", error=True)
         return 1
+    except KeyboardInterrupt:
+        print_anyway("\ninterrupted.", error=True)
+        return 130
+    return code
 
 
 def _validate(settings: Settings, notebooks: Sequence[str], given: Collection[str]) -> None:
@@ -419,7 +396,7 @@ def _validate(settings: Settings, notebooks: Sequence[str], given: Collection[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
-    _let_output_fail()
+    let_output_fail()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["run"]:
         del arguments[0]
@@ -433,16 +410,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _validate(settings, notebooks, given)
         if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
-            _print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
+            print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
         seconds, run = run_all(settings, notebooks, given), Run("total", settings)
-        with _closed_output_ignored():
+        with closed_output_ignored():
             print_result(run) if NOTEBOOKS[-1] in notebooks else print_pages(run, notebooks, seconds)
     except MSCNNError as error:
-        _print_anyway(f"\nerror: {error}", error=True)
+        print_anyway(f"\nerror: {error}", error=True)
         return 1
     except KeyboardInterrupt as error:
         kept = "\ninterrupted. What is finished lies in the run folder; a finished model is still whole."
-        _print_anyway("\n".join([kept, *filter(None, error.args)]), error=True)
+        print_anyway("\n".join([kept, *filter(None, error.args)]), error=True)
         return 143 if isinstance(error, _Terminated) else 130
     finally:
         if in_main_thread:

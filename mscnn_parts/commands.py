@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
 
 BATCH = 256  # pictures in memory at a time
+NOT_MEASURED = "not known: notebook 05 measures it, and leaves it beside the model file"
+IN_METRICS = ("accuracy", "coverage", "selective_accuracy")  # of the two stages
+ON_CARD = ("accuracy of all answers", "coverage", "accuracy of the accepted")
 COLUMNS = ("path", "decision", "reason", "confidence", "stage1", "ood_score", "error")
 
 
@@ -142,17 +145,22 @@ def info(arguments: Sequence[str]) -> int:
     parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
     given = parser.parse_args(arguments)
     import mscnn_helpers as mscnn
+    from mscnn_parts.model_files import model_path
 
     model = mscnn.load_model(given.model)
-    print(card(model))
+    print(card(model, model_path(given.model)))
     return 0
 
 
-def card(model: MultiStageCNN) -> str:
-    """What a model is, printable: data, categories, networks, threshold, guarantee, fingerprints."""
+def card(model: MultiStageCNN, path: Path | None = None) -> str:
+    """What a model is, printable: data, categories, networks, accuracy, threshold, guarantee, fingerprints.
+
+    Args:
+        path: of its file, beside which lies what was measured of it.
+    """
     from mscnn_parts.thresholds import threshold_text
 
-    config, names = model.get_config(), model.category_names
+    config, names, fingerprints = model.get_config(), model.category_names, model.fingerprints()
     mode = "light mode, " if config["light_mode"] else ""
     weights = sum(array.size for array in model.stage1.get_weights())
     small = sum(array.size for array in model.stage2_cnn(0).get_weights())
@@ -167,9 +175,10 @@ def card(model: MultiStageCNN) -> str:
         "stage1": network.text if network is OWN else f"{model.network}: {network.text}",
         "networks": f"Stage 1 {weights:,} values, each of {len(names)} Stage 2 {kind} {own}; {model.policy}",
         "stage2": _stage2_text(model),
+        "accuracy": _accuracy_text(path, fingerprints) if path else NOT_MEASURED,
         "threshold": threshold_text(model) if model.is_calibrated else "not calibrated yet: run notebook 03",
     }
-    parts = [f"  {name:24} {value[:16]}" for name, value in model.fingerprints().items()]
+    parts = [f"  {name:24} {value[:16]}" for name, value in fingerprints.items()]
     return "\n".join([*(f"{name:11} {text}" for name, text in lines.items()), "fingerprints", *parts])
 
 
@@ -178,6 +187,38 @@ def _images_text(model: MultiStageCNN) -> str:
     shape = " × ".join(map(str, model.image_shape))
     size = model.image_size
     return shape if size == model.image_shape[0] else f"{shape}, enlarged by Stage 1 to {size} × {size}"
+
+
+def _accuracy_text(path: Path, fingerprints: dict[str, str]) -> str:
+    """Accuracy on the test split, if what was measured of just this model lies beside its file.
+
+    That is a run's metrics.json, or the card of the pretrained model.
+    """
+    metrics, record = (_read(one) for one in (path.with_name("metrics.json"), path.with_suffix(".json")))
+    if metrics.get("model") == fingerprints:
+        single, figures, names = metrics["stage1"]["accuracy"], metrics["two_stage"], IN_METRICS
+        threshold = figures["threshold"]
+    elif record.get("fingerprints") == fingerprints:
+        figures, names, threshold = record["figures"], ON_CARD, record["threshold"]
+        single = figures["accuracy of Stage 1, a single view"]
+    else:
+        return NOT_MEASURED
+    answers, coverage, accepted = (figures[name] for name in names)
+    correct = "" if accepted is None else f", of these {accepted:.1%} correct"
+    where = f"at threshold {threshold:.4g}" if np.ndim(threshold) == 0 else "at thresholds by category"
+    return (
+        f"on the test split: Stage 1 {single:.1%} by a single view, all answers {answers:.1%}; "
+        f"{where} {coverage:.1%} accepted{correct}"
+    )
+
+
+def _read(path: Path) -> dict:
+    """A record in JSON; {} if there is none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _stage2_text(model: MultiStageCNN) -> str:

@@ -65,6 +65,11 @@ def _check_format(path: Path) -> None:
         raise MSCNNError(f"{path} has format {written}, and this version reads {FORMAT}: update the project.")
 
 
+def model_path(name: str | Path) -> Path:
+    """The path of a model file as a user gives it; "pretrained" is the one that comes with the project."""
+    return notebooks_folder() / PRETRAINED if str(name) == "pretrained" else path_from(str(name), Path())
+
+
 def load_model(path: str | Path) -> MultiStageCNN:
     """Loads a model file; "pretrained" is the one that comes with the project.
 
@@ -79,14 +84,14 @@ def load_model(path: str | Path) -> MultiStageCNN:
         raise MSCNNError(
             f"The model file is {path!r}: give the path of a .keras file of a finished run, or pretrained."
         )
-    path = notebooks_folder() / PRETRAINED if str(path) == "pretrained" else path_from(str(path), Path())
+    path = model_path(path)
     if os.path.isdir(path):
         raise MSCNNError(f"{path} is a folder: give the path of a .keras file of a finished run, or pretrained.")
-    if not Path(path).is_file():
+    if not path.is_file():
         raise MSCNNError(
             f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
         )
-    _check_model_file(Path(path))
+    _check_model_file(path)
     expected = keras.saving.get_registered_object("mscnn>MultiStageCNN")
     if expected is None:
         raise MSCNNError("The class of the model is not there yet: import mscnn_helpers first.")

@@ -19,6 +19,7 @@ TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(
     for name in ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 )
 LINK = re.compile(rf'((?:Previous|Next|First): )?<a href="({"|".join(ALL_NOTEBOOKS)})\.ipynb(#[^"]*)?">(.*?)</a>')
+NOT_RUN = re.compile(r"((?:Previous|Next|First): )([^<>]*) \(not run: --notebooks (\w+)\)")
 ELSEWHERE = re.compile(r'<a href="(\.\./[^"#]+)(?:#[^"]*)?">(.*?)</a>')
 IMAGE = re.compile(r'(?<=<img )([^>]*?src=")(?!\w+:)([^"]+)')
 INTERRUPTED = "**This run was interrupted**, where a KeyboardInterrupt is shown below; what follows it has not run."
@@ -60,3 +61,17 @@ def write_page(notebook: Path, others: Sequence[str]) -> None:
     page, _ = exporter.from_notebook_node(content, place)
     page = IMAGE.sub(embedded, ELSEWHERE.sub(elsewhere, LINK.sub(link, page)))
     write_atomically(notebook.with_suffix(".html"), lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def link_pages(folder: Path) -> None:
+    """Turns what pages say of a notebook that had not run into a link, once its page is there."""
+    pages = {path.stem.partition("_")[0]: path for path in sorted(folder.glob("*.html"))}
+
+    def link(found: re.Match) -> str:
+        before, text, number = found.groups()
+        return f'{before}<a href="{pages[number].name}">{text}</a>' if number in pages else found[0]
+
+    for path in pages.values():
+        page = path.read_text(encoding="utf-8")
+        if (linked := NOT_RUN.sub(link, page)) != page:
+            write_atomically(path, lambda partial, text=linked: partial.write_text(text, encoding="utf-8"))

@@ -124,7 +124,7 @@ class Run:
 
     def remove_test_results(self) -> None:
         """Takes out what notebook 05 has measured of a model that has changed since."""
-        self.remove("metrics", "stage1", "two_stage", "report", "certificate", "categories", "unnoticed")
+        self.remove("metrics", "stage1", "two_stage", "report", "certificate", "categories", "unnoticed", "model")
 
     def overwrite(self, name: str, record: dict) -> None:
         """Writes `metrics.json` or `history.json` anew, whole."""

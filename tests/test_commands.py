@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 
 import mscnn_helpers as mscnn
 from mscnn_parts import commands
+from mscnn_parts.files import notebooks_folder
+from mscnn_parts.settings import PRETRAINED
 from mscnn_parts.thresholds import threshold_text
 from mscnn_parts.zoo import NETWORKS
 
@@ -110,6 +113,47 @@ def test_the_card_says_what_the_model_is(trained_model_path, capsys):
     assert f"compact: {NETWORKS['compact'].text}\n" in told and "images      32 × 32 × 3\n" in told
     assert f"each of {len(model.category_names)} Stage 2 CNNs" in told
     assert "stage2      whole CNNs of 2 blocks (stage2_branch 0)\n" in told
+
+
+MEASURED = {
+    "stage1": {"accuracy": 0.5},
+    "two_stage": {"accuracy": 0.625, "coverage": 0.25, "selective_accuracy": 0.75, "threshold": 0.8},
+}
+
+
+@pytest.mark.parametrize(
+    ("of", "changed", "expected"),
+    [
+        ("this model", {}, "Stage 1 50.0% by a single view, all answers 62.5%; at threshold 0.8 25.0% accepted, of "),
+        ("this model", {"threshold": [0.8, 0.9]}, "62.5%; at thresholds by category 25.0% accepted, of these 75.0% "),
+        ("this model", {"coverage": 0.0, "selective_accuracy": None}, "at threshold 0.8 0.0% accepted\n"),
+        ("another model", {}, "accuracy    not known: notebook 05 measures it"),
+    ],
+)
+def test_the_card_says_what_was_measured_of_this_model(trained_model_path, tmp_path, capsys, of, changed, expected):
+    shutil.copy(trained_model_path, tmp_path / "m.keras")
+    fingerprints = mscnn.load_model(trained_model_path).fingerprints()
+    record = {**MEASURED, "two_stage": MEASURED["two_stage"] | changed}
+    record["model"] = fingerprints if of == "this model" else fingerprints | {"stage1": "0" * 64}
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    assert mscnn.main(["info", str(tmp_path / "m.keras")]) == 0
+    assert expected in capsys.readouterr().out
+
+
+def test_the_pretrained_models_accuracy_is_that_of_its_card(capsys):
+    assert mscnn.main(["info", "pretrained"]) == 0
+    figures = json.loads((notebooks_folder() / PRETRAINED).with_suffix(".json").read_text())["figures"]
+    assert f"all answers {figures['accuracy of all answers']:.1%}; at threshold 0.7 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("raised", "code"), [(BrokenPipeError, 141), (KeyboardInterrupt, 130)])
+def test_a_closed_pipe_or_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys, raised, code):
+    def end(arguments):
+        raise raised
+
+    monkeypatch.setitem(commands.COMMANDS, "info", end)
+    assert mscnn.main(["info", "pretrained"]) == code
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_card_says_how_many_blocks_the_stage_2_cnns_share():

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SOURCES
 
 FLOORS = """
-zoo settings files checks quiet
+zoo settings files checks quiet output
 on_disk data downloads pictures sources decision thresholds ood metrics data_checks
 torch_files kernels layers networks
 inference model_files

@@ -34,7 +34,7 @@ from mscnn_parts.cli import (
 )
 from mscnn_parts.lab import make_working_copies
 from mscnn_parts.model_files import check_matches
-from mscnn_parts.pages import write_page
+from mscnn_parts.pages import link_pages, write_page
 from mscnn_parts.run_folder import ALL_NOTEBOOKS, injected_names, make_run_folders
 from mscnn_parts.runs import model_data, validate_run
 from mscnn_parts.settings import FALLBACK_NOTICE, Settings
@@ -801,6 +801,11 @@ def test_a_page_needs_no_network_and_leads_nowhere_that_is_not(tmp_path):
     assert 'Previous: <a href="04_selective_retraining.html#x">four</a>' in page
     assert "Next: five b (not run: --notebooks 05b)" in page
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=|import\(", page)
+    link_pages(tmp_path)
+    assert (tmp_path / "page.html").read_text("utf-8") == page
+    (tmp_path / "05b_thresholds_and_ood.html").touch()  # it has run later
+    link_pages(tmp_path)
+    assert 'Next: <a href="05b_thresholds_and_ood.html">five b</a>' in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_a_page_folds_what_is_folded_and_holds_its_images(tmp_path):
