@@ -1,12 +1,16 @@
 """The networks of the zoo, and one's own, as Stage 1: sizes, both stages, files, retraining."""
 
 import dataclasses
+import os
 import pickle
 import subprocess
+import sys
 
 import keras
 import numpy as np
+import own_network
 import pytest
+from conftest import ROOT
 
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN
@@ -120,26 +124,7 @@ def digits() -> mscnn.Dataset:
 
 
 def subclassed(categories: int) -> keras.Model:
-    @keras.saving.register_keras_serializable("mine")
-    class Mine(keras.Model):
-        """Two convolutions with BatchNormalization, and a dense layer."""
-
-        def __init__(self, categories, **kwargs):
-            super().__init__(**kwargs)
-            self.categories = categories
-            self.parts = [keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(8, 3, strides=2),
-                          keras.layers.BatchNormalization(), keras.layers.ReLU(), keras.layers.Conv2D(8, 3, strides=2),
-                          keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(categories)]  # fmt: skip
-
-        def call(self, images, training=False):
-            for part in self.parts:
-                images = part(images, training=training) if "batch" in part.name else part(images)
-            return images
-
-        def get_config(self):
-            return {**super().get_config(), "categories": self.categories}
-
-    mine = Mine(categories, name="mine")
+    mine = own_network.Mine(categories, name="mine")
     mine(np.zeros((1, 40, 40, 1), np.float32))
     return mine
 
@@ -193,6 +178,25 @@ def test_all_the_way(chosen, digits, tmp_path):
     np.testing.assert_allclose(head(maps, training=False), again.stage1_logits(data.test.images[:2]), atol=1e-4)
     traces = mscnn.trace_decisions(again, data.test.images[:2])
     assert traces[0].stage1_map.ndim == traces[0].stage2_map.ndim == 2
+
+
+@pytest.mark.slow
+def test_a_fresh_process_that_imports_the_class_decides_alike(digits, tmp_path):
+    data = dataclasses.replace(digits, image_size=40)
+    model = MultiStageCNN.for_dataset(data, network=subclassed(4), stage2_widths=(8, 8))
+    mscnn.fit_ood(model, data)
+    model.calibrate(data.calibration)
+    model.save(tmp_path / "mine.keras")
+    np.save(tmp_path / "images.npy", data.test.images[:20])
+    script = (
+        "import numpy as np, own_network, mscnn_helpers as m\n"
+        "np.savez('decisions.npz', **m.load_model('mine.keras').decide(np.load('images.npy'))._asdict())"
+    )
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=places, check=True, timeout=120)
+    with np.load(tmp_path / "decisions.npz") as found:
+        for name, expected in model.decide(data.test.images[:20])._asdict().items():
+            np.testing.assert_array_equal(found[name], expected)
 
 
 def test_a_class_that_is_not_imported_is_named(digits, tmp_path, monkeypatch):
