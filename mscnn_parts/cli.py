@@ -48,6 +48,8 @@ from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Se
 from mscnn_parts.sources import find_cifar10
 from mscnn_parts.thresholds import Certificate
 
+EARLIER = "Results and figures are those of the earlier run again."
+
 
 class _Progress(logging.Handler):
     """Turns papermill's log into one line per code cell, and passes on what the cells print.
@@ -201,26 +203,29 @@ def _terminate(*_) -> None:
 def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Collection[str] = ()) -> float:
     """Runs the notebooks in order: they are the program. Returns the seconds that they took.
 
-    Until the first has run, and 01 and 02 where they do, a refusal leaves an earlier run's results as they were.
+    Until the first has run, and 01 and 02 where they do, a refusal leaves an earlier run's results as they were; so
+    does Ctrl-C, if that run was finished.
 
     Args:
         given: names of the parameters that the user has given.
     """
     started, run, settings = time.time(), Run("total", settings), settled(settings)
     checking = [name for name in notebooks if name in NOTEBOOKS[:2]] or notebooks[:1]
+    refusals = (Refused, KeyboardInterrupt) if _was_finished(run) else (Refused,)
 
     def run_one(name: str) -> None:
         own = _of_run_folder(settings, given) if name in INDEPENDENT_NOTEBOOKS else settings
         try:
             run_notebook(name, own, pages, notebooks, given)
         except KeyboardInterrupt as error:
-            error.args = (_how_to_go_on(name, notebooks, settings, given),)
+            undone = KeyboardInterrupt in refusals and name in checking
+            error.args = (EARLIER if undone else _how_to_go_on(name, notebooks, settings, given),)
             raise
 
     # A page is made while the next notebook runs.
     with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
         # Models are not among the results: each is replaced when a new one is whole.
-        with without_new_folders(run.model_path.parent), kept_if_refused(run.folder, RESULTS, Refused, pages.shutdown):
+        with without_new_folders(run.model_path.parent), kept_if_refused(run.folder, RESULTS, refusals, pages.shutdown):
             make_run_folders(run)
             for name in checking:
                 run_one(name)
@@ -230,6 +235,12 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
     if not set(notebooks) <= set(INDEPENDENT_NOTEBOOKS):
         run.write("metrics", seconds={**run.read("metrics").get("seconds", {}), "total": seconds})
     return seconds
+
+
+def _was_finished(run: Run) -> bool:
+    with contextlib.suppress(MSCNNError):  # a damaged record begins anew
+        return run.read("metrics").get("status") == "finished"
+    return False
 
 
 def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given: Collection[str]) -> str:

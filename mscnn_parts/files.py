@@ -135,12 +135,12 @@ def without_new_folders(*folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_if_refused(
-    folder: Path, names: Sequence[str], refusal: type[MSCNNError], before: Callable[[], object]
+    folder: Path, names: Sequence[str], refusals: tuple[type[BaseException], ...], before: Callable[[], object]
 ) -> Iterator[None]:
     """Leaves some files and folders in a folder as they were, if a refusal ends what follows.
 
     Args:
-        refusal: the error that is one. before: called before the files are put back.
+        refusals: the errors that are one. before: called before the files are put back.
 
     Raises:
         MSCNNError: they cannot be copied.
@@ -152,7 +152,7 @@ def kept_if_refused(
             raise MSCNNError(f"Cannot keep a copy of {folder} for the time being: {error}.") from error
         try:
             yield
-        except refusal:
+        except refusals:
             before()
             for path in [folder / name for name in names]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1196,6 +1196,25 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, tiny_path, tmp_path, 
     assert f" --run_dir '{folder}' --notebooks 02,03,04,05\n" in capfd.readouterr().err
 
 
+def test_ctrl_c_in_notebook_02_leaves_the_results_of_a_finished_run(begun, monkeypatch, capfd):
+    begun.write("metrics", status="finished")
+    (begun.folder / "notebooks").mkdir(exist_ok=True)
+    for path in (begun.figures / "samples.png", begun.folder / "notebooks" / f"{mscnn.NOTEBOOKS[4]}.html"):
+        path.write_bytes(b"of the earlier run")
+    before = snapshot(begun.folder)
+
+    def interrupted_in_02(name, settings, *_):
+        mscnn.begin_run_data(Run(name, settings))
+        if name == mscnn.NOTEBOOKS[1]:
+            raise KeyboardInterrupt
+
+    patch_rooms(monkeypatch, "run_notebook", interrupted_in_02)
+    assert mscnn.main(command(begun.settings, epochs=2)) == 130
+    assert snapshot(begun.folder) == before
+    told = capfd.readouterr().err
+    assert "Results and figures are those of the earlier run again." in told and "Go on with" not in told
+
+
 def test_what_goes_on_without_notebook_01_repeats_what_was_given():
     arguments = ["--notebooks", "04,05", "--stage2_categories", "ship, truck", "--light-mode", "--no-mirror"]
     settings, notebooks, given = parse(arguments)
