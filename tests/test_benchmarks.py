@@ -173,7 +173,7 @@ def test_the_verifier_is_asked_by_log_odds():
 
 @pytest.fixture
 def trial(trained_model, tiny_data) -> verifiers.Trial:
-    recipe = mscnn.Recipe(epochs=4, batch_size=32, stage2_base_epochs=4, stage2_fraction=0.3)
+    recipe = mscnn.Recipe(epochs=4, batch_size=32, stage2_base_epochs=4, stage2_fraction=0.6)
     return verifiers.Trial(trained_model, tiny_data, recipe, seed=0)
 
 
