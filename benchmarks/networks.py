@@ -4,9 +4,10 @@
     python benchmarks/networks.py --quick                                 a small slice: shows that it works
     python benchmarks/networks.py --tables                                the tables anew, from networks.json
 
-A row that is measured again replaces its figures of that seed; the others stay, so that the table can be filled row by
-row. A seed decides splits and training. The test split is looked at once, after the training. TrashNet is looked for
-as a folder `trashnet`, EuroSAT as `eurosat.npz`, both in MSCNN_DATA_DIR.
+A row that is measured again replaces its figures of that seed, and of all seeds if the row has been changed since; the
+other rows stay, so that the table can be filled row by row. A seed decides splits and training. The test split is
+looked at once, after the training. TrashNet is looked for as a folder `trashnet`, EuroSAT as `eurosat.npz`, both in
+MSCNN_DATA_DIR.
 """
 
 import argparse
@@ -105,6 +106,7 @@ def table(figures: dict) -> str:
     lines, origins = [], []
     for name, row in ROWS.items():
         seeds = figures.get(name, {})
+        row = Row(**next(iter(seeds.values()))["row"]) if seeds else row
         epochs = f"{row.epochs or 'default'}{', turned' if row.quarter_turns else ''}"
         command = f'`python benchmarks/networks.py --row "{name}"`'
         if not seeds:
@@ -166,7 +168,10 @@ def main() -> None:
         return
     for name in options.row:
         made = origin(f'python benchmarks/networks.py --row "{name}" --seed {options.seed}')
-        figures.setdefault(name, {})[str(options.seed)] = {**made, **measure(ROWS[name], options.seed)}
+        measured = {**made, "row": ROWS[name]._asdict(), **measure(ROWS[name], options.seed)}
+        # Seeds of another row, of other epochs for example, would not be comparable.
+        others = {seed: one for seed, one in figures.get(name, {}).items() if one["row"] == measured["row"]}
+        figures[name] = {**others, str(options.seed): measured}
         write("networks", figures, table(figures))
     if options.tables:
         write("networks", figures, table(figures))

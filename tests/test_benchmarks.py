@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -534,5 +535,7 @@ def test_the_quick_form_trains_every_variant(tmp_path, monkeypatch):
 def test_a_network_is_measured():
     figures = networks.measure(networks.QUICK, 0)
     assert figures["parameters"] > 184_586 and len(figures["val_accuracy"]) == 1
-    row = {"MNIST, mnist": {"0": {**figures, "commit": "a", "device": "b"}}}
-    assert f"| MNIST, mnist | 28 | {figures['accuracy']:.1%} |" in networks.table(row)
+    row = {"MNIST, mnist": {"0": {**figures, "commit": "a", "device": "b", "row": networks.QUICK._asdict()}}}
+    table = networks.table(row)
+    assert f"| MNIST, mnist | 28 | {figures['accuracy']:.1%} |" in table
+    assert re.search(r"^\| MNIST, mnist .*\| 1 \|$", table, re.M), "the epochs that were measured, not those of ROWS"
