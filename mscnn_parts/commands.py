@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 
 from mscnn_parts.decision import ACCEPTED, LOW_CONFIDENCE
 from mscnn_parts.files import path_from, write_atomically
-from mscnn_parts.pictures import IMAGE_SUFFIXES, read_image
+from mscnn_parts.pictures import IMAGE_SUFFIXES, SYSTEM_ENTRIES, read_image
 from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
 from mscnn_parts.zoo import OWN, network_named
 
@@ -32,21 +33,30 @@ COLUMNS = ("path", "decision", "reason", "confidence", "stage1", "ood_score", "e
 def pictures_in(places: Iterable[str]) -> Iterator[Path]:
     """The picture files that are named: a file, all pictures in a folder and below it, or `-` for a list on stdin.
 
-    Raises:
-        MSCNNError: a folder holds no picture.
+    What the system itself leaves in folders is none. A folder without a picture stands for itself.
     """
     for place in places:
         if place == "-":
-            yield from pictures_in(line.strip() for line in sys.stdin if line.strip())
+            yield from pictures_in(line.strip() for line in _lines_of_stdin() if line.strip())
             continue
         path = path_from(place, Path())
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
-        if not found:
-            raise MSCNNError(f"There is no picture in {path}: files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
-        yield from found
+        within = (one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
+        yield from sorted(one for one in within if not _of_the_system(one.relative_to(path))) or [path]
+
+
+def _of_the_system(path: Path) -> bool:
+    return any(SYSTEM_ENTRIES.match(part) for part in path.parts)
+
+
+def _lines_of_stdin() -> Iterable[str]:
+    """The lines of standard input; names of files need not be UTF-8."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
+def _empty(folder: Path) -> MSCNNError:
+    return MSCNNError(f"There is no picture in {folder}: files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
 
 
 def decide_on_files(model: MultiStageCNN, paths: Iterable[Path], threshold: float | None = None) -> Iterator[dict]:
@@ -57,6 +67,8 @@ def decide_on_files(model: MultiStageCNN, paths: Iterable[Path], threshold: floa
         for path in batch:
             rows.append(dict.fromkeys(COLUMNS) | {"path": str(path)})
             try:
+                if path.is_dir():
+                    raise _empty(path)
                 images.append(read_image(path, model.image_shape))
             except MSCNNError as error:
                 rows[-1]["error"] = str(error)
@@ -115,8 +127,9 @@ def decide(arguments: Sequence[str]) -> int:
     import mscnn_helpers as mscnn
 
     model = mscnn.load_model(given.model)
-    pictures = list(pictures_in(given.paths))
-    errors = 0
+    pictures, errors = list(pictures_in(given.paths)), 0
+    if pictures and all(path.is_dir() for path in pictures):
+        raise _empty(pictures[0])
 
     def rows() -> Iterator[dict]:
         nonlocal errors
@@ -131,7 +144,7 @@ def decide(arguments: Sequence[str]) -> int:
         return int(errors > 0)
 
     def write(partial: Path) -> None:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             _write_rows(rows(), file, suffix)
 
     write_atomically(path_from(given.csv, Path()), write)

