@@ -14,7 +14,9 @@ import numpy as np
 
 from mscnn_parts.downloads import keras_home
 from mscnn_parts.files import notebooks_folder, path_from, read_model_config
+from mscnn_parts.networks import layers_by_group
 from mscnn_parts.settings import PRETRAINED, MSCNNError, check_stage1
+from mscnn_parts.zoo import network_named
 
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
@@ -133,7 +135,17 @@ def trainable_text(model: MultiStageCNN) -> str:
     stage2 = [line(name, c in free).ljust(20) for c, name in enumerate(model.category_names)]
     rows = ["   ".join(stage2[i : i + 5]).rstrip() for i in range(0, len(stage2), 5)]
     first = f"{line('Stage 1', model.stage1.trainable)}   {line('Stage 2 base network', model.stage2_base.trainable)}"
-    return "\n".join([first, "Stage 2", *rows])
+    return "\n".join([first, *_groups_text(model), "Stage 2", *rows])
+
+
+def _groups_text(model: MultiStageCNN) -> list[str]:
+    """What is trainable of a Stage 1 that is unfrozen by groups, in a line; else no line."""
+    entry = network_named(model.network)
+    if not entry.groups or not model.stage1.trainable:
+        return []
+    groups = layers_by_group(model.stage1, entry).items()
+    flags = [f"{'✓' if any(one.trainable for one in layers) else '✗'} {name}" for name, layers in groups]
+    return [f"Stage 1 by groups, from the images on: {'  '.join(flags)}"]
 
 
 def network_ids(model: MultiStageCNN) -> dict[str, int]:
@@ -155,15 +167,19 @@ def checked_network(network: str | dict | keras.Model) -> str | keras.Model:
         return network
     if not isinstance(network, keras.Model):
         raise MSCNNError(f"network is a {type(network).__name__}: give a name, such as resnet, or a keras.Model.")
-    kind = type(network)
-    if not kind.__module__.startswith("keras.") and not keras.saving.get_registered_object(
-        keras.saving.get_registered_name(kind)
-    ):
-        raise MSCNNError(
-            f"{kind.__name__} is not registered, so that no model file could name it: put "
-            "@keras.saving.register_keras_serializable() above the class."
-        )
+    for kind in _classes_in(network):
+        registered = keras.saving.get_registered_object(keras.saving.get_registered_name(kind))
+        if not kind.__module__.startswith("keras.") and registered is None:
+            raise MSCNNError(
+                f"{kind.__name__} is not registered, so that no model file could name it: put "
+                "@keras.saving.register_keras_serializable() above the class."
+            )
     return network
+
+
+def _classes_in(layer: keras.layers.Layer) -> set[type]:
+    """The classes of a network and of all layers within."""
+    return {type(layer)}.union(*(_classes_in(one) for one in getattr(layer, "layers", ())))
 
 
 def _not_replaceable(name: str) -> MSCNNError:

@@ -239,6 +239,14 @@ def build_branch(name: str, base: keras.Model, cut: str) -> keras.Model:
     return keras.Model(inputs, x, name=name)
 
 
+def layers_by_group(stage1: keras.Model, network: Network) -> dict[str, list[keras.layers.Layer]]:
+    """The layers with weights of each group of a network of the zoo, and its last layers under "head"."""
+    groups = {str(i): begins for i, begins in enumerate(network.groups)}
+    weighted = [layer for layer in stage1.layers if layer.weights and layer.name != "whitening"]
+    found = {group: [one for one in weighted if one.name.startswith(begins)] for group, begins in groups.items()}
+    return found | {"head": [stage1.get_layer("logits")]}
+
+
 def sees_images(network: keras.Model) -> bool:
     """Whether a network sees uint8 images, not the features of a trunk."""
     return network.inputs[0].dtype == "uint8"

@@ -17,7 +17,7 @@ from mscnn_parts.downloads import cache_folder
 from mscnn_parts.fitting import Trainer, compile_classifier, seed_training, train_classifier
 from mscnn_parts.inference import in_batches
 from mscnn_parts.model_files import sha256_of
-from mscnn_parts.networks import on_images, trunk_of
+from mscnn_parts.networks import layers_by_group, on_images, trunk_of
 from mscnn_parts.on_disk import filled, indexed, joined
 from mscnn_parts.optimizers import Recipe, phase_recipes
 from mscnn_parts.zoo import Network
@@ -110,14 +110,6 @@ def train_head(
         validation_data=trainer.batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
     )  # fmt: skip
     return {**history.history, "seconds": timer.seconds}
-
-
-def layers_by_group(stage1: keras.Model, network: Network) -> dict[str, list[keras.layers.Layer]]:
-    """The layers with weights of each group of a network of the zoo, and its last layers under "head"."""
-    groups = {str(i): begins for i, begins in enumerate(network.groups)}
-    weighted = [layer for layer in stage1.layers if layer.weights and layer.name != "whitening"]
-    found = {group: [one for one in weighted if one.name.startswith(begins)] for group, begins in groups.items()}
-    return found | {"head": [stage1.get_layer("logits")]}
 
 
 def free_groups(stage1: keras.Model, network: Network, groups: Sequence[int]) -> None:

@@ -91,6 +91,7 @@ def test_results_are_made_from_the_figures():
         figures = common.read_json(name, None)
         assert figures is None or make(figures).strip() in text
     assert "## Quality" in text
+    assert networks.documented(common.read_json("networks", {})) in (ROOT / "docs" / "networks.md").read_text("utf-8")
     assert targets.table(targets.read_measured()).strip() in text
 
 

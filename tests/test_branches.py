@@ -95,14 +95,15 @@ def test_a_saved_model_decides_as_before(branched, tiny_data, tmp_path):
 
 def test_training_the_base_voids_what_rests_on_it(branched, tiny_data):
     """A frozen category would see other features: it has to be freed first."""
+    branched.certify(tiny_data.certification, risk=0.9, delta=0.5)
     before = branched.fingerprints()
     branched.set_stage2_category_trainable("ship", False)
     with pytest.raises(MSCNNError, match="free them all first"):
         mscnn.train_stage2_base(branched, tiny_data, RECIPE)
-    assert branched.fingerprints() == before
+    assert branched.fingerprints() == before and branched.certificate is not None
     branched.set_stage2_category_trainable()
     mscnn.train_stage2_base(branched, tiny_data, dataclasses.replace(RECIPE, epochs=1))
-    assert np.isnan(branched.calibration_coefficients.numpy()).all()
+    assert np.isnan(branched.calibration_coefficients.numpy()).all() and branched.certificate is None
     after = branched.fingerprints()
     assert after["stage2_trunk"] != before["stage2_trunk"]
     assert after["stage2/dog"] == after["stage2/cat"] != before["stage2/dog"]

@@ -824,12 +824,15 @@ def test_a_certificate_holds_at_its_threshold_only(certified):
     assert certified.valid_certificate == certified.certificate
 
 
-@pytest.mark.parametrize("void", ["calibrate", "retrain"])
+@pytest.mark.parametrize("void", ["calibrate", "retrain", "train_stage1", "train_stage2_base"])
 def test_training_and_calibration_void_a_certificate(certified, tiny_data, void):
+    recipe = mscnn.Recipe(epochs=1, batch_size=64)
     if void == "calibrate":
         certified.calibrate(tiny_data.calibration)
+    elif void == "retrain":
+        mscnn.retrain_stage2(certified, tiny_data, "ship", recipe)
     else:
-        mscnn.retrain_stage2(certified, tiny_data, "ship", mscnn.Recipe(epochs=1, batch_size=64))
+        getattr(mscnn, void)(certified, tiny_data, recipe)
     assert certified.certificate is None
     assert "not certified after its last training" in certified.guarantee()
 

@@ -222,6 +222,24 @@ def test_what_is_no_network_is_refused(digits):
     with pytest.raises(MSCNNError, match="Unregistered is not registered"):
         mscnn.MultiStageCNN.for_dataset(digits, network=Unregistered())
 
+    class Within(keras.layers.Layer):
+        def call(self, images):
+            return images
+
+    parts = [keras.Input((32, 32, 1)), Within(), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
+    with pytest.raises(MSCNNError, match="Within is not registered"):
+        mscnn.MultiStageCNN.for_dataset(digits, network=keras.Sequential(parts))
+
+
+def test_the_summary_shows_which_groups_are_free(digits):
+    data = dataclasses.replace(digits, image_size=32)
+    model = MultiStageCNN.for_dataset(data, network="efficientnet_lite0", weights=None)
+    free_groups(model.stage1, NETWORKS["efficientnet_lite0"], (7, 8))
+    groups = "Stage 1 by groups, from the images on: ✗ 0  ✗ 1  ✗ 2  ✗ 3  ✗ 4  ✗ 5  ✗ 6  ✓ 7  ✓ 8  ✓ head"
+    assert groups in model.trainable_summary()
+    model.set_stage1_trainable(False)
+    assert "by groups" not in model.trainable_summary() and "✗ Stage 1: False" in model.trainable_summary()
+
 
 def test_weights_are_read_without_running_code(tmp_path):
     path = tmp_path / "bad.pth"
