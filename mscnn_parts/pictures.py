@@ -107,13 +107,20 @@ def _holds_enough(folder: Path, names: Sequence[str]) -> bool:
     return not few
 
 
-def free_memory() -> int | None:
-    """Bytes that a program can still take without swapping; None where the system does not say."""
+def free_memory(system: Path = Path("/proc/meminfo"), container: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a program can still take without swapping, within its container; None where nothing says.
+
+    Args:
+        system: what Linux says. container: the folder with the limits of a control group, version 2.
+    """
+    free = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+        free += [int(kilobytes) * 1024 for kilobytes in re.findall(r"^MemAvailable: *(\d+)", system.read_text(), re.M)]
+    with contextlib.suppress(OSError, ValueError):  # there is none, or its limit is "max"
+        limit, used = (int((container / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = sum(map(int, re.findall(r"^inactive_file (\d+)$", (container / "memory.stat").read_text(), re.M)))
+        free.append(max(0, limit - used + cache))
+    return min(free, default=None)
 
 
 class _Part(NamedTuple):

@@ -15,6 +15,7 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, Recipe, load_dataset
 from mscnn_parts.data import RawData, split_data, train_and_calibration
 from mscnn_parts.on_disk import IndexedRows, filled, joined
+from mscnn_parts.pictures import free_memory
 
 SPLITS = ("train", "calibration", "certification", "test")
 
@@ -141,6 +142,18 @@ def test_a_bad_image_or_a_full_disk_leaves_no_file(folder, tmp_path, no_memory, 
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(900 * 32 * 32 * 3 - 1))
     with pytest.raises(MSCNNError, match=r"more than half of the free memory.*mscnn_cache: make room.*MSCNN_DATA_DIR"):
         load_dataset(folder)
+
+
+def test_free_memory_is_what_both_the_system_and_the_container_have(tmp_path):
+    system, container = tmp_path / "meminfo", tmp_path / "cgroup"
+    assert free_memory(system, container) is None
+    system.write_text("MemTotal:       9000 kB\nMemAvailable:    800 kB\n")
+    container.mkdir()
+    for limit, expected in (("max", 800 * 1024), ("500000", 500_000 - 200_000 + 30_000), ("1000", 0)):
+        for name, text in {"max": limit, "current": "200000" if limit != "1000" else "90000",
+                           "stat": "anon 5\ninactive_file 30000\nactive_file 7\n"}.items():  # fmt: skip
+            (container / f"memory.{name}").write_text(text + "\n")
+        assert free_memory(system, container) == expected
 
 
 def test_half_of_the_free_memory_is_the_limit(folder, monkeypatch):
