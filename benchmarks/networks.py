@@ -2,6 +2,7 @@
 
     python benchmarks/networks.py --row "TrashNet, efficientnet_lite0"     one row, seed 0; --seed 1 for another
     python benchmarks/networks.py --quick                                 a small slice: shows that it works
+    python benchmarks/networks.py --photographs            how many photographs are enough: a curve for notebook 06
     python benchmarks/networks.py --tables                                the tables anew, from networks.json
 
 A row that is measured again replaces its figures of that seed, and of all seeds if the row has been changed since; the
@@ -17,11 +18,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import numpy as np
 from common import ROOT, markdown, origin, read_json, replace, spread, write
 from speed import multiply_adds
 
 import mscnn_helpers as mscnn
+from mscnn_parts import transfer
 from mscnn_parts.downloads import data_folder
 
 
@@ -61,6 +64,7 @@ MISSED = {  # a row's name -> what was aimed at and why it was not reached
     "calibrate and to certify; whether that costs the accuracy is not known.",
     "EuroSAT, compact": "15 minutes, with AMX. This machine has none, and other work ran beside it.",
 }
+PHOTOGRAPHS = (10, 20, 50, 100)  # per category
 QUICK = Row("digits", "mnist", 28, 1, True)
 TRAININGS = {"stage1": mscnn.train_stage1, "stage2_base": mscnn.train_stage2_base, "stage2": mscnn.train_stage2}
 
@@ -199,12 +203,49 @@ def accepted_strangers(figures: dict) -> str:
     )
 
 
+def learning_curve(seed: int) -> dict[str, float]:
+    """Test accuracy of a head on frozen features of efficientnet_lite0, by the train photographs per category."""
+    row = ROWS["TrashNet, efficientnet_lite0"]
+    data = mscnn.load_dataset(data_folder() / row.dataset, row.light_mode, seed, row.image_size)
+    trunk = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network).trunk
+    head_alone = mscnn.phase_recipes(mscnn.default_recipe(len(data.train), network=row.network))[0]
+    features, rng = transfer.trunk_features(trunk, data, seed=seed), np.random.default_rng(seed)
+    by_view = np.asarray(features.train).reshape(features.views, len(data.train), -1)  # (views, N, K)
+    seen, found = trunk.predict(data.test.images, batch_size=64, verbose=0), {}
+    places = [rng.permutation(np.flatnonzero(data.train.labels == c)) for c in range(len(data.category_names))]
+    for count in PHOTOGRAPHS:
+        chosen = np.concatenate([some[:count] for some in places])
+        inputs = keras.Input(seen.shape[1:])
+        head = keras.Model(inputs, keras.layers.Dense(len(places))(inputs))
+        few = dataclasses.replace(data, train=data.train.take(chosen))
+        own = features._replace(train=by_view[:, chosen].reshape(-1, seen.shape[1]))
+        transfer.train_head(head, own, few, head_alone, seed)
+        answers = head.predict(seen, verbose=0).argmax(axis=1)
+        found[str(min(count, min(map(len, places))))] = float((answers == data.test.labels).mean())
+    return found
+
+
+def photographs_section(figures: dict) -> str:
+    """The section of RESULTS.md on the learning curve; `figures`: a seed -> what `learning_curve` and `origin` say."""
+    each = [one["accuracy"] for one in figures.values()]
+    rows = [[count, spread([one[count] for one in each], "{:.1%}")] for count in each[0]]
+    return "\n".join([
+        "## How many photographs", "",
+        "Written by `python benchmarks/networks.py --photographs` for notebook 06: a head on the frozen features of",
+        "efficientnet_lite0, 160 pixels, by the train photographs of TrashNet per category. Test split, median",
+        f"(minimum to maximum) over the seeds {', '.join(figures)}.", "",
+        *markdown(["photographs per category", "accuracy"], rows),
+        *(f"- seed {seed}: commit {one['commit']}, {one['device']}" for seed, one in figures.items()),
+    ])  # fmt: skip
+
+
 def main() -> None:
     """Measures a row and writes networks.json and its section of RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small slice; writes nothing")
     parser.add_argument("--row", choices=ROWS, action="append", default=[], help="which row; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of the splits and of the training")
+    parser.add_argument("--photographs", action="store_true", help="the curve for notebook 06, seeds 0, 1 and 2")
     parser.add_argument("--tables", action="store_true", help="train nothing")
     options = parser.parse_args()
     figures = read_json("networks", {})
@@ -219,6 +260,10 @@ def main() -> None:
         figures[name] = {**others, str(options.seed): measured}
         write("networks", figures, table(figures))
         write_documented(figures)
+    for seed in (0, 1, 2) if options.photographs else ():
+        made = origin("python benchmarks/networks.py --photographs")
+        curves = read_json("photographs", {}) | {str(seed): {**made, "accuracy": learning_curve(seed)}}
+        write("photographs", curves, photographs_section(curves))
     if options.tables:
         write("networks", figures, table(figures))
         write_documented(figures)

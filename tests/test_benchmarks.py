@@ -85,7 +85,7 @@ def test_results_are_made_from_the_figures():
         "quality": quality.table, "speed": speed.section, "ablations": ablations.table,
         "selective": selective.table, "ood": ood.table, "verifiers": verifiers.table,
         "branches": functools.partial(verifiers.table, branches=True), "networks": networks.table,
-        "craft": craft.section,
+        "craft": craft.section, "photographs": networks.photographs_section,
     }  # fmt: skip
     for name, make in sections.items():
         figures = common.read_json(name, None)
