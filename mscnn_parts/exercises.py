@@ -56,6 +56,9 @@ def check(number: int, work: Any, targets: Callable[[Any], Sequence[Target]]) ->
         return
     try:
         found = targets(work)
+    except LookupError as error:  # of a KeyError the text is the key
+        print(f"Exercise {number}: not yet. What you made lacks what your cell names: {error}")
+        return
     except (AttributeError, TypeError, ValueError) as error:
         print(f"Exercise {number}: not yet. What you made has not the form that your cell names: {error}")
         return

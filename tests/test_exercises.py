@@ -64,6 +64,15 @@ def test_work_of_another_form_is_told_in_a_line(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("work", "key", "missing"),
+    [({"float32": 1}, "mixed_float16", "'mixed_float16'"), ([1], 1, "list index out of range")],
+)
+def test_work_that_lacks_an_entry_is_told_in_a_line(capsys, work, key, missing):
+    exercises.check(5, work, lambda work: [Target("seconds", work[key])])
+    assert capsys.readouterr().out == f"Exercise 5: not yet. What you made lacks what your cell names: {missing}\n"
+
+
 def test_work_that_is_an_array_is_no_riddle(capsys):
     exercises.check(9, np.zeros(3), lambda work: [Target("thresholds", len(work), 3, form="d")])
     assert "reached" in capsys.readouterr().out
