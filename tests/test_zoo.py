@@ -254,6 +254,22 @@ def test_weights_that_are_absent_are_told(digits, monkeypatch):
         mscnn.MultiStageCNN.for_dataset(digits, network="efficientnet_lite0")
 
 
+@pytest.mark.parametrize("content", [None, b"not what the package has"])
+def test_a_file_of_weights_that_is_another_is_refused(tmp_path, monkeypatch, content):
+    package = tmp_path / "other_weights"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if content is not None:
+        (package / efficientnet_lite0.FILE).parent.mkdir(parents=True, exist_ok=True)
+        (package / efficientnet_lite0.FILE).write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(efficientnet_lite0, "PACKAGE", package.name)
+    with pytest.raises(
+        MSCNNError, match=r"is missing or not the file that is known: install other_weights 0\.1\.0 again"
+    ):
+        efficientnet_lite0.weights_file()
+
+
 @pytest.mark.slow
 def test_weights_of_efficientnet_b0_see_images_as_keras_has_it(monkeypatch, tmp_path):
     """Its form with ImageNet weights, here random ones, scales its input by a layer more than the form without."""
