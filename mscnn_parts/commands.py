@@ -23,7 +23,7 @@ from mscnn_parts.zoo import OWN, network_named
 if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
 
-BATCH = 256  # pictures in memory at a time
+BATCH = 128  # pictures in memory at a time: with those of 160 pixels a process stays below 1 GB
 NOT_MEASURED = "not known: notebook 05 measures it, and leaves it beside the model file"
 IN_METRICS = ("accuracy", "coverage", "selective_accuracy")  # of the two stages
 ON_CARD = ("accuracy of all answers", "coverage", "accuracy of the accepted")
