@@ -137,7 +137,7 @@ def compiled(row: Row, network: keras.Model, batches: tf.data.Dataset, steps: in
         rate = tuning.find_learning_rate(network, batches, make(1e-3), 1e-5, 10.0).suggestion
     plateau = row.schedule == "on plateau"
     optimizer = make(rate if plateau else tuning.schedules(rate, steps)[row.schedule])
-    if row.weight_decay:  # of kernels; Keras takes learning rate x weight decay of each weight away
+    if row.weight_decay:  # of all weights, biases included: Keras takes learning rate x weight decay of each away
         optimizer.weight_decay = row.weight_decay
     if row.policy == "mixed_float16":  # Keras does it by itself only where this is the global policy
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)

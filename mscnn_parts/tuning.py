@@ -269,11 +269,12 @@ class Sometimes(keras.layers.Layer):
 def augmentations(size: int, channels: int = 3, seed: int = 0) -> dict[str, keras.layers.Layer]:
     """Layers that augment batches of images (B, size, size, channels) of 0 to 255 while they train.
 
-    All are Keras' own but "pad and crop": `keras.layers.RandomCrop` cuts all images of a batch at the same place. A
-    saturation of 0.5 changes nothing, 0 is gray: so 0.2 alone, from which Keras makes 0 to 0.2, would take the color.
-    An older Keras lacks some of them: they are left out, and a line says so.
+    All are Keras' own but "pad and crop": `keras.layers.RandomCrop` cuts all images of a batch at the same place.
+    An older Keras lacks some of them: the function leaves them out and prints which.
     """
-    scale, saturation = {"value_range": (0, 255)}, {"saturation_factor": (0.4, 0.6)} if channels == 3 else {}
+    scale = {"value_range": (0, 255)}
+    # Keras multiplies the saturation by f / (1 - f): here by 0.8 to 1.2. From 0.2 alone it would make 0 to 0.25, gray.
+    saturation = {"saturation_factor": (4 / 9, 6 / 11)} if channels == 3 else {}
     color = {"brightness_factor": 0.2, "contrast_factor": 0.2, **saturation, **scale}
     blur = {"factor": (1.0, 1.0), "kernel_size": 11, "sigma": (0.1, 2.0), **scale}
     square = {"factor": (1.0, 1.0), "scale": (1 / 16, 1 / 16), "fill_value": 128.0, **scale}
@@ -368,7 +369,7 @@ def _memory() -> dict[str, str]:
 
 
 def _gpu_total() -> str:
-    """TensorFlow does not tell it, so the driver is asked."""
+    """Asks the driver, for TensorFlow does not tell it."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
