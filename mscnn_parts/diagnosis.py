@@ -304,8 +304,8 @@ def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
         return []
     evidence = f"moving mean and variance are {apart[worst]:.2g} apart from those of the batch"
     remedy = (
-        "They have not followed the training: lower its momentum, train longer, or see that they move "
-        "(training=True, and non-trainable weights are updated). Frozen ones have to fit the data from the start."
+        "They have not followed the training: lower its momentum, train longer, or, in a loop of your "
+        "own, call the network with training=True. Frozen ones have to fit the data from the start."
     )
     if network.get_layer(worst).momentum == 1:
         remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
