@@ -10,13 +10,14 @@ References
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mscnn_parts.checks import check_categories_within, one_per_image
-from mscnn_parts.data import Dataset
+from mscnn_parts.data import Dataset, Split
 from mscnn_parts.settings import MSCNNError
 
 HASH_SIDE = 8  # a hash has 8 x 8 bits
@@ -46,7 +47,7 @@ def findings_text(findings: Sequence[Finding]) -> str:
 
 
 def check_images(images: np.ndarray, where: str = "images") -> list[Finding]:
-    """Whether images (N, H, W, channels) are what the project's networks take: uint8 that use the range 0 to 255."""
+    """Checks that images (N, H, W, channels) are what the project's networks take: uint8 from 0 to 255."""
     images = np.asarray(images)
     least, most = float(images.min()), float(images.max())
     evidence = f"{images.dtype} from {least:.3g} to {most:.3g}"
@@ -65,7 +66,7 @@ def check_images(images: np.ndarray, where: str = "images") -> list[Finding]:
 
 
 def check_labels(labels: np.ndarray, categories: int, where: str = "labels") -> list[Finding]:
-    """Whether labels are integers (N,) from 0 to below `categories`, and each category has some."""
+    """Checks that labels are integers (N,) from 0 to below `categories`, and each category has some."""
     labels = np.asarray(labels)
     if labels.ndim == 2 and labels.shape[1] > 1:
         return [Finding("one-hot labels", where, f"the shape is {labels.shape}", "Use labels.argmax(axis=1).")]
@@ -103,7 +104,9 @@ def dhash(images: np.ndarray) -> np.ndarray:
     Args:
         images: (N, H, W, channels).
     """
-    gray = np.asarray(images).mean(axis=-1, dtype=np.float32)  # (N, H, W)
+    images = np.asarray(images)
+    channels = range(images.shape[-1])
+    gray = sum(images[..., c].astype(np.float32) for c in channels) / len(channels)  # (N, H, W); mean() is slower
     for axis, count in ((1, HASH_SIDE), (2, HASH_SIDE + 1)):
         gray = np.repeat(gray, -(-count // gray.shape[axis]), axis)  # at least a pixel for each place
         edges = np.linspace(0, gray.shape[axis], count + 1).astype(int)
@@ -139,7 +142,7 @@ class Duplicates(NamedTuple):
 
 
 def find_duplicates(first: np.ndarray, second: np.ndarray, **bounds: Any) -> Duplicates:
-    """Images of one split that stand in the other, too, exactly or nearly.
+    """Finds images of one split that stand in the other, too, exactly or nearly.
 
     Hashes that differ in few bits make a candidate: for 32 pixels a thumbnail holds little, so that two skies may share
     one. So the pixels of a candidate have to correlate as well. Of more than a million candidates, those with the most
@@ -179,7 +182,7 @@ def _candidates(first: np.ndarray, second: np.ndarray, distance: int) -> tuple[n
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of the pixels of images (n, H, W, channels), one by one: (n,); 0 for images of one color."""
+    """The correlation of two images' pixels, for n pairs (n, H, W, channels): (n,); 0 for images of one color."""
     flat = [images.reshape(len(images), -1).astype(np.float32) for images in (first, second)]
     centered = [x - x.mean(axis=1, keepdims=True) for x in flat]
     lengths = np.prod([np.linalg.norm(x, axis=1) for x in centered], axis=0)
@@ -189,7 +192,7 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def check_leak(
     first: np.ndarray, second: np.ndarray, names: tuple[str, str] = ("train", "test"), **bounds: Any
 ) -> list[Finding]:
-    """Whether images of the first split stand in the second, too. Images and bounds as of `find_duplicates`."""
+    """Checks that no image of the first split stands in the second. `find_duplicates` explains images and bounds."""
     duplicates, where, found = find_duplicates(first, second, **bounds), " and ".join(names), []
     if len(duplicates.pairs):
         leaked = len(np.unique(duplicates.pairs[:, 1]))
@@ -205,12 +208,13 @@ def check_leak(
 
 
 def check_data(data: Dataset) -> list[Finding]:
-    """Range, labels and balance of each split, and leaks from train to the others."""
-    found = []
-    for name in ("train", "calibration", "certification", "test"):
+    """Checks range, labels and balance of each split, and compares every two splits for copies."""
+    found, splits = [], ("train", "calibration", "certification", "test")
+    for name in splits:
         split = getattr(data, name)
         found += check_images(split.images, name) + check_labels(split.labels, len(data.category_names), name)
-        found += [] if name == "train" else check_leak(data.train.images, split.images, ("train", name))
+    for first, second in itertools.combinations(splits, 2):
+        found += check_leak(getattr(data, first).images, getattr(data, second).images, (first, second))
     return found
 
 
@@ -218,7 +222,7 @@ def check_data(data: Dataset) -> list[Finding]:
 
 
 def cross_validated(features: np.ndarray, labels: np.ndarray, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Probability of each category by a logistic regression that has not seen the image: float64 (N, C).
+    """Predicts each category's probability by a logistic regression that has not seen the image: float64 (N, C).
 
     Args:
         features: (N, K), standardized here. labels: integers (N,), each of 0..C-1 at least `folds` times.
@@ -240,7 +244,7 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, folds: int = 5, se
 
 
 def pixel_features(images: np.ndarray, side: int = 8) -> np.ndarray:
-    """Images (N, H, W, channels) shrunk to `side` x `side` by means, flat, float32 (N, side² channels)."""
+    """Shrinks images (N, H, W, channels) to `side` x `side` by means: flat, float32 (N, side² channels)."""
     step = np.array(images.shape[1:3]) // side
     cut = images[:, : step[0] * side, : step[1] * side].astype(np.float32)
     small = cut.reshape(len(images), side, step[0], side, step[1], images.shape[-1]).mean(axis=(2, 4))
@@ -248,7 +252,7 @@ def pixel_features(images: np.ndarray, side: int = 8) -> np.ndarray:
 
 
 def check_labels_fit(labels: np.ndarray, probability: np.ndarray) -> list[Finding]:
-    """Whether labels have to do with the images: a classifier that has not seen an image beats always saying the same.
+    """Checks that labels fit the images: a classifier that has not seen an image beats always saying the same.
 
     Args:
         labels: integers (N,). probability: of `cross_validated`, (N, C).
@@ -265,12 +269,12 @@ def check_labels_fit(labels: np.ndarray, probability: np.ndarray) -> list[Findin
 
 
 def suspected_label_errors(labels: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """Images whose label is suspected to be wrong, most suspicious first: int64 (n,).
+    """Lists the images whose label is suspected to be incorrect, most suspicious first: int64 (n,).
 
     Confident learning. The threshold of a category is the mean probability that images of its label have for it; an
     image is suspected if, of the categories whose threshold it reaches, the most probable is not its label. They are
     ranked by the normalized margin, probability of the label minus the highest other one.
-    Source: Northcutt et al. 2021, equations 1 and 2, and section 3.2.
+    Source: Northcutt et al. 2021, equations 1 and 2, and section 3.2; their library is cleanlab.
 
     Args:
         labels: integers (N,). probability: by classifiers that have not seen the image, (N, C).
@@ -292,7 +296,7 @@ def suspected_label_errors(labels: np.ndarray, probability: np.ndarray) -> np.nd
 
 
 def check_negatives(labels: np.ndarray, probability: np.ndarray, category: int, indices: np.ndarray) -> list[Finding]:
-    """Whether the negatives that a verifier is trained on are harder than images drawn at random.
+    """Checks that the negatives that a verifier is trained on are harder than images drawn at random.
 
     Args:
         labels: of the train split, (N,). probability: Stage 1's of `category`, (N,).
@@ -310,3 +314,35 @@ def check_negatives(labels: np.ndarray, probability: np.ndarray, category: int, 
     evidence = f"{share:.0%} of the negatives are among the tenth that Stage 1 finds most like it; of random ones 10%"
     remedy = "The verifier will be asked about what Stage 1 mistakes for it: draw by sample_hard_negatives."
     return [Finding("easy negatives", f"verifier of category {category}", evidence, remedy)]
+
+
+# ---- all that one batch cannot show
+
+
+def check_training(
+    train: Split | None,
+    held: Split | None = None,
+    negatives: tuple[np.ndarray, np.ndarray] | None = None,
+    category: int | None = None,
+) -> list[Finding]:
+    """Looks for the faults of a training that only its data show: labels, a leak, easy negatives.
+
+    Args:
+        train: the images and labels that are trained on.
+        held: the split that measures the training: no image of `train` should stand in it.
+        negatives: a verifier's `probability` (N,) and `indices`; they and `category` as of `check_negatives`.
+
+    Raises:
+        MSCNNError: no train split, negatives without a category, or a category with fewer than 5 train images.
+    """
+    if train is None:
+        raise MSCNNError("Held-out images and negatives are compared with the train split: give train, too.")
+    if negatives is not None and category is None:
+        raise MSCNNError("Negatives are those of a verifier: give its category, too.")
+    found = check_labels_fit(train.labels, cross_validated(pixel_features(train.images), train.labels))
+    if held is not None:
+        found += check_leak(train.images, held.images, ("train", "held-out"))
+    if negatives is not None:
+        probability, indices = negatives
+        found += check_negatives(train.labels, probability, category, indices)
+    return found

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from mscnn_parts.checks import check_categories_within
-from mscnn_parts.data_checks import Finding, findings_text
+from mscnn_parts.data import Split
+from mscnn_parts.data_checks import Finding, check_training, findings_text
 from mscnn_parts.figures import new_axes
 from mscnn_parts.layers import FusedBatchNormalization, WhiteningConv, log_odds_tensor
 from mscnn_parts.settings import MSCNNError
@@ -30,11 +31,12 @@ LARGE_WEIGHTS = 8.0  # times the standard deviation with which He's initializati
 LARGE_INPUT = 10.0  # of the root mean square of what the first kernel sees; standardized input has 1
 STATISTICS_APART = 1.5  # mean distance of BatchNormalization's statistics from the batch's, see `_statistics_apart`
 HISTOGRAM_BINS, SAMPLED_VALUES = 50, 2**16
+KERNEL = "further kernel"  # the kind of a line that is no layer
 NORMALIZING = (keras.layers.BatchNormalization, FusedBatchNormalization)
 
 
 class Spread(NamedTuple):
-    """Of many numbers; NaN and infinities make it so."""
+    """Describes many numbers; a NaN or infinity among them shows in it."""
 
     mean: float
     std: float
@@ -45,11 +47,15 @@ class Spread(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """One layer on the batch; None for what it does not have."""
+    """Describes one layer on the batch; None stands for what it does not have.
 
-    name: str
+    It looks at the layer's kernel, or without one at its first trainable weight. A layer of several kernels, such as a
+    nested model, has a line for each further one, with its gradient and weights alone.
+    """
+
+    name: str  # of the layer, or the path of a further kernel
     kind: str
-    gradient: Spread | None  # of its kernel, or of its first trainable weight
+    gradient: Spread | None
     weights: Spread | None
     activation: Spread | None
     histogram: tuple[np.ndarray, np.ndarray] | None  # counts (50,) and edges (51,) of its output: with a kernel only
@@ -76,7 +82,7 @@ class Report:
 
     @property
     def names(self) -> set[str]:
-        """Of the findings."""
+        """The names of the findings."""
         return {finding.name for finding in self.findings}
 
     def __str__(self) -> str:
@@ -90,7 +96,7 @@ class Report:
             for spread, width in ((layer.gradient, 17), (layer.weights, 16)):
                 cells.append(f"{spread!s:>{width}}{spread.largest:9.2g}" if spread else " " * (width + 9))
             dead = "" if layer.dead is None else f"{layer.dead} of {layer.units}"
-            lines.append(f"{layer.name[:21]:22}{''.join(cells)}{layer.activation!s:>15}{dead:>10}")
+            lines.append(f"{layer.name[-21:]:22}{''.join(cells)}{layer.activation or ''!s:>15}{dead:>10}")
         return "\n".join([*lines, findings_text(self.findings)])
 
 
@@ -98,12 +104,12 @@ class Report:
 
 
 class _Pass(NamedTuple):
-    """What one batch does in a network; all but the logits by the name of a layer. Spreads are (mean, std, largest)."""
+    """Holds what was measured on one batch, most of it by a layer's name. Spreads are (mean, std, largest)."""
 
     logits: tf.Tensor  # (B, C)
     loss: tf.Tensor
-    gradients: dict[str, tf.Tensor]  # (3,): of the kernel, or of the first trainable weight
-    weights: dict[str, tf.Tensor]  # (3,): of the same
+    gradients: dict[str, tf.Tensor]  # (3,), by line of the report
+    weights: dict[str, tf.Tensor]  # (3,), by line of the report
     activations: dict[str, tf.Tensor]  # (3,)
     samples: dict[str, tf.Tensor]  # some outputs of a layer with a kernel, flat
     live: dict[str, tf.Tensor]  # bool (units,): whether a unit of a ReLU is ever positive
@@ -112,7 +118,7 @@ class _Pass(NamedTuple):
 
 
 def _watched(network: keras.Model, category: int | None) -> Callable[..., _Pass]:
-    """The function (images, labels) -> `_Pass` of a network: eager, or for `tf.function`.
+    """Builds the function (images, labels) -> `_Pass` of a network, eager or for `tf.function`.
 
     It goes forward and back in inference mode: so neither statistics nor random numbers move.
     """
@@ -123,7 +129,7 @@ def _watched(network: keras.Model, category: int | None) -> Callable[..., _Pass]
     first = next((layer.name for layer in layers if _has_kernel(layer)), layers[0].name)
 
     def watched(images: tf.Tensor, labels: tf.Tensor) -> _Pass:
-        trained = {layer.name: weight for layer in layers if (weight := _main_weight(layer)) is not None}
+        trained = {line: weight for layer in layers for line, weight in _watched_weights(layer).items()}
         with tf.GradientTape() as tape:
             tensors, logits = probe(images, training=False)
             logits = tf.cast(logits, tf.float32)  # (B, C)
@@ -135,7 +141,7 @@ def _watched(network: keras.Model, category: int | None) -> Callable[..., _Pass]
             logits, loss, {name: _spread(one) for name, one in gradients.items() if one is not None},
             {name: _spread(weight.value) for name, weight in trained.items()},
             {name: _spread(sample) for name, sample in samples.items()},
-            {name: samples[name] for name, weight in trained.items() if len(weight.shape) > 1},
+            {name: one for name, one in samples.items() if name in trained and len(trained[name].shape) > 1},
             {layer.name: _live(tensors[layer.name][1]) for layer in layers if _is_relu(layer)},
             {one.name: _statistics_apart(one, tensors[one.name][0]) for one in layers if isinstance(one, NORMALIZING)},
             (tf.sqrt(tf.reduce_mean(seen**2)), tf.reduce_min(seen), tf.reduce_max(seen)),
@@ -151,9 +157,11 @@ def _loss(logits: tf.Tensor, labels: tf.Tensor, category: int | None) -> tf.Tens
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(correct, log_odds_tensor(logits, category)))
 
 
-def _main_weight(layer: keras.Layer) -> keras.Variable | None:
-    """The kernel of a layer, or its first trainable weight."""
-    return next(iter(sorted(layer.trainable_weights, key=lambda weight: len(weight.shape) < 2)), None)
+def _watched_weights(layer: keras.Layer) -> dict[str, keras.Variable]:
+    """The kernel of a layer, or else its first trainable weight, by the layer's name; further kernels by their path."""
+    first, *others = sorted(layer.trainable_weights, key=lambda weight: len(weight.shape) < 2) or [None]
+    further = {weight.path: weight for weight in others if len(weight.shape) > 1}
+    return {} if first is None else {layer.name: first, **further}
 
 
 def _has_kernel(layer: keras.Layer) -> bool:
@@ -169,7 +177,7 @@ def _live(output: tf.Tensor) -> tf.Tensor:
 
 
 def _sample(output: tf.Tensor) -> tf.Tensor:
-    """Some 65,000 values of an output, float32: enough for its spread and shape, and far faster than millions."""
+    """Takes some 65,000 values of an output, float32: enough for its spread and shape, and faster than millions."""
     flat = tf.reshape(output, [-1])
     step = -(-tf.size(flat) // SAMPLED_VALUES) // 2 * 2 + 1  # odd, so that it meets all channels, mostly even in number
     return tf.cast(flat[::step], tf.float32)
@@ -191,7 +199,10 @@ def _statistics_apart(layer: keras.Layer, inputs: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(means + 0.5 * tf.abs(tf.math.log((stored + epsilon) / (variance + epsilon))))
 
 
-def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, category: int | None = None) -> Report:
+def diagnose(
+    network: keras.Model, images: np.ndarray, labels: np.ndarray, category: int | None = None,
+    train: Split | None = None, held: Split | None = None, negatives: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Report:  # fmt: skip
     """Measures a network on one batch of its training, and names what is wrong. Nothing in the network changes.
 
     Args:
@@ -199,13 +210,17 @@ def diagnose(network: keras.Model, images: np.ndarray, labels: np.ndarray, categ
         images: as the network takes them, (B, ...); 64 to 256 are enough.
         labels: categories as integers (B,).
         category: the network is the verifier of this category, whose question is 'is it c?'; None: a classifier.
+        train, held, negatives: for the faults that no batch shows, see `check_training`; its findings come first.
 
     Raises:
-        MSCNNError: the network's layers cannot be looked into, or labels are no categories of it.
+        MSCNNError: the network hides its layers, labels are no categories of it, or as `check_training` says.
     """
     watched = _watched(network, category)
     labels = _checked(network, images, labels)
-    return _report(network, watched(tf.convert_to_tensor(images), tf.constant(labels)), labels, category)
+    report = _report(network, watched(tf.convert_to_tensor(images), tf.constant(labels)), labels, category)
+    if not train is held is negatives is None:
+        report.findings[:0] = check_training(train, held, negatives, category)
+    return report
 
 
 def _checked(network: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -218,7 +233,7 @@ def _checked(network: keras.Model, images: np.ndarray, labels: np.ndarray) -> np
 
 def _report(network: keras.Model, measured: _Pass, labels: np.ndarray, category: int | None) -> Report:
     batch = tf.nest.map_structure(np.asarray, measured)
-    layers = [_layer_report(layer, batch) for layer in network.layers if layer.name in batch.activations]
+    layers = [line for one in network.layers if one.name in batch.activations for line in _lines_of(one, batch)]
     if category is None:
         accuracy, guessing = (batch.logits.argmax(axis=1) == labels).mean(), np.log(batch.logits.shape[1])
     else:
@@ -234,24 +249,29 @@ def _report(network: keras.Model, measured: _Pass, labels: np.ndarray, category:
     return report
 
 
-def _layer_report(layer: keras.Layer, batch: _Pass) -> LayerReport:
-    name, weight, histogram, fan_in = layer.name, _main_weight(layer), None, None
-    spreads = (batch.gradients, batch.weights, batch.activations)
-    gradient, weights, activation = (Spread(*map(float, one[name])) if name in one else None for one in spreads)
+def _lines_of(layer: keras.Layer, batch: _Pass) -> list[LayerReport]:
+    """The lines of one layer: its own, and one for each further kernel."""
+    name, watched, histogram, fan_in = layer.name, _watched_weights(layer), None, None
+
+    def spreads(line: str) -> list[Spread | None]:
+        parts = (batch.gradients, batch.weights, batch.activations)
+        return [Spread(*map(float, part[line])) if line in part else None for part in parts]
+
     if name in batch.samples:
         depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)  # each output sees a single channel
-        values, fan_in = batch.samples[name], int(np.prod(weight.shape[: 2 if depthwise else -1]))
+        values, fan_in = batch.samples[name], int(np.prod(watched[name].shape[: 2 if depthwise else -1]))
         histogram = np.histogram(values[np.isfinite(values)], HISTOGRAM_BINS)
     live = batch.live.get(name)
     dead, units = (None, None) if live is None else (int((~live).sum()), len(live))
-    return LayerReport(name, type(layer).__name__, gradient, weights, activation, histogram, fan_in, dead, units)
+    own = LayerReport(name, type(layer).__name__, *spreads(name), histogram, fan_in, dead, units)
+    return [own, *(LayerReport(line, KERNEL, *spreads(line), *[None] * 4) for line in watched if line != name)]
 
 
 # ---- findings, causes before their consequences
 
 
 def _input_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
-    """What the first kernel sees should be of the order of 1."""
+    """Checks that the first kernel sees values of the order of 1."""
     first = next((layer.name for layer in network.layers if _has_kernel(layer)), None)
     size, least, largest = map(float, batch.seen)
     if first is None or not size > LARGE_INPUT:
@@ -277,15 +297,15 @@ def _number_findings(report: Report) -> list[Finding]:
 
 
 def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
-    """BatchNormalization: whether what it has stored is what passes through it."""
+    """Checks that what BatchNormalization has stored is what passes through it."""
     apart = {name: float(value) for name, value in batch.apart.items()}
     worst = max(apart, key=apart.__getitem__, default=None)
     if worst is None or not apart[worst] > STATISTICS_APART:
         return []
     evidence = f"moving mean and variance are {apart[worst]:.2g} apart from those of the batch"
     remedy = (
-        "They have not followed the training: lower its momentum, train longer, or see that they move "
-        "(training=True, and non-trainable weights are updated). Frozen ones have to fit the data from the start."
+        "They have not followed the training: lower its momentum, train longer, or, in a loop of your "
+        "own, call the network with training=True. Frozen ones have to fit the data from the start."
     )
     if network.get_layer(worst).momentum == 1:
         remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
@@ -306,7 +326,7 @@ def _unit_findings(report: Report) -> list[Finding]:
 
 def _gradient_findings(report: Report) -> list[Finding]:
     found, learned = [], report.loss < 0.1 * report.guessing  # then gradients are small, as they should be
-    kernels = [layer for layer in report.layers if layer.histogram is not None and layer.gradient is not None]
+    kernels = [one for one in report.layers if (one.histogram is not None or one.kind == KERNEL) and one.gradient]
     small = [layer for layer in kernels if layer.gradient.largest < VANISHING]
     large = [layer for layer in kernels if layer.gradient.largest > EXPLODING]
     if small and not learned:
@@ -390,7 +410,7 @@ class Diagnosis(keras.callbacks.Callback):
 
 
 def plot_diagnosis(report: Report) -> Figure:
-    """Gradients, weights and dead units of each layer with a kernel, and the histogram of its output."""
+    """Draws gradients, weights and dead units of each layer with a kernel, and the histogram of its output."""
     layers = [layer for layer in report.layers if layer.histogram is not None]
     columns = max(3, min(len(layers), 5))
     figure, axes = new_axes(1 - (-len(layers) // columns), columns, 2.4, 2.0)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def map_layers(network: keras.Model) -> tuple[str, str]:
-    """The layers to explain a network by: a finer map, and the last one; where there is but one, it is both."""
+    """Names the two layers that explain a network: one with a finer map, and the last. They may be the same."""
     names = [layer.name for layer in network.layers]
     blocks = [name for name in names if re.fullmatch(r"block\d+", name)]
     if OWN_INPUT in names:
@@ -30,7 +30,7 @@ def map_layers(network: keras.Model) -> tuple[str, str]:
 
 
 def has_cam(network: keras.Model) -> bool:
-    """Whether `class_activation_map` can read a map off the last dense layer, which sees nothing but means."""
+    """Says whether the last dense layer sees only means, so that `class_activation_map` can read a map off it."""
     return "pooled" in [layer.name for layer in network.layers]
 
 
@@ -76,7 +76,7 @@ def grad_cam(network: keras.Model, images: np.ndarray, target: Callable, layer: 
 
 
 def split_at(network: keras.Model, images: np.ndarray, layer: str) -> tuple[tf.Tensor, keras.Model]:
-    """A layer's feature maps (B, h, w, K) of images, and the network from there on."""
+    """Returns a layer's feature maps (B, h, w, K) of images, and the network from there on."""
     features = network.get_layer(layer).output
     maps = keras.Model(network.inputs[0], features)(images, training=False)
     if layer != OWN_INPUT:
@@ -92,7 +92,7 @@ def split_at(network: keras.Model, images: np.ndarray, layer: str) -> tuple[tf.T
 def occlusion(
     network: keras.Model, images: np.ndarray, target: Callable, size: int | None = None, stride: int | None = None
 ) -> np.ndarray:
-    """How far a target falls when a square of the image is covered with the image's mean color.
+    """Measures how far a target falls when the image's mean color covers a square of the image.
 
     Source: Zeiler & Fergus 2014, section 4.2.
 
@@ -119,9 +119,9 @@ def occlusion(
 
 
 def randomized(network: keras.Model, seed: int = 0) -> keras.Model:
-    """The same network as it was before any training: an explanation that stays the same explains nothing of it.
+    """Returns the network as it was before any training: an explanation that stays the same explains nothing of it.
 
-    Source: Adebayo et al. 2018. What is not trained, scaling and whitening, is kept.
+    Source: Adebayo et al. 2018. Scaling and whitening, which no training moves, stay.
 
     Args:
         seed: of the new weights. Random numbers elsewhere go on as if this had not been called.
@@ -150,7 +150,7 @@ def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "poo
 
 
 class DecisionTrace(NamedTuple):
-    """How one image was decided."""
+    """Explains how one image was decided."""
 
     image: np.ndarray  # uint8 (H, W, channels)
     truth: str  # "" where it is not known

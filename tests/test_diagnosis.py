@@ -1,6 +1,8 @@
 """The rooms `diagnosis` and `data_checks`: each broken set-up is named, and a healthy run raises no finding."""
 
+import dataclasses
 import functools
+import itertools
 import random
 import time
 
@@ -19,6 +21,7 @@ from mscnn_parts.diagnosis import diagnose
 SEEDS = range(10)
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES = (IMAGES.reshape(-1, 8, 8, 1) / 16 * 255).astype(np.uint8)
+TRAIN, HELD = mscnn.Split(IMAGES[:1200], LABELS[:1200]), mscnn.Split(IMAGES[1200:], LABELS[1200:])
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -49,24 +52,46 @@ EXPECTED = {
     "statistics frozen": "statistics do not fit",
     "dead ReLU": "dead units",
 }
+IN_THE_DATA = {  # what `diagnose` names with the data at hand
+    "labels shuffled": {"labels do not fit the images"},
+    "leak": {"leak"},
+    "random negatives": {"easy negatives"},
+    "sound": set(),
+}
+
+
+def with_seeds(setups, few: int = 3) -> list:
+    """Each set-up with a few seeds, and with ten in the slow tests."""
+    slow = [pytest.param(setup, 10, marks=pytest.mark.slow) for setup in setups]
+    return [*((setup, few) for setup in setups), *slow]
+
+
+def compiled(settings: dict, rate: float) -> keras.Model:
+    network = small_cnn(**settings)
+    network.compile(keras.optimizers.Adam(rate), LOSS)
+    network.optimizer.build(network.trainable_variables)  # else TensorFlow traces a step twice
+    return network
+
+
+def fit_anew(network: keras.Model, settings: dict, split: mscnn.Split, seed: int) -> None:
+    """Trains a compiled network from the start of a seed, without tracing it again."""
+    keras.utils.set_random_seed(seed)
+    network.set_weights(small_cnn(**settings).get_weights())
+    for variable in network.optimizer.variables[:1] + network.optimizer.variables[2:]:  # not the learning rate
+        variable.assign(np.zeros(variable.shape))
+    network.fit(*split, 75, epochs=4, verbose=0)
 
 
 @functools.cache
 def trained(setup: str, seeds: int = 3) -> list[diagnosis.Report]:
     """Reports of one set-up on train images, a seed each; training and diagnosis are traced once."""
     settings, rate = SETUPS[setup]
-    network = small_cnn(**settings)
-    network.compile(keras.optimizers.Adam(rate), LOSS)
-    network.optimizer.build(network.trainable_variables)  # else TensorFlow traces a step twice
+    network = compiled(settings, rate)
     watch = diagnosis.Diagnosis(IMAGES, LABELS)
     watch.set_model(network)
     watch.on_train_begin()
     for seed in SEEDS[:seeds]:
-        keras.utils.set_random_seed(seed)
-        network.set_weights(small_cnn(**settings).get_weights())
-        for variable in network.optimizer.variables[:1] + network.optimizer.variables[2:]:  # not the learning rate
-            variable.assign(np.zeros(variable.shape))
-        network.fit(IMAGES[:1200], LABELS[:1200], 75, epochs=4, verbose=0)
+        fit_anew(network, settings, TRAIN, seed)
         watch.on_epoch_begin(3)
         watch.on_epoch_end(3)
     return watch.reports
@@ -93,26 +118,48 @@ def watched(notebook_08, tiny_data) -> diagnosis.Diagnosis:
     return callback
 
 
-@pytest.mark.parametrize(
-    ("setup", "seeds"),
-    [
-        ("healthy", 3),
-        ("healthy with BatchNormalization", 3),
-        pytest.param("healthy", 10, marks=pytest.mark.slow),
-        pytest.param("healthy with BatchNormalization", 10, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("setup", "seeds"), with_seeds([setup for setup in SETUPS if setup not in EXPECTED]))
 def test_a_healthy_run_raises_no_finding(setup, seeds):
     for report in trained(setup, seeds):
         assert report.findings == [], str(report)
         assert report.accuracy > 0.8, "it has learned"
 
 
-@pytest.mark.parametrize("setup", EXPECTED)
-def test_a_broken_set_up_is_named(setup):
-    for report in trained(setup):
+@pytest.mark.parametrize(("setup", "seeds"), with_seeds(EXPECTED))
+def test_a_broken_set_up_is_named(setup, seeds):
+    for report in trained(setup, seeds):
         assert EXPECTED[setup] in report.names, str(report)
         assert ("A momentum of 1 keeps the first values forever" in str(report)) == (setup == "statistics frozen")
+
+
+@pytest.mark.parametrize(("fault", "seeds"), with_seeds(IN_THE_DATA, few=1))
+def test_a_fault_of_the_data_is_named_with_the_data_at_hand(fault, seeds):
+    """The network is looked at as the verifier of a category; all checks run, and only the fault is named."""
+    network, category = compiled(*SETUPS["healthy"]), 3
+    for seed in SEEDS[:seeds]:
+        rng = np.random.default_rng(seed)
+        train = TRAIN
+        if fault == "labels shuffled":
+            train = mscnn.Split(TRAIN.images, rng.permutation(TRAIN.labels))
+        if fault == "leak":
+            train = mscnn.Split(*(np.concatenate(pair) for pair in zip(TRAIN, HELD.take(np.arange(50)), strict=True)))
+        fit_anew(network, {}, train, seed)
+        probability = keras.ops.softmax(network.predict(train.images, 500, verbose=0)).numpy()[:, category]
+        shown = np.zeros(len(train)) if fault == "random negatives" else probability
+        drawn = mscnn.sample_hard_negatives(train.labels, shown, category, 400, rng)
+        sample = (network, train.images[:64], train.labels[:64], category)
+        negatives = None if fault == "labels shuffled" else (probability, drawn)  # nothing learned, nothing is hard
+        report = diagnose(*sample, train=train, held=HELD, negatives=negatives)
+        assert report.names - diagnose(*sample).names == IN_THE_DATA[fault], str(report)
+        assert fault != "sound" or report.findings == []
+
+
+def test_held_out_images_and_negatives_need_what_they_are_compared_with():
+    sample = (small_cnn(), IMAGES[:64], LABELS[:64])
+    with pytest.raises(MSCNNError, match="give train, too"):
+        diagnose(*sample, held=HELD)
+    with pytest.raises(MSCNNError, match="give its category, too"):
+        diagnose(*sample, train=TRAIN, negatives=(np.zeros(1200), np.arange(9)))
 
 
 # ---- what else `diagnose` says
@@ -147,6 +194,19 @@ def test_a_weight_that_is_not_a_number_is_named():
     kernel.assign(kernel.numpy() * np.where(np.arange(10) == 3, np.nan, 1))
     report = diagnose(network, IMAGES[:64], LABELS[:64])
     assert report.findings[0].name == "not finite" and "tenth" in str(report)
+
+
+def test_every_kernel_of_a_nested_model_is_watched():
+    inner = keras.Sequential([keras.Input((64,)), keras.layers.Dense(8), keras.layers.Dense(8, name="second")])
+    parts = [keras.layers.Rescaling(1 / 80, -1), keras.layers.Flatten(), inner, keras.layers.Dense(10, name="logits")]
+    network = keras.Sequential([keras.Input((8, 8, 1)), *parts])
+    report = diagnose(network, IMAGES[:64], LABELS[:64])
+    (line,) = (layer for layer in report.layers if layer.name.endswith("second/kernel"))
+    kernel = inner.get_layer("second").kernel
+    assert line.weights.std == pytest.approx(np.std(kernel), rel=1e-4) and line.gradient.largest > 0
+    assert "second/kernel" in str(report) and not report.names - {"no better than guessing"}
+    network.get_layer("logits").kernel.assign(np.zeros((8, 10)))  # no gradient comes past it
+    assert "in 2 of 3 layers" in str(diagnose(network, IMAGES[:64], LABELS[:64]))
 
 
 def test_stage1_and_a_verifier_are_looked_into_and_stay_as_they_are(untrained_model, tiny_data):
@@ -291,6 +351,16 @@ def test_healthy_data_raises_no_finding():
 
 def test_a_whole_data_set_is_checked(tiny_data):
     assert data_checks.check_data(tiny_data) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), list(itertools.combinations(("train", "calibration", "certification", "test"), 2))
+)
+def test_a_copy_between_any_two_splits_is_named(first, second, tiny_data):
+    copied, leaky = getattr(tiny_data, first).take([0]), getattr(tiny_data, second)
+    leaky = mscnn.Split(*(np.concatenate(pair) for pair in zip(leaky, copied, strict=True)))
+    (finding,) = data_checks.check_data(dataclasses.replace(tiny_data, **{second: leaky}))
+    assert (finding.name, finding.where) == ("leak", f"{first} and {second}")
 
 
 @pytest.mark.parametrize(
