@@ -299,15 +299,16 @@ def _number_findings(report: Report) -> list[Finding]:
 def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
     """Checks that what BatchNormalization has stored is what passes through it."""
     apart = {name: float(value) for name, value in batch.apart.items()}
-    worst = max(apart, key=apart.__getitem__, default=None)
-    if worst is None or not apart[worst] > STATISTICS_APART:
+    still = {name for name in apart if network.get_layer(name).momentum == 1 and network.get_layer(name).trainable}
+    worst = max(still or apart, key=apart.__getitem__, default=None)
+    if worst is None or not (still or apart[worst] > STATISTICS_APART):
         return []
     evidence = f"moving mean and variance are {apart[worst]:.2g} apart from those of the batch"
     remedy = (
         "They have not followed the training: lower its momentum, train longer, or, in a loop of your "
         "own, call the network with training=True. Frozen ones have to fit the data from the start."
     )
-    if network.get_layer(worst).momentum == 1:
+    if still:
         remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
     return [Finding("statistics do not fit", worst, evidence, remedy)]
 
