@@ -178,7 +178,7 @@ def write_documented(figures: dict) -> None:
     replace(path, f"{before}{mark}\n{documented(figures)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
-MARKS = ("<!-- measured -->", "<!-- /measured -->")
+MARKS = ("<!-- networks -->", "<!-- /networks -->")
 
 
 def documented(figures: dict) -> str:
