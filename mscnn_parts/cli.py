@@ -48,7 +48,8 @@ from mscnn_parts.settings import FALLBACK_NOTICE, OTHER, VERSION, MSCNNError, Se
 from mscnn_parts.sources import find_cifar10
 from mscnn_parts.thresholds import Certificate
 
-EARLIER = "Results and figures are those of the earlier run again."
+EARLIER = "Results and figures are those of the earlier run again: begin anew with the same command."
+KEPT = "What is finished lies in the run folder; a finished model is still whole."
 
 
 class _Progress(logging.Handler):
@@ -211,15 +212,16 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
     """
     started, run, settings = time.time(), Run("total", settings), settled(settings)
     checking = [name for name in notebooks if name in NOTEBOOKS[:2]] or notebooks[:1]
-    refusals = (Refused, KeyboardInterrupt) if _was_finished(run) else (Refused,)
+    undoes = checking[0] in NOTEBOOKS[:2] and _was_finished(run)  # later ones replace the model, too
+    refusals = (Refused, KeyboardInterrupt) if undoes else (Refused,)
 
     def run_one(name: str) -> None:
         own = _of_run_folder(settings, given) if name in INDEPENDENT_NOTEBOOKS else settings
         try:
             run_notebook(name, own, pages, notebooks, given)
         except KeyboardInterrupt as error:
-            undone = KeyboardInterrupt in refusals and name in checking
-            error.args = (EARLIER if undone else _how_to_go_on(name, notebooks, settings, given),)
+            left = _how_to_go_on(name, notebooks, settings, given)
+            error.args = (EARLIER,) if undoes and name in checking else (KEPT, *filter(None, [left]))
             raise
 
     # A page is made while the next notebook runs.
@@ -406,7 +408,7 @@ def _validate(settings: Settings, notebooks: Sequence[str], given: Collection[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 1 after an error that is printed."""
+    """The command line. Returns the exit code: 0, 1 after an error that is printed, else as a shell has it (130)."""
     let_output_fail()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["run"]:
@@ -429,8 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_anyway(f"\nerror: {error}", error=True)
         return 1
     except KeyboardInterrupt as error:
-        kept = "\ninterrupted. What is finished lies in the run folder; a finished model is still whole."
-        print_anyway("\n".join([kept, *filter(None, error.args)]), error=True)
+        print_anyway("\n".join(["\ninterrupted.", *error.args]), error=True)
         return 143 if isinstance(error, _Terminated) else 130
     finally:
         if in_main_thread:

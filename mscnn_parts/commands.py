@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mscnn_helpers import MultiStageCNN
 
 BATCH = 128  # pictures in memory at a time: with those of 160 pixels a process stays below 1 GB
-NOT_MEASURED = "not known: notebook 05 measures it, and leaves it beside the model file"
+NOT_MEASURED = "not known: no metrics.json of notebook 05 about this model lies beside its file"
 IN_METRICS = ("accuracy", "coverage", "selective_accuracy")  # of the two stages
 ON_CARD = ("accuracy of all answers", "coverage", "accuracy of the accepted")
 COLUMNS = ("path", "decision", "reason", "confidence", "stage1", "ood_score", "error")
@@ -33,11 +33,11 @@ COLUMNS = ("path", "decision", "reason", "confidence", "stage1", "ood_score", "e
 def pictures_in(places: Iterable[str]) -> Iterator[Path]:
     """The picture files that are named: a file, all pictures in a folder and below it, or `-` for a list on stdin.
 
-    What the system itself leaves in folders is none. A folder without a picture stands for itself.
+    What the system leaves in folders, such as `._a.png`, is none. A folder without a picture stands for itself.
     """
     for place in places:
         if place == "-":
-            yield from pictures_in(line.strip() for line in _lines_of_stdin() if line.strip())
+            yield from pictures_in(line.strip() for line in sys.stdin if line.strip())
             continue
         path = path_from(place, Path())
         within = (one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
@@ -45,14 +45,7 @@ def pictures_in(places: Iterable[str]) -> Iterator[Path]:
 
 
 def _of_the_system(path: Path) -> bool:
-    return any(SYSTEM_ENTRIES.match(part) for part in path.parts)
-
-
-def _lines_of_stdin() -> Iterable[str]:
-    """The lines of standard input; names of files need not be UTF-8."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    return sys.stdin
+    return path.name.startswith(".") or any(SYSTEM_ENTRIES.match(part) for part in path.parts[:-1])
 
 
 def _empty(folder: Path) -> MSCNNError:
@@ -127,6 +120,8 @@ def decide(arguments: Sequence[str]) -> int:
     import mscnn_helpers as mscnn
 
     model = mscnn.load_model(given.model)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     pictures, errors = list(pictures_in(given.paths)), 0
     if pictures and all(path.is_dir() for path in pictures):
         raise _empty(pictures[0])
@@ -208,7 +203,7 @@ def _accuracy_text(path: Path, fingerprints: dict[str, str]) -> str:
     That is a run's metrics.json, or the card of the pretrained model.
     """
     metrics, record = (_read(one) for one in (path.with_name("metrics.json"), path.with_suffix(".json")))
-    if metrics.get("model") == fingerprints:
+    if metrics.get("model") == fingerprints and "two_stage" in metrics:
         single, figures, names = metrics["stage1"]["accuracy"], metrics["two_stage"], IN_METRICS
         threshold = figures["threshold"]
     elif record.get("fingerprints") == fingerprints:

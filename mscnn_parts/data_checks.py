@@ -233,6 +233,8 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, folds: int = 5, se
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
+    if np.ndim(labels) != 1:
+        raise MSCNNError(f"labels are {np.shape(labels)}: give one integer per image, (N,).")
     least = np.bincount(labels).min()
     if least < folds:
         raise MSCNNError(f"A category has {least} images: {folds} folds need {folds} or more of each from 0 on.")
@@ -245,6 +247,8 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, folds: int = 5, se
 
 def pixel_features(images: np.ndarray, side: int = 8) -> np.ndarray:
     """Shrinks images (N, H, W, channels) to `side` x `side` by means: flat, float32 (N, side² channels)."""
+    if images.ndim != 4 or min(images.shape[1:3]) < side:
+        raise MSCNNError(f"Images are {images.shape}: this takes (N, H, W, channels) of {side} pixels or more.")
     step = np.array(images.shape[1:3]) // side
     cut = images[:, : step[0] * side, : step[1] * side].astype(np.float32)
     small = cut.reshape(len(images), side, step[0], side, step[1], images.shape[-1]).mean(axis=(2, 4))

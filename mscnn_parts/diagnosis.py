@@ -218,7 +218,7 @@ def diagnose(
     watched = _watched(network, category)
     labels = _checked(network, images, labels)
     report = _report(network, watched(tf.convert_to_tensor(images), tf.constant(labels)), labels, category)
-    if not train is held is negatives is None:
+    if any(one is not None for one in (train, held, negatives)):
         report.findings[:0] = check_training(train, held, negatives, category)
     return report
 
@@ -309,6 +309,7 @@ def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
         "own, call the network with training=True. Frozen ones have to fit the data from the start."
     )
     if still:
+        evidence = f"they cannot follow the training, and are {apart[worst]:.2g} apart from those of the batch"
         remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
     return [Finding("statistics do not fit", worst, evidence, remedy)]
 

@@ -153,10 +153,12 @@ def kept_if_refused(
         try:
             yield
         except refusals:
-            before()
-            for path in [folder / name for name in names]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            _copy(Path(place), folder, names)
+            try:
+                before()
+            finally:  # another Ctrl-C may end the waiting
+                for path in [folder / name for name in names]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                _copy(Path(place), folder, names)
             raise
 
 

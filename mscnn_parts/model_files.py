@@ -178,8 +178,10 @@ def checked_network(network: str | dict | keras.Model) -> str | keras.Model:
 
 
 def _classes_in(layer: keras.layers.Layer) -> set[type]:
-    """The classes of a network and of all layers within."""
-    return {type(layer)}.union(*(_classes_in(one) for one in getattr(layer, "layers", ())))
+    """The classes of a network and, where Keras writes them into a file, of the layers within."""
+    kind = type(layer)  # of a class of one's own, whose constructor makes its layers, the file has that name alone
+    within = getattr(layer, "layers", ()) if kind.__module__.startswith("keras.") else ()
+    return {kind}.union(*(_classes_in(one) for one in within))
 
 
 def _not_replaceable(name: str) -> MSCNNError:

@@ -65,7 +65,8 @@ def write_page(notebook: Path, others: Sequence[str]) -> None:
 
 def link_pages(folder: Path) -> None:
     """Turns what pages say of a notebook that had not run into a link, once its page is there."""
-    pages = {path.stem.partition("_")[0]: path for path in sorted(folder.glob("*.html"))}
+    there = [folder / f"{name}.html" for name in ALL_NOTEBOOKS if (folder / f"{name}.html").is_file()]
+    pages = {path.name.partition("_")[0]: path for path in there}
 
     def link(found: re.Match) -> str:
         before, text, number = found.groups()

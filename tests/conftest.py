@@ -103,13 +103,18 @@ def trained_model_path(tiny_data, tmp_path_factory) -> Path:
 def lent_model(trained_model_path):
     """The trained model, and what it holds: for `trained_model` alone."""
     model = mscnn.load_model(trained_model_path)
-    return model, [variable.numpy() for variable in model.variables], model.fingerprints()
+    return model, [variable.numpy() for variable in model.variables], known_of(model)
+
+
+def known_of(model: mscnn.MultiStageCNN) -> tuple:
+    """What a test that has borrowed a model could leave behind."""
+    return model.fingerprints(), model.get_config(), model.trainable_summary(), model.flip, model.threshold_source
 
 
 @pytest.fixture
 def trained_model(lent_model) -> Iterator[mscnn.MultiStageCNN]:
     """The trained model as its file has it, so that a test may change it; loading it takes longer than most tests."""
-    model, values, fingerprints = lent_model
+    model, values, known = lent_model
     yield model
     for variable, value in zip(model.variables, values, strict=True):
         variable.assign(value)
@@ -117,4 +122,4 @@ def trained_model(lent_model) -> Iterator[mscnn.MultiStageCNN]:
     model.stage2_base.trainable = True
     model.set_stage2_category_trainable()
     model.threshold, model.certificate = 0.7, None
-    assert model.fingerprints() == fingerprints
+    assert known_of(model) == known

@@ -162,6 +162,19 @@ def test_held_out_images_and_negatives_need_what_they_are_compared_with():
         diagnose(*sample, train=TRAIN, negatives=(np.zeros(1200), np.arange(9)))
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((20, 5)), np.arange(20) % 2, r"Images are \(20, 5\): this takes \(N, H, W, channels\) of 8 pixels"),
+        (np.zeros((20, 4, 9, 1)), np.arange(20) % 2, r"Images are \(20, 4, 9, 1\)"),
+        (IMAGES[:20], np.eye(2)[np.arange(20) % 2], r"labels are \(20, 2\): give one integer per image"),
+    ],
+)
+def test_data_of_another_form_are_refused(images, labels, message):
+    with pytest.raises(MSCNNError, match=message):
+        data_checks.check_training(mscnn.Split(images, labels))
+
+
 # ---- what else `diagnose` says
 
 

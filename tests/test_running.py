@@ -32,6 +32,7 @@ from mscnn_parts.cli import (
     print_result,
     run_all,
 )
+from mscnn_parts.files import kept_if_refused
 from mscnn_parts.lab import make_working_copies
 from mscnn_parts.model_files import check_matches
 from mscnn_parts.pages import link_pages, write_page
@@ -801,11 +802,14 @@ def test_a_page_needs_no_network_and_leads_nowhere_that_is_not(tmp_path):
     assert 'Previous: <a href="04_selective_retraining.html#x">four</a>' in page
     assert "Next: five b (not run: --notebooks 05b)" in page
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=|import\(", page)
+    five = tmp_path / "05_evaluation_and_cam.html"
+    five.write_text(page, "utf-8")
+    (tmp_path / "05b_mine.html").touch()
     link_pages(tmp_path)
-    assert (tmp_path / "page.html").read_text("utf-8") == page
+    assert five.read_text("utf-8") == page
     (tmp_path / "05b_thresholds_and_ood.html").touch()  # it has run later
     link_pages(tmp_path)
-    assert 'Next: <a href="05b_thresholds_and_ood.html">five b</a>' in (tmp_path / "page.html").read_text("utf-8")
+    assert 'Next: <a href="05b_thresholds_and_ood.html">five b</a>' in five.read_text("utf-8")
 
 
 def test_a_page_folds_what_is_folded_and_holds_its_images(tmp_path):
@@ -1212,7 +1216,33 @@ def test_ctrl_c_in_notebook_02_leaves_the_results_of_a_finished_run(begun, monke
     assert mscnn.main(command(begun.settings, epochs=2)) == 130
     assert snapshot(begun.folder) == before
     told = capfd.readouterr().err
-    assert "Results and figures are those of the earlier run again." in told and "Go on with" not in told
+    assert "Results and figures are those of the earlier run again: begin anew" in told and "Go on with" not in told
+
+
+def test_ctrl_c_while_results_are_put_back_does_not_lose_them(tmp_path):
+    (tmp_path / "metrics.json").write_text("of the earlier run")
+
+    def waiting():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), kept_if_refused(tmp_path, ["metrics.json"], (MSCNNError,), waiting):
+        (tmp_path / "metrics.json").write_text("new")
+        raise MSCNNError("no")
+    assert (tmp_path / "metrics.json").read_text() == "of the earlier run"
+
+
+def test_ctrl_c_in_notebook_04_leaves_the_records_in_step_with_the_model(begun, monkeypatch, capfd):
+    begun.write("metrics", status="finished")
+    begun.model_path.touch()
+
+    def interrupted(name, settings, *_):
+        begun.remove("metrics", "status")  # as it does what it has to, after it has saved the model
+        raise KeyboardInterrupt
+
+    patch_rooms(monkeypatch, "_validate", lambda *_: None)
+    patch_rooms(monkeypatch, "run_notebook", interrupted)
+    assert mscnn.main(["--notebooks", "04,05", "--run_dir", begun.settings.run_dir]) == 130
+    assert "status" not in begun.read("metrics") and "--notebooks 04,05" in capfd.readouterr().err
 
 
 def test_what_goes_on_without_notebook_01_repeats_what_was_given():

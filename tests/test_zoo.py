@@ -15,6 +15,7 @@ from conftest import ROOT
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN
 from mscnn_parts import torch_files
+from mscnn_parts.model_files import checked_network
 from mscnn_parts.networks import STAGE1_WIDTHS, build_network, widths_for
 from mscnn_parts.optimizers import staged
 from mscnn_parts.transfer import free_groups, group_fingerprints, layers_by_group
@@ -226,6 +227,18 @@ def test_what_is_no_network_is_refused(digits):
         def call(self, images):
             return images
 
+    @keras.saving.register_keras_serializable("mine")
+    class Outer(keras.Model):  # its file names it alone: it makes its layers itself
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.parts = [Within(), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
+
+        def call(self, images):
+            for part in self.parts:
+                images = part(images)
+            return images
+
+    assert checked_network(outer := Outer()) is outer
     parts = [keras.Input((32, 32, 1)), Within(), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
     with pytest.raises(MSCNNError, match="Within is not registered"):
         mscnn.MultiStageCNN.for_dataset(digits, network=keras.Sequential(parts))
