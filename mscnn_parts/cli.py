@@ -319,6 +319,7 @@ def command_line() -> argparse.ArgumentParser:
         f"  all data, the best recipe   {name} --epochs 0 --batch_size 0\n"
         f"  your own images             {name} --dataset path/to/folder --epochs 0 --batch_size 0 --run_dir runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --epoch would be taken for --epochs
     )
     parser.add_argument(
         "--notebooks",

@@ -143,7 +143,7 @@ def decide(arguments: Sequence[str]) -> int:
             _write_rows(rows(), file, suffix)
 
     write_atomically(path_from(given.csv, Path()), write)
-    print(f"{len(pictures)} pictures, {errors} not read: {given.csv}")
+    print(f"{len(pictures) - errors} pictures decided, {errors} not read: {given.csv}")
     return int(errors > 0)
 
 

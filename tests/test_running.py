@@ -1245,6 +1245,12 @@ def test_ctrl_c_in_notebook_04_leaves_the_records_in_step_with_the_model(begun, 
     assert "status" not in begun.read("metrics") and "--notebooks 04,05" in capfd.readouterr().err
 
 
+def test_an_option_is_not_guessed_from_its_beginning(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--epoch", "5"])
+    assert "unrecognized arguments: --epoch 5" in capsys.readouterr().err
+
+
 def test_what_goes_on_without_notebook_01_repeats_what_was_given():
     arguments = ["--notebooks", "04,05", "--stage2_categories", "ship, truck", "--light-mode", "--no-mirror"]
     settings, notebooks, given = parse(arguments)
