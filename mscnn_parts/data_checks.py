@@ -105,8 +105,8 @@ def dhash(images: np.ndarray) -> np.ndarray:
         images: (N, H, W, channels).
     """
     images = np.asarray(images)
-    channels = range(images.shape[-1])
-    gray = sum(images[..., c].astype(np.float32) for c in channels) / len(channels)  # (N, H, W); mean() is slower
+    channels = (images[..., c].astype(np.float32) for c in range(images.shape[-1]))
+    gray = sum(channels, np.zeros((), np.float32)) / np.float32(images.shape[-1])  # (N, H, W); mean() is slower
     for axis, count in ((1, HASH_SIDE), (2, HASH_SIDE + 1)):
         gray = np.repeat(gray, -(-count // gray.shape[axis]), axis)  # at least a pixel for each place
         edges = np.linspace(0, gray.shape[axis], count + 1).astype(int)
@@ -346,7 +346,7 @@ def check_training(
     found = check_labels_fit(train.labels, cross_validated(pixel_features(train.images), train.labels))
     if held is not None:
         found += check_leak(train.images, held.images, ("train", "held-out"))
-    if negatives is not None:
+    if negatives is not None and category is not None:
         probability, indices = negatives
         found += check_negatives(train.labels, probability, category, indices)
     return found
