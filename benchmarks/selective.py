@@ -84,7 +84,7 @@ THRESHOLD = 0.7  # the classic rule's, and the model's own default
 # The rooms on which a model's outputs depend: a change of any other costs no new outputs.
 DECIDING_ROOMS = (
     "settings", "data", "sources", "decision", "thresholds", "ood", "kernels", "layers", "networks", "inference",
-    "model_files",
+    "model_files", "model",
 )  # fmt: skip
 ENOUGH = 200  # test images of a predicted category, to say how well it is calibrated
 
@@ -345,7 +345,7 @@ def kept(path: Path, sources: list[Path], compute: Callable, *arguments) -> dict
 
 def outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
     """One seed's outputs, computed once for the same module and models; `commit`: one of each part."""
-    code = [ROOT / "mscnn_helpers.py", *(ROOT / "mscnn_parts" / f"{room}.py" for room in DECIDING_ROOMS)]
+    code = [ROOT / "mscnn_parts" / f"{room}.py" for room in DECIDING_ROOMS]
     parts = [kept(store(form) / f"outputs_{seed}.npz", [*code, *models_of(form, seed)], _outputs, form, seed)]
     if dropout := dropout_of(form, seed):
         parts.append(kept(store(form) / f"dropout_{seed}.npz", [*code, *dropout], _dropout_outputs, form, seed))

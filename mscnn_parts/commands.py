@@ -21,7 +21,7 @@ from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
 from mscnn_parts.zoo import OWN, network_named
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 BATCH = 128  # pictures in memory at a time: with those of 160 pixels a process stays below 1 GB
 NOT_MEASURED = "not known: no metrics.json of notebook 05 about this model lies beside its file"

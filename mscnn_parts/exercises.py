@@ -14,7 +14,7 @@ from mscnn_parts.settings import PRETRAINED
 from mscnn_parts.sources import BUILT_IN, load_dataset
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
     from mscnn_parts.run_folder import Run
 
 

@@ -17,7 +17,7 @@ from mscnn_parts.networks import OWN_INPUT, on_images
 from mscnn_parts.settings import OTHER, MSCNNError, did_you_mean
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 
 def map_layers(network: keras.Model) -> tuple[str, str]:

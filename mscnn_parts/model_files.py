@@ -19,8 +19,8 @@ from mscnn_parts.settings import PRETRAINED, MSCNNError, check_stage1
 from mscnn_parts.zoo import network_named
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
     from mscnn_parts.data import Dataset
+    from mscnn_parts.model import MultiStageCNN
 
 
 FORMAT = 2  # of model files; 0.1 wrote none

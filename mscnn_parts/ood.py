@@ -12,7 +12,7 @@ from mscnn_parts.decision import ACCEPTED, Decisions, StageScores, confidence_lo
 from mscnn_parts.pictures import read_image
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 ID_REJECTION_RATE = 0.01  # share of the calibration images that is rejected: the price of noticing what is foreign
 OWN_REJECTION_RATE = 0.0025  # of them, by the block 1 term alone, and by the whitening term alone

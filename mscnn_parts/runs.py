@@ -34,7 +34,7 @@ from mscnn_parts.thresholds import check_certification_size, threshold_for_cover
 from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 
 def device_name() -> str:

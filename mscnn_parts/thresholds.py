@@ -12,7 +12,7 @@ from mscnn_parts.checks import check_categories_within, check_numbers, check_sha
 from mscnn_parts.settings import MSCNNError, check_threshold
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 USER_SET = "as given"  # how a threshold was chosen, if nothing else is told of it
 

@@ -25,7 +25,7 @@ from mscnn_parts.transfer import features_of, release_features, train_head, trai
 from mscnn_parts.zoo import NETWORKS
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 
 def train_stage1(

@@ -23,7 +23,7 @@ from mscnn_parts.optimizers import Recipe, phase_recipes
 from mscnn_parts.zoo import Network
 
 if TYPE_CHECKING:
-    from mscnn_helpers import MultiStageCNN
+    from mscnn_parts.model import MultiStageCNN
 
 
 IN_MEMORY = 1e9  # bytes of features; more are kept in a temporary file

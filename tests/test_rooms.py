@@ -11,7 +11,7 @@ FLOORS = """
 zoo settings files checks quiet output
 on_disk data downloads pictures sources decision thresholds ood metrics data_checks
 torch_files kernels layers networks
-inference model_files
+inference model_files model
 optimizers callbacks fitting transfer training explanation
 figures explorer diagnosis
 run_folder runs pages commands cli lab
@@ -19,8 +19,8 @@ tuning exercises
 """
 ROOMS = FLOORS.split()
 # the rooms that need TensorFlow when they are imported
-HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "optimizers", "callbacks", "training", "runs"}
-HEAVY |= {"explanation", "fitting", "transfer", "diagnosis", "tuning", "exercises"}
+HEAVY = {"kernels", "layers", "networks", "inference", "model_files", "model", "optimizers", "callbacks", "training"}
+HEAVY |= {"runs", "explanation", "fitting", "transfer", "diagnosis", "tuning", "exercises"}
 
 
 def path_of(room: str):
