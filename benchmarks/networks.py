@@ -172,8 +172,9 @@ def epochs_to_90(one: dict) -> str:
     return str(reached[0] + 1) if reached.size else "not reached"
 
 
-def write_documented(figures: dict) -> None:
-    """Writes what docs/networks.md shows of the figures, between its marks."""
+def write_tables(figures: dict) -> None:
+    """Writes networks.json, its section of RESULTS.md, and what docs/networks.md shows of it, between its marks."""
+    write("networks", figures, table(figures))
     path = ROOT / "docs" / "networks.md"
     before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
     replace(path, f"{before}{mark}\n{documented(figures)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
@@ -261,15 +262,13 @@ def main() -> None:
         same = [Row(**one["row"])._replace(target=0) == ROWS[name]._replace(target=0) for one in seeds.values()]
         others = dict(itertools.compress(seeds.items(), same))
         figures[name] = {**others, str(options.seed): measured}
-        write("networks", figures, table(figures))
-        write_documented(figures)
+        write_tables(figures)
     for seed in (0, 1, 2) if options.photographs else ():
         made = origin("python benchmarks/networks.py --photographs")
         curves = read_json("photographs", {}) | {str(seed): {**made, "accuracy": learning_curve(seed)}}
         write("photographs", curves, photographs_section(curves))
     if options.tables:
-        write("networks", figures, table(figures))
-        write_documented(figures)
+        write_tables(figures)
     print(table(figures))
 
 

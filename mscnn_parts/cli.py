@@ -152,7 +152,6 @@ def run_notebook(
 def _write_page(notebook: Path, others: Sequence[str]) -> None:
     try:
         write_page(notebook, others)
-        link_pages(notebook.parent)
     except Exception as error:  # nbconvert, Jinja and the file system each have their own; the run is worth more
         print_anyway(f"No page could be made of {notebook}: {error}", error=True)
 
@@ -233,6 +232,8 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
                 run_one(name)
         for name in notebooks[len(checking) :]:
             run_one(name)
+    with contextlib.suppress(OSError, UnicodeError):  # a page that is there stays as it is
+        link_pages(run.folder / "notebooks")
     seconds = round(time.time() - started, 1)
     if not set(notebooks) <= set(INDEPENDENT_NOTEBOOKS):
         run.write("metrics", seconds={**run.read("metrics").get("seconds", {}), "total": seconds})
