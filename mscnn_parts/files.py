@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.resources
 import json
 import os
 import re
@@ -37,10 +36,8 @@ def project_root() -> Path:
 
 
 def notebooks_folder() -> Path:
-    """The notebooks, their drawings and the pretrained model; pip installs them as the package `mscnn_notebooks`."""
-    if _is_checkout():
-        return project_root() / "notebooks"
-    return Path(str(importlib.resources.files("mscnn_notebooks") / _FIRST)).parent  # the file has one place
+    """The notebooks, their drawings and the pretrained model; pip puts `mscnn_notebooks` beside `mscnn_parts`."""
+    return code_folder() / ("notebooks" if _is_checkout() else "mscnn_notebooks")
 
 
 def current_folder() -> Path | None:
