@@ -104,7 +104,9 @@ def _line(row: dict) -> str:
 
 def decide(arguments: Sequence[str]) -> int:
     """`mscnn decide MODEL PATHS... [--csv FILE] [--threshold T]`. Returns 1 if a picture could not be read."""
-    parser = argparse.ArgumentParser(prog="mscnn decide", description="Decides on pictures with a finished model.")
+    parser = argparse.ArgumentParser(
+        prog="mscnn decide", description="Decides on pictures with a finished model.", allow_abbrev=False
+    )
     parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
     parser.add_argument("paths", nargs="+", help="pictures, folders of pictures, or - for a list on standard input")
     parser.add_argument("--csv", help="write a table instead: .csv, or .jsonl for JSON lines")
@@ -149,7 +151,9 @@ def decide(arguments: Sequence[str]) -> int:
 
 def info(arguments: Sequence[str]) -> int:
     """`mscnn info MODEL`: the model's card."""
-    parser = argparse.ArgumentParser(prog="mscnn info", description="Says what a finished model is.")
+    parser = argparse.ArgumentParser(
+        prog="mscnn info", description="Says what a finished model is.", allow_abbrev=False
+    )
     parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
     given = parser.parse_args(arguments)
     import mscnn_helpers as mscnn

@@ -126,6 +126,12 @@ def test_a_mistake_is_told_in_one_line(trained_model_path, pictures, tmp_path, c
     assert error.startswith(f"error: {message}") and "\n" not in error
 
 
+def test_an_option_is_not_guessed_from_its_beginning(capsys):
+    with pytest.raises(SystemExit):
+        mscnn.main(["decide", "pretrained", "a.png", "--thres", "0.5"])
+    assert "unrecognized arguments: --thres" in capsys.readouterr().err
+
+
 def test_the_card_says_what_the_model_is(trained_model_path, capsys):
     assert mscnn.main(["info", str(trained_model_path)]) == 0
     told, model = capsys.readouterr().out, mscnn.load_model(trained_model_path)
