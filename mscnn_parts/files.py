@@ -37,7 +37,7 @@ def project_root() -> Path:
 
 def notebooks_folder() -> Path:
     """The notebooks, their drawings and the pretrained model; pip puts `mscnn_notebooks` beside `mscnn_parts`."""
-    return code_folder() / ("notebooks" if _is_checkout() else "mscnn_notebooks")
+    return project_root() / "notebooks" if _is_checkout() else code_folder() / "mscnn_notebooks"
 
 
 def current_folder() -> Path | None:
