@@ -35,7 +35,14 @@ from mscnn_parts.model_files import (
     sha256_of,
     trainable_text,
 )
-from mscnn_parts.networks import build_stages, fastest_policy, set_whitening, stage2_design, trunk_of
+from mscnn_parts.networks import (
+    build_stages,
+    fastest_policy,
+    set_whitening,
+    stage2_design,
+    trunk_of,
+    unnamed_branch,
+)
 from mscnn_parts.ood import OODStatistics, combine, fit_model_scale, ood_score
 from mscnn_parts.pictures import Images
 from mscnn_parts.settings import MSCNNError, categories_from
@@ -60,7 +67,8 @@ class MultiStageCNN(keras.Model):
             255 to logits (B, C), of a class that is registered with Keras.
         image_size: pixels to which Stage 1 enlarges its images; 0: as they are.
         stage2_branch: how many blocks of the Stage 2 base network its Stage 2 networks share; 0: none, each is a whole
-            CNN; -1: the network's default: a whole CNN, or a head on Stage 1's features if it has ImageNet weights.
+            CNN; -1: the network's default: all blocks but the last, or a head on Stage 1's features if it has ImageNet
+            weights.
         quarter_turns: whether training turns images, by 0 to 3 quarters.
         certificate: the fields of a `Certificate`, if one was given; see `certify`.
         source_fingerprint: that of the data set before light mode and splitting. light_mode, seed: of the splits.
@@ -175,6 +183,10 @@ class MultiStageCNN(keras.Model):
         network = self._settings["network"]
         network = network if isinstance(network, str) else keras.saving.serialize_keras_object(network)
         return {"format": FORMAT, **self._settings, "network": network, **chosen, "certificate": certificate}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return super().from_config({"stage2_branch": unnamed_branch(config.get("network")), **config}, custom_objects)
 
     def stage2_cnn(self, category: int) -> keras.Model:
         """The Stage 2 CNN of a category: uint8 (B, H, W, channels), or the trunk's features -> logits (B, C)."""

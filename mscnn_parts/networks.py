@@ -216,8 +216,13 @@ def stage2_design(
             "or -1, the default."
         )
     if stage2_branch == -1:
-        stage2_branch = -1 if entry.pretrained else 0
+        stage2_branch = -1 if entry.pretrained else len(widths) - 1
     return widths, stage2_branch
+
+
+def unnamed_branch(network: str | dict) -> int:
+    """That of a model file which names none, from before there were branches. network: in its configuration."""
+    return -1 if isinstance(network, str) and network_named(network).pretrained else 0
 
 
 def branching_layer(base: keras.Model, behind: int) -> str:

@@ -15,7 +15,7 @@ import tensorflow as tf
 from mscnn_parts.data import Dataset
 from mscnn_parts.files import code_folder, read_model_config
 from mscnn_parts.model_files import check_matches, load_model
-from mscnn_parts.networks import stage2_design
+from mscnn_parts.networks import stage2_design, unnamed_branch
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
     THRESHOLD_PARAMETERS,
@@ -127,9 +127,9 @@ def _check_network(run: Run) -> None:
     try:
         config = read_model_config(start)["config"]
         network, size = config.get("network", "compact"), config.get("image_size") or config["image_shape"][0]
-        named = network if isinstance(network, str) else "compact"  # one's own has whole CNNs, too
-        # A file that does not name it has the default.
-        _, branch = stage2_design(named, size, config.get("stage2_widths", ()), config.get("stage2_branch", -1))
+        named = network if isinstance(network, str) else "compact"  # one's own has the same Stage 2
+        named_branch = config.get("stage2_branch", unnamed_branch(network))
+        _, branch = stage2_design(named, size, config.get("stage2_widths", ()), named_branch)
     except Exception:  # a broken file fails in many ways; `load_model` says which
         return
     if isinstance(network, str) and network != asked.stage1:
