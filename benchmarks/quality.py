@@ -4,6 +4,7 @@
     python benchmarks/quality.py --long             full data, 40 epochs, seed 0: over an hour on two cores
     python benchmarks/quality.py --documented       full data, 50 epochs in batches of 32 (the defaults), seed 0
     python benchmarks/quality.py --quick            light mode, 5 epochs, seed 0: some three minutes on two cores
+    python benchmarks/quality.py --whole            any of these with Stage 2 CNNs that share no blocks
 
 Each run is the command line that a user types, in a process of its own. Memory is the proportional set size
 summed over the run's processes (pages they share count once), read every two seconds.
@@ -51,14 +52,14 @@ def training_seconds(history: dict) -> dict[str, float]:
     return {name: sum(sum(record["seconds"]) for record in records) for name, records in parts.items()}
 
 
-def measure(kind: str, seed: int, dataset: str) -> dict:
+def measure(kind: str, seed: int, dataset: str, whole: bool) -> dict:
     """Runs the command line once; returns its metrics.json with minutes and memory.
 
     Raises:
         SystemExit: the run failed.
     """
-    run_dir = f"runs/quality/{kind}_{seed}" + f"_{Path(dataset).stem}" * (dataset != "cifar10")
-    arguments = f"{KINDS[kind][1]} --seed {seed} --dataset {dataset} --run_dir {run_dir}"
+    run_dir = f"runs/quality/{kind}_{seed}" + f"_{Path(dataset).stem}" * (dataset != "cifar10") + "_whole" * whole
+    arguments = f"{KINDS[kind][1]} --seed {seed} --dataset {dataset} --run_dir {run_dir}" + " --stage2_branch 0" * whole
     print(f"python mscnn_helpers.py {arguments}", flush=True)
     started, peak, measured = time.time(), [0], commit()
     process = psutil.Popen([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT)
@@ -85,13 +86,17 @@ def measure(kind: str, seed: int, dataset: str) -> dict:
     }
 
 
+def has_whole_cnns(run: dict) -> bool:
+    return run["parameters"]["stage2_branch"] == 0
+
+
 def identity(run: dict) -> tuple:
     """What a run measures, in the order of the tables; a new run replaces the old one of the same identity."""
-    return run["dataset"]["name"], list(KINDS).index(run["kind"]), run["seed"]
+    return run["dataset"]["name"], list(KINDS).index(run["kind"]), has_whole_cnns(run), run["seed"]
 
 
 def title(run: dict) -> str:
-    return f"{run['dataset']['name']}, {KINDS[run['kind']][0]}"
+    return f"{run['dataset']['name']}, {KINDS[run['kind']][0]}" + ", whole CNNs as Stage 2" * has_whole_cnns(run)
 
 
 def summary(runs: list[dict]) -> list[str]:
@@ -166,12 +171,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="light mode, seed 0")
     parser.add_argument("--long", action="store_true", help="40 epochs, seed 0")
     parser.add_argument("--documented", action="store_true", help="the documented defaults, seed 0")
+    parser.add_argument("--whole", action="store_true", help="with --stage2_branch 0: whole CNNs as Stage 2")
     parser.add_argument("--seeds", type=numbers, default=(), help="comma-separated, in place of the form's own")
     parser.add_argument("--dataset", default="cifar10", help="as the command line's (default: cifar10)")
     options = parser.parse_args()
     kind = next((one for one in ("long", "documented") if getattr(options, one)), "light" if options.quick else "full")
     for seed in options.seeds or ((0, 1, 2) if kind == "full" else (0,)):
-        new = measure(kind, seed, options.dataset)
+        new = measure(kind, seed, options.dataset, options.whole)
         runs = [run for run in read_json("quality", []) if identity(run) != identity(new)] + [new]
         runs.sort(key=identity)
         write("quality", runs, table(runs))

@@ -70,9 +70,10 @@ from speed import multiply_adds, our_network
 
 import mscnn_helpers as mscnn
 from mscnn_parts.decision import confidence_log_odds, fit_category_calibration
+from mscnn_parts.files import read_model_config
 from mscnn_parts.metrics import augrc, calibration_error, coverage_at_risk, e_aurc, risk_at_coverage
 from mscnn_parts.model_files import check_matches
-from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
+from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS, on_images
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -294,7 +295,8 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
             odds = np.zeros((2, len(split)))
             for c in np.unique(category):
                 here = np.flatnonzero(category == c)
-                logits = both_views(model.stage2_cnn(c), split.images[here])
+                verifier = on_images(model.stage1, model.stage2_base, model.stage2_cnn(c))
+                logits = both_views(verifier, split.images[here])
                 odds[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
             stage2.append(odds)
         results |= {
@@ -755,6 +757,7 @@ def compare_methods(form: Form) -> dict:
     models = [path for seed in form.seeds for path in models_of(form, seed) + dropout_of(form, seed)]
     return {
         "seeds": list(form.seeds), "methods": methods, "promises": promised,
+        "stage2_branch": read_model_config(whole_path(form, form.seeds[0]))["config"]["stage2_branch"],
         "trained_at": sorted({trained_at(path) for path in models}),
         "asked_at": sorted({str(asked) for one in results for asked in one["commit"]}),
         "differences": differences(all_answers, labels, 1000),
@@ -821,7 +824,9 @@ def table(figures: dict) -> str:
         f"seeds {', '.join(map(str, figures['results']['seeds']))}; median, in brackets minimum and maximum. The least",
         "mean AURC comes first. Work: multiply-adds an image, Stage 1's are 1. Ours against it: relative difference,",
         "median and 95 % interval of a paired bootstrap over images and seeds; below 0 ours is better. The whole",
-        "models are those of the runs under Quality, if they were there.", "",
+        "models are those of the runs under Quality, if they were there; their Stage 2 has "
+        f"`--stage2_branch {figures['results']['stage2_branch']}`.",
+        "",
         *markdown(["method", "multiply-adds", "accuracy", "AURC", "ours against it", "AUGRC", "ours against it",
                    "AUROC of failure", "FPR at 95 % TPR"], first),
         "Error rate at a coverage, coverage at an error rate, excess AURC, expected calibration error (15 bins of",

@@ -67,10 +67,13 @@ def stage2_growth(measured: Measured) -> list[float]:
 
 
 def of_runs(kind: str, figure: Callable[[dict], float]) -> Callable:
-    """A figure of each of quality.py's runs of one kind."""
+    """A figure of each of quality.py's runs of one kind, with the default Stage 2."""
 
     def values(measured: Measured) -> list[float]:
-        return [figure(run) for run in measured.quality if (run["kind"], run["dataset"]["name"]) == (kind, "cifar10")]
+        return [
+            figure(run) for run in measured.quality
+            if (run["kind"], run["dataset"]["name"]) == (kind, "cifar10") and run["parameters"]["stage2_branch"] != 0
+        ]  # fmt: skip
 
     return values
 

@@ -102,7 +102,7 @@ def trial_of(form: Form, seed: int) -> Trial:
     path = base_path(form, seed)
     data, recipe = split_for(form, seed), mscnn.default_recipe(form.train, form.epochs)
     if not path.is_file():
-        model = mscnn.MultiStageCNN.for_dataset(data, POLICY, seed)
+        model = mscnn.MultiStageCNN.for_dataset(data, POLICY, seed, stage2_branch=0)
         mscnn.train_stage1(model, data, recipe, seed)
         mscnn.train_stage2_base(model, data, recipe, seed)
         mscnn.train_stage2(model, data, recipe, seed)
@@ -159,7 +159,7 @@ def twice_as_many_steps(trial: Trial) -> StageScore:
 
 
 def wider(trial: Trial) -> StageScore:
-    model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_widths=(48, 96, 96))
+    model = mscnn.MultiStageCNN.for_dataset(trial.data, POLICY, trial.seed, stage2_branch=0, stage2_widths=(48, 96, 96))
     model.stage1.set_weights(trial.model.stage1.get_weights())
     mscnn.train_stage2_base(model, trial.data, trial.recipe, trial.seed)
     trial.model = model

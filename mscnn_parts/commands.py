@@ -237,7 +237,7 @@ def _stage2_text(model: MultiStageCNN) -> str:
     """What the Stage 2 networks share, by `stage2_branch`."""
     branch = model.stage2_branch
     blocks = sum(layer.name.startswith("block") for layer in model.stage2_base.layers)
-    share = f"CNNs that share the first {branch} of the {blocks} blocks of their base network"
+    share = f"CNNs that share {branch} of the {blocks} blocks of their base network"
     if branch <= 0:
         share = "heads on the features of Stage 1" if branch else f"whole CNNs of {blocks} blocks"
     return f"{share} (stage2_branch {branch})"

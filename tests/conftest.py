@@ -74,7 +74,7 @@ def digits() -> mscnn.Dataset:
     return mscnn.load_dataset("digits")
 
 
-SMALL = {"policy": "float32", "stage1_widths": (8, 8), "stage2_widths": (8, 8)}
+SMALL = {"policy": "float32", "stage1_widths": (8, 8), "stage2_widths": (8, 8), "stage2_branch": 0}  # see test_branches
 
 
 @pytest.fixture

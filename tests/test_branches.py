@@ -21,7 +21,7 @@ RECIPE = mscnn.Recipe(epochs=2, batch_size=32, stage2_base_epochs=1, stage2_frac
 def branched_path(request, tiny_data, trained_model_path, tmp_path_factory):
     """The file of a model whose Stage 2 CNNs share so many blocks; all else is that of the trained model."""
     whole = mscnn.load_model(trained_model_path)
-    model = MultiStageCNN.for_dataset(tiny_data, stage2_branch=request.param, **SMALL)
+    model = MultiStageCNN.for_dataset(tiny_data, **SMALL | {"stage2_branch": request.param})
     model.stage1.set_weights(whole.stage1.get_weights())
     model.stage2_base.set_weights(whole.stage2_base.get_weights())
     mscnn.fit_ood(model, tiny_data)
@@ -139,11 +139,17 @@ def test_decisions_are_explained(branched, tiny_data):
 
 def test_what_is_not_a_number_of_blocks_is_refused(tiny_data, branched):
     with pytest.raises(MSCNNError, match="stage2_branch is 3: the Stage 2 CNNs have 2 blocks"):
-        MultiStageCNN.for_dataset(tiny_data, stage2_branch=3, **SMALL)
+        MultiStageCNN.for_dataset(tiny_data, **SMALL | {"stage2_branch": 3})
     with pytest.raises(MSCNNError, match="stage2_branch is -2"):
         Settings(stage2_branch=-2)
     with pytest.raises(MSCNNError, match="stage2_branch cannot be changed"):
         branched.stage2_branch = 0
+
+
+def test_all_blocks_but_the_last_are_shared_by_default(tiny_data):
+    assert MultiStageCNN.for_dataset(tiny_data, **SMALL | {"stage2_branch": -1}).stage2_branch == 1
+    assert MultiStageCNN.for_dataset(tiny_data, "float32").stage2_branch == 2
+    assert MultiStageCNN.for_dataset(tiny_data, "float32", network="classic").stage2_branch == 1
 
 
 def test_a_file_that_does_not_say_has_whole_cnns(trained_model):

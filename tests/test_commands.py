@@ -187,7 +187,7 @@ def test_a_closed_pipe_or_ctrl_c_ends_a_command_without_a_traceback(monkeypatch,
 
 def test_the_card_says_how_many_blocks_the_stage_2_cnns_share():
     model = mscnn.MultiStageCNN(["a", "b"], (32, 32, 3), [128] * 3, [64] * 3, stage2_branch=2)
-    shared = "CNNs that share the first 2 of the 3 blocks of their base network (stage2_branch 2)"
+    shared = "CNNs that share 2 of the 3 blocks of their base network (stage2_branch 2)"
     assert f"stage2      {shared}\n" in commands.card(model)
 
 
@@ -201,5 +201,5 @@ def test_the_card_names_another_network_and_its_size(own):
     told = commands.card(model)
     assert "images      32 × 32 × 3, enlarged by Stage 1 to 48 × 48\n" in told
     assert f"each of 2 Stage 2 {'CNNs' if own else 'heads'} " in told
-    assert f"stage2      {'whole CNNs of' if own else 'heads on the features of Stage 1 (stage2_branch -1)'}" in told
+    assert f"stage2      {'CNNs that share' if own else 'heads on the features of Stage 1 (stage2_branch -1)'}" in told
     assert ("a network of one's own" if own else f"efficientnet_lite0: {NETWORKS['efficientnet_lite0'].text}") in told

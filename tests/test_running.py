@@ -554,7 +554,7 @@ def test_what_may_not_be_mirrored_is_not_turned(settings):
 def test_images_are_turned_where_that_is_asked_for(settings, tmp_path):
     run = Run("01_data_and_light_mode", dataclasses.replace(settings, quarter_turns=True))
     data = mscnn.begin_run_data(run)
-    model = mscnn.MultiStageCNN.for_dataset(data, stage1_widths=(4, 4), stage2_widths=(4, 4))
+    model = mscnn.MultiStageCNN.for_dataset(data, stage1_widths=(4, 4), stage2_widths=(4, 4), stage2_branch=0)
     layers = [network.get_layer("augmentation") for network in (model.stage1, model.stage2_base, model.stage2_cnn(0))]
     assert all(layer.quarter_turns for layer in layers)
     with pytest.raises(MSCNNError, match="trained with quarter_turns True, and the data has False"):

@@ -296,7 +296,7 @@ def test_the_table_sorts_by_aurc_and_leaves_out_what_is_no_probability():
     }
     promised = [selective.promises(found_for(seed), one["ours"]) for seed, one in enumerate(answers)]
     results = {"seeds": [0, 1], "methods": methods, "promises": promised, "trained_at": ["abc"], "asked_at": ["def"]}
-    results["differences"] = selective.differences(answers, labels, 100)
+    results |= {"differences": selective.differences(answers, labels, 100), "stage2_branch": 2}
     figures = {"command": "python x", "commit": "abc", "device": "some processor", "versions": {"python": "3"}}
     text = selective.table({**figures, "results": results})
     rows = [line for line in text.splitlines() if line.startswith("| ")]

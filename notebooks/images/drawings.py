@@ -227,14 +227,14 @@ def stage1_network() -> None:
 
 
 def stage2_copies() -> None:
-    heads = ((104, "base network"), (322, "ten copies"), (592, "ten verifiers"))
+    heads = ((104, "trunk"), (322, "ten copies"), (592, "ten verifiers"))
     parts = [text(x, 30, words, 16, bold=True) for x, words in heads]
     parts.append(
-        text(592, 52, "fine-tuned, each on its own question", 14, GREY) + text(322, 52, "same weights", 14, GREY)
+        text(592, 52, "fine-tuned, each on its own question", 14, GREY) + text(322, 52, "of its last block", 14, GREY)
     )
     parts.append(
-        box(24, 188, 160, 88, BLUE, "one small CNN\ntrained on all\nten categories")
-        + text(104, 52, "trained once", 14, GREY)
+        box(24, 188, 160, 88, BLUE, "two of three blocks\ntrained on all\nten categories")
+        + text(104, 52, "of the base network", 14, GREY)
     )
     parts.append(path([(184, 232), (222, 232)], INK) + path([(222, 85), (222, 379)], INK))
     for i, name in enumerate(CIFAR10_NAMES):
@@ -244,9 +244,9 @@ def stage2_copies() -> None:
         parts.append(box(448, y, 288, 29, ORANGE) + text(462, y + 15, name, 15, anchor="start", bold=True))
         parts.append(text(722, y + 15, f"Is it {article} {name}?", 14, anchor="end"))
     save(
-        "stage2_copies", "One base network, ten copies",
-        "A base network is trained once on all ten categories. Its weights are copied ten times, and each copy is "
-        "fine-tuned to verify one category.", 416, *parts,
+        "stage2_copies", "One trunk, ten branches",
+        "A base network is trained once on all ten categories. All verifiers share its first two blocks. Its last "
+        "block is copied ten times, and each copy is fine-tuned to verify one category.", 416, *parts,
     )  # fmt: skip
 
 
