@@ -233,7 +233,7 @@ def stage2_copies() -> None:
         text(592, 52, "fine-tuned, each on its own question", 14, GREY) + text(322, 52, "of its last block", 14, GREY)
     )
     parts.append(
-        box(24, 188, 160, 88, BLUE, "two of three blocks\ntrained on all\nten categories")
+        box(24, 188, 160, 88, BLUE, "blocks 1 and 2\ntrained on all\nten categories")
         + text(104, 52, "of the base network", 14, GREY)
     )
     parts.append(path([(184, 232), (222, 232)], INK) + path([(222, 85), (222, 379)], INK))
