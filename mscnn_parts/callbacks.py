@@ -89,6 +89,8 @@ class EpochLines(keras.callbacks.Callback):
         self.printed, splits = now, {"train": "", "calibration": "val_"}
         told = [f"{name} {logs[f'{k}accuracy']:.1%}, loss {logs[f'{k}loss']:.3f}" for name, k in splits.items()]
         print(f"Epoch {epoch + 1}/{last}: {'; '.join(told)}; {now - self.begun:.1f} s", flush=True)
+        if epoch == 0 and (minutes := (last - 1) * (now - self.begun) / 60) > 2:
+            print(f"Some {minutes:.0f} minutes more if all take as long.", flush=True)
 
 
 class AlternatingFlip(keras.callbacks.Callback):

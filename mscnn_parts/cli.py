@@ -18,10 +18,11 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mscnn_parts.commands import COMMANDS
+from mscnn_parts.commands import COMMANDS, Parser
 from mscnn_parts.decision import OUT_OF_DISTRIBUTION
 from mscnn_parts.downloads import data_folder
 from mscnn_parts.files import (
+    alone_in,
     code_folder,
     current_folder,
     kept_if_refused,
@@ -224,7 +225,8 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
             raise
 
     # A page is made while the next notebook runs.
-    with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
+    page_maker = concurrent.futures.ThreadPoolExecutor(1)
+    with alone_in(run.folder), _ending_written_down(run), _surroundings(), page_maker as pages:
         # Models are not among the results: each is replaced when a new one is whole.
         with without_new_folders(run.model_path.parent), kept_if_refused(run.folder, RESULTS, refusals, pages.shutdown):
             make_run_folders(run)
@@ -309,7 +311,8 @@ def print_result(run: Run) -> None:
 def command_line() -> argparse.ArgumentParser:
     """The parser, made from `Settings`, so that names, types and defaults are the same everywhere."""
     name = "mscnn" if Path(sys.argv[0]).stem == "mscnn" else "python mscnn_helpers.py"  # installed by pip, or not
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        COMMANDS,
         prog=name,
         description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
         "by running the notebooks 01 to 05 into a run folder. Two commands take a finished model, see their --help:\n"
@@ -320,7 +323,6 @@ def command_line() -> argparse.ArgumentParser:
         f"  all data, the best recipe   {name} --epochs 0 --batch_size 0\n"
         f"  your own images             {name} --dataset path/to/folder --epochs 0 --batch_size 0 --run_dir runs/mine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --epoch would be taken for --epochs
     )
     parser.add_argument(
         "--notebooks",

@@ -10,14 +10,14 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from mscnn_parts.decision import ACCEPTED, LOW_CONFIDENCE
 from mscnn_parts.files import path_from, write_atomically
 from mscnn_parts.pictures import IMAGE_SUFFIXES, SYSTEM_ENTRIES, read_image
-from mscnn_parts.settings import OTHER, MSCNNError, check_threshold
+from mscnn_parts.settings import OTHER, MSCNNError, check_threshold, did_you_mean
 from mscnn_parts.zoo import OWN, network_named
 
 if TYPE_CHECKING:
@@ -102,11 +102,28 @@ def _line(row: dict) -> str:
     return f"{row['path']}: {row['decision']} ({row['reason']}: {why})"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no beginning of an option for the option, and asks what a misspelt one was to be.
+
+    Args:
+        words: what may stand in place of options.
+    """
+
+    def __init__(self, words: Iterable[str] = (), **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.words = words
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith(start := "unrecognized arguments: "):
+            misspelt = message.removeprefix(start).split()[0].partition("=")[0]
+            hint = did_you_mean(misspelt, (*self.words, *self._option_string_actions))
+            message += f".{hint}" if hint else ""
+        super().error(message)
+
+
 def decide(arguments: Sequence[str]) -> int:
     """`mscnn decide MODEL PATHS... [--csv FILE] [--threshold T]`. Returns 1 if a picture could not be read."""
-    parser = argparse.ArgumentParser(
-        prog="mscnn decide", description="Decides on pictures with a finished model.", allow_abbrev=False
-    )
+    parser = Parser(prog="mscnn decide", description="Decides on pictures with a finished model.")
     parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
     parser.add_argument("paths", nargs="+", help="pictures, folders of pictures, or - for a list on standard input")
     parser.add_argument("--csv", help="write a table instead: .csv, or .jsonl for JSON lines")
@@ -151,9 +168,7 @@ def decide(arguments: Sequence[str]) -> int:
 
 def info(arguments: Sequence[str]) -> int:
     """`mscnn info MODEL`: the model's card."""
-    parser = argparse.ArgumentParser(
-        prog="mscnn info", description="Says what a finished model is.", allow_abbrev=False
-    )
+    parser = Parser(prog="mscnn info", description="Says what a finished model is.")
     parser.add_argument("model", help="a .keras file of a finished run, or pretrained")
     given = parser.parse_args(arguments)
     import mscnn_helpers as mscnn

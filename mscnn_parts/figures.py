@@ -190,8 +190,8 @@ def plot_history(history: dict[str, dict]) -> Figure:
             axis.xaxis.get_major_locator().set_params(integer=True)
             if np.ptp(axis.get_xlim()) < 1:  # a single epoch
                 axis.set(xlim=(0.5, 1.5), xticks=[1])
-            axis.legend(frameon=False)
             axis.grid(alpha=0.3)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -359,7 +359,7 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]) -> Figure:
             (first, trace.stage1_map, "why this category"),
             (second, trace.stage2_map, "why correct"),
         ):
-            _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}: {title}")
+            _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}\n{title}")
         top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
         text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: correct {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         incorrect = trace.verdict not in (OTHER, trace.truth) and trace.truth

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from mscnn_parts.settings import MSCNNError
@@ -115,6 +116,28 @@ def check_writable(folder: Path, problem: str, parameter: str) -> None:
             pass
     except OSError as error:
         raise MSCNNError(f"{problem}: {error.strerror}. Choose another {parameter}.") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs on this machine out of a run folder, where each would overwrite what the other has made.
+
+    The lock lies among the temporary files, so that it is no part of the results; it ends with its process.
+
+    Raises:
+        MSCNNError: another run is at work there.
+    """
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / f"mscnn_{name}.lock", timeout=0)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except filelock.Timeout:
+            problem = f"Another run is at work in {folder}"
+            raise MSCNNError(f"{problem}: wait for its end, or choose another run_dir.") from None
+        except (OSError, NotImplementedError):  # there is no place for it, or the file system knows no locks
+            pass
+        yield
 
 
 @contextlib.contextmanager

@@ -223,7 +223,7 @@ def _parameters_of_model(run: Run) -> dict[str, Any]:
     """What the model that `load_model` names was trained on, as parameters of its data."""
     if not run.settings.load_model:
         raise MSCNNError(
-            f'{run.folder} holds no run yet: run notebook {NOTEBOOKS[0]} first, or set load_model = "pretrained" above.'
+            f'{run.folder} holds no run yet: run notebook {NOTEBOOKS[0]} first, or set load_model to "pretrained".'
         )
     path = run.starting_model()
     known = parameters_of_model(path or Path())

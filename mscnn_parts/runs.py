@@ -81,11 +81,12 @@ TOLD_FROM = 50e6  # bytes of images
 
 
 def _tell_memory(data: Dataset) -> None:
-    """Prints what a large data set takes of the memory, such as '2,091 images of 160 px: 161 MB'."""
+    """Prints what a large data set takes of the memory, such as '2,091 images of 160 px: 161 MB of memory'."""
     images = [split.images for split in (data.train, data.calibration, data.certification, data.test)]
     taken = sum(array.nbytes for array in images)
     if taken > TOLD_FROM and isinstance(data.train.images, np.ndarray):
-        print(f"{sum(map(len, images)):,} images of {data.input_shape[0]} px: {taken / 1e6:,.0f} MB", flush=True)
+        count, size = sum(map(len, images)), data.input_shape[0]
+        print(f"{count:,} images of {size} px: {taken / 1e6:,.0f} MB of memory", flush=True)
 
 
 def validate_run(run: Run) -> Dataset:

@@ -129,7 +129,7 @@ def test_a_mistake_is_told_in_one_line(trained_model_path, pictures, tmp_path, c
 def test_an_option_is_not_guessed_from_its_beginning(capsys):
     with pytest.raises(SystemExit):
         mscnn.main(["decide", "pretrained", "a.png", "--thres", "0.5"])
-    assert "unrecognized arguments: --thres" in capsys.readouterr().err
+    assert "unrecognized arguments: --thres 0.5. Did you mean --threshold?" in capsys.readouterr().err
 
 
 def test_the_card_says_what_the_model_is(trained_model_path, capsys):

@@ -149,6 +149,7 @@ def test_history_has_a_row_for_each_stage_that_was_trained():
     assert len(titles) == 4 and titles[0] == titles[1] == "Stage 1" and titles[2].startswith("Stage 2")
     assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "accuracy"] * 2
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), history["stage1"]["loss"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "calibration"]
     assert len(figure.axes[2].lines) == 2 * (2 + 1)  # train and calibration: two categories and their mean
 
 

@@ -32,7 +32,7 @@ from mscnn_parts.cli import (
     print_result,
     run_all,
 )
-from mscnn_parts.files import kept_if_refused
+from mscnn_parts.files import alone_in, kept_if_refused
 from mscnn_parts.lab import make_working_copies
 from mscnn_parts.model_files import check_matches
 from mscnn_parts.pages import link_pages, write_page
@@ -105,7 +105,7 @@ def test_the_memory_of_a_large_data_set_is_told(settings, monkeypatch, capsys):
     assert " px: " not in capsys.readouterr().out
     patch_rooms(monkeypatch, "TOLD_FROM", 2e6)
     validate_run(Run("01_data_and_light_mode", settings))
-    assert "700 images of 32 px: 2 MB\n" in capsys.readouterr().out
+    assert "700 images of 32 px: 2 MB of memory\n" in capsys.readouterr().out
 
 
 def test_weights_that_are_not_installed_are_refused_before_a_notebook_runs(settings, monkeypatch):
@@ -575,7 +575,7 @@ def test_without_notebook_01_a_model_says_what_it_was_trained_on(settings, tmp_p
 
 def test_without_notebook_01_and_a_model_one_line_says_what_to_do(settings):
     with pytest.raises(
-        MSCNNError, match='run notebook 01_data_and_light_mode first, or set load_model = "pretrained"'
+        MSCNNError, match='run notebook 01_data_and_light_mode first, or set load_model to "pretrained"'
     ) as error:
         mscnn.open_run("05_evaluation_and_cam", {"run_dir": settings.run_dir})
     (line,) = error.value._render_traceback_()  # all that IPython shows
@@ -859,6 +859,17 @@ def test_a_notebook_that_refuses_leaves_the_run_folder_as_it_was(project, tmp_pa
     with pytest.raises(MSCNNError, match=r"^not so\n\(two, cell 3\)$"):
         run_all(Settings(), ("one", "two", "three"))
     assert snapshot(tmp_path) == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(project, tmp_path):
+    folder = project("one", "print('done')")
+    with alone_in(folder):
+        before = snapshot(tmp_path)
+        with pytest.raises(MSCNNError, match=r"Another run is at work in .*: wait for its end, or choose another"):
+            run_all(Settings(), ("one",))
+        assert snapshot(tmp_path) == before
+    run_all(Settings(), ("one",))
+    assert "done" in outputs(folder / "notebooks/one.ipynb")
 
 
 def test_a_later_refusal_leaves_what_was_done(project):
@@ -1248,7 +1259,7 @@ def test_ctrl_c_in_notebook_04_leaves_the_records_in_step_with_the_model(begun, 
 def test_an_option_is_not_guessed_from_its_beginning(capsys):
     with pytest.raises(SystemExit):
         parse(["--epoch", "5"])
-    assert "unrecognized arguments: --epoch 5" in capsys.readouterr().err
+    assert "unrecognized arguments: --epoch 5. Did you mean --epochs?" in capsys.readouterr().err
 
 
 def test_what_goes_on_without_notebook_01_repeats_what_was_given():
