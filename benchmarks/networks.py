@@ -39,6 +39,7 @@ class Row(NamedTuple):
     light_mode: bool = False
     target: float = 0.0  # accuracy by a single view or, where mirrored images keep their category, by two
     quarter_turns: bool = False
+    stage2_branch: int = -1
 
 
 ROWS = {
@@ -75,7 +76,7 @@ def measure(row: Row, seed: int) -> dict:
     own = data_folder() / row.dataset
     data = mscnn.load_dataset(own if own.exists() else row.dataset, row.light_mode, seed, row.image_size)
     data = dataclasses.replace(data, quarter_turns=row.quarter_turns)
-    model = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network)
+    model = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network, stage2_branch=row.stage2_branch)
     recipe, minutes, histories = mscnn.default_recipe(len(data.train), row.epochs, 0, row.network), {}, {}
     for name, train in TRAININGS.items():
         begun = time.perf_counter()
@@ -128,9 +129,10 @@ def table(figures: dict) -> str:
         "## Networks", "",
         "Stage 1's networks, each trained by its own recipe, with its Stage 2. Test split; of several seeds median",
         "(minimum to maximum). *AURC below softmax*: how much smaller the two stages' AURC is than that of Stage 1's",
-        "softmax on a single view; *turned*: trained with `quarter_turns`; *to 90 %*: epochs of Stage 1, those of its",
-        "last layer alone included, until it is correct on 90 % of the calibration split. Data and weights of some",
-        "rows could not be downloaded where these figures were made.", "",
+        "softmax on a single view; *turned*: trained with `quarter_turns`; *whole CNNs*: with `--stage2_branch 0`, the",
+        "default of that time; *to 90 %*: epochs of Stage 1, those of its last layer alone included, until it is",
+        "correct on 90 % of the calibration split. Data and weights of some rows could not be downloaded where these",
+        "figures were made.", "",
         *markdown(HEADER, rows), accepted_strangers(figures), "", "Aimed at and missed:", "", *missed, "", *origins,
     ])  # fmt: skip
 
@@ -145,7 +147,7 @@ HEADER = [
 def cells(name: str, seeds: dict) -> list[str]:
     """A row of the table."""
     row = Row(**next(iter(seeds.values()))["row"]) if seeds else ROWS[name]
-    epochs = f"{row.epochs or 'default'}{', turned' if row.quarter_turns else ''}"
+    epochs = f"{row.epochs or 'default'}{', turned' * row.quarter_turns}{', whole CNNs' * (row.stage2_branch == 0)}"
     if not seeds:
         command = f'`python benchmarks/networks.py --row "{name}"`'
         return [name, "", f"{row.image_size}", "not measured here:", command, *[""] * 8, epochs, ""]
