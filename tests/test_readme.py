@@ -300,14 +300,15 @@ def test_figures_of_the_recipe_and_the_networks():
     for widths in (STAGE1_WIDTHS, STAGE2_WIDTHS):
         assert "/".join(map(str, widths)) in text
     assert all(f"`{suffix}`" in text for suffix in IMAGE_SUFFIXES)
-    work, weights = [], []
+    work = []
     for widths in (STAGE1_WIDTHS, STAGE2_WIDTHS):
         network = mscnn.build_cnn("n", (32, 32, 3), 10, widths, [128.0] * 3, [64.0] * 3, True, "float32")
         layers = [layer for layer in network.layers if hasattr(layer, "kernel")]
         work.append(sum(np.prod(one.output.shape[1:-1]) * np.prod(one.kernel.shape) for one in layers) / 1e6)
-        weights.append(network.count_params() / 1e6)
     millions = [round(value) for value in (*work, 2 * sum(work))]  # the last is a whole decision
-    everything = round(weights[0] + 11 * weights[1], 1)
+    model = mscnn.MultiStageCNN(list("abcdefghij"), (32, 32, 3), [128.0] * 3, [64.0] * 3)
+    networks = [model.stage1, model.stage2_base, *model.stage2.values()]
+    everything = round(sum(network.count_params() for network in networks) / 1e6, 1)
     expected = [*(f"{value} million multiply-adds" for value in millions), f"{everything} million weights"]
     assert [one for one in expected if one not in text] == []
 
@@ -319,10 +320,10 @@ def numbers_of(cell: str) -> list[str]:
 def disagreements(shown: str, runs: list[dict]) -> list[str]:
     """Where a table of results (Markdown) is not what quality.json (`runs`) says.
 
-    It has a row for each kind of run, in the order of RESULTS.md; each cell but the first holds the numbers of a cell
+    It has a row for each title, in the order of RESULTS.md; each cell but the first holds the numbers of a cell
     of the same row there. Somewhere beside them stand each kind's arguments, and the device.
     """
-    kinds = [kind for kind in quality.KINDS if any(run["kind"] == kind for run in runs)]
+    kinds = dict(zip(map(quality.title, runs), (run["kind"] for run in runs), strict=True))
     measured = table_rows(quality.table(runs))[: len(kinds)]
     rows = [row for row in table_rows(shown) if len(row) >= 5]
     incorrect = [] if len(rows) == len(kinds) else [f"{len(rows)} rows for {len(kinds)} kinds"]
@@ -331,7 +332,7 @@ def disagreements(shown: str, runs: list[dict]) -> list[str]:
         incorrect += [f"{cell} is not in {expected}" for cell in row[1:] if numbers_of(cell) not in known]
         if numbers_of(expected[2]) not in [numbers_of(cell) for cell in row[1:]]:
             incorrect.append(f"Stage 1's accuracy {expected[2]} is missing")
-    stated = [*(quality.KINDS[kind][1] for kind in kinds), *{run["device"] for run in runs}]
+    stated = [*(quality.KINDS[kind][1] for kind in kinds.values()), *{run["device"] for run in runs}]
     return incorrect + [f"'{one}' is missing" for one in stated if one not in shown]
 
 
@@ -364,6 +365,7 @@ def test_a_wrong_result_is_noticed():
     run = {"kind": "light", "seed": 0, "command": "python x", "minutes": 3.21, "peak_memory_gb": 2.5, "commit": "abc"}
     run |= {"dataset": {"name": "cifar10"}, "stage1": stage, "two_stage": {**stage, "aurc": 0.01}}
     run |= {"versions": {"python": "3"}, "device": "some processor", "policy": "float32"}
+    run["parameters"] = {"stage2_branch": -1}
     run["seconds"] = {"01": 40.0, "02": 50.0, "total": 100.0}
     run["training_seconds"] = {"stage1": 20.0, "stage2_base": 8.0, "stage2": 6.0, "retraining": 1.0}
     table = quality.table([run])
@@ -380,7 +382,8 @@ def test_a_wrong_result_is_noticed():
 @both
 def test_the_figures_of_the_first_screen_are_those_measured(text):
     """Selective accuracy, coverage, accuracy, minutes: the medians of the full runs; the gain over the softmax."""
-    runs = [run for run in json.loads((ROOT / "benchmarks/quality.json").read_text("utf-8")) if run["kind"] == "full"]
+    runs = json.loads((ROOT / "benchmarks/quality.json").read_text("utf-8"))
+    runs = [run for run in runs if run["kind"] == "full" and not quality.has_whole_cnns(run)]
     row = next(row for row in table_rows(between(DOCS["baselines"], "results")) if "0, 1, 2" in row)
     accuracy, coverage, accepted, minutes = (float(numbers_of(row[i])[0]) for i in (3, 4, 5, 9))
     gain = next(row for row in table_rows(between(DOCS["baselines"], "baselines")) if "softmax, a single" in row[0])[3]
