@@ -94,12 +94,12 @@ def _line(row: dict) -> str:
     """A row in words. What is out of distribution gets no confidence, which would mean little."""
     if row["error"]:
         return row["error"]  # which names the path
-    correct = f"correct with probability {row['confidence']:.1%}"
+    correct, score = f"correct with probability {row['confidence']:.1%}", f"OOD score {row['ood_score']:.1f}"
     if row["reason"] == ACCEPTED:
-        return f"{row['path']}: {row['decision']} ({correct})"
+        return f"{row['path']}: {row['decision']} ({correct}; {score})"
     answer = f"Stage 1 says {row['stage1']}"
     why = f"{answer}, {correct}" if row["reason"] == LOW_CONFIDENCE else f"unlike the train images; {answer}"
-    return f"{row['path']}: {row['decision']} ({row['reason']}: {why})"
+    return f"{row['path']}: {row['decision']} ({row['reason']}: {why}; {score})"
 
 
 class Parser(argparse.ArgumentParser):

@@ -35,17 +35,28 @@ def pictures(tmp_path, tiny_data):
 @pytest.mark.parametrize(
     ("reason", "decision", "expected"),
     [
-        ("accepted", "ship", "a.png: ship (correct with probability 99.8%)"),
-        ("low confidence", "OTHER", "a.png: OTHER (low confidence: Stage 1 says ship, correct with probability 99.8%)"),
+        ("accepted", "ship", "a.png: ship (correct with probability 99.8%; OOD score 1.5)"),
+        (
+            "low confidence",
+            "OTHER",
+            "a.png: OTHER (low confidence: Stage 1 says ship, correct with probability 99.8%; OOD score 1.5)",
+        ),
         (
             "out of distribution",
             "OTHER",
-            "a.png: OTHER (out of distribution: unlike the train images; Stage 1 says ship)",
+            "a.png: OTHER (out of distribution: unlike the train images; Stage 1 says ship; OOD score 1.5)",
         ),
     ],
 )
 def test_a_line_never_reads_as_certain_of_what_was_rejected(reason, decision, expected):
-    row = {"path": "a.png", "decision": decision, "reason": reason, "confidence": 0.998, "stage1": "ship"}
+    row = {
+        "path": "a.png",
+        "decision": decision,
+        "reason": reason,
+        "confidence": 0.998,
+        "stage1": "ship",
+        "ood_score": 1.53,
+    }
     assert commands._line({**row, "error": None}) == expected
 
 
