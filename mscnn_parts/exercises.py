@@ -92,4 +92,5 @@ def finished_model(run: Run) -> tuple[MultiStageCNN | None, Dataset]:
         if data.fingerprint == model.data_fingerprint:
             print(f"The finished model: {path}")
             return model, dataclasses.replace(data, flip=model.flip, quarter_turns=model.quarter_turns)
-    return None, load_dataset(name, run.settings.light_mode, run.settings.seed)
+    asked = run.settings
+    return None, load_dataset(name, asked.light_mode, asked.seed, 0, asked.mirror, asked.quarter_turns)

@@ -72,9 +72,7 @@ def commit() -> str | None:
 def _load_data(settings: Settings, name: str) -> Dataset:
     """A data set as the parameters ask for it."""
     size = settings.image_size or NETWORKS[settings.stage1].image_size
-    data = load_dataset(name, settings.light_mode, settings.seed, size)
-    turned = data.flip and settings.quarter_turns  # what may not be mirrored may not be turned, such as a 6
-    return dataclasses.replace(data, flip=data.flip and settings.mirror, quarter_turns=turned)
+    return load_dataset(name, settings.light_mode, settings.seed, size, settings.mirror, settings.quarter_turns)
 
 
 TOLD_FROM = 50e6  # bytes of images

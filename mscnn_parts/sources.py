@@ -83,11 +83,19 @@ BUILT_IN = (
 )  # names of data sets; `./digits` is a folder
 
 
-def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int = 0, image_size: int = 0) -> Dataset:
+def load_dataset(
+    name: str | Path = "auto",
+    light_mode: bool = False,
+    seed: int = 0,
+    image_size: int = 0,
+    mirror: bool = True,
+    quarter_turns: bool = False,
+) -> Dataset:
     """Loads a data set and splits it; see `Settings.dataset` for the names.
 
     Images are shrunk to `image_size` pixels in height and width, 0 meaning 32. Smaller ones stay as they are, but for
-    those below 32, and are enlarged by Stage 1.
+    those below 32, and are enlarged by Stage 1. `mirror` and `quarter_turns` say what training may do with them, if the
+    data set allows it: digits forbid both.
 
     `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
     `fallback=True`. A named data set never falls back.
@@ -106,14 +114,18 @@ def load_dataset(name: str | Path = "auto", light_mode: bool = False, seed: int 
     if not isinstance(light_mode, (bool, np.bool_)):
         raise MSCNNError(f"light_mode is {light_mode!r}: it has to be True or False.")
     check_image_size(image_size)
-    name, size = str(name), int(image_size or IMAGE_SIZE)
-    if name != "auto":
-        return split_data(_read_dataset(name, size), light_mode, seed, size)
-    try:
-        return split_data(_cifar10(), light_mode, seed, size)
-    except FileNotFoundError as reason:
-        _tell_fallback(reason)
-        return dataclasses.replace(split_data(_digits(), light_mode, seed, size), fallback=True)
+    size, fallback = int(image_size or IMAGE_SIZE), False
+    if str(name) != "auto":
+        raw = _read_dataset(str(name), size)
+    else:
+        try:
+            raw = _cifar10()
+        except FileNotFoundError as reason:
+            _tell_fallback(reason)
+            raw, fallback = _digits(), True
+    data = split_data(raw, light_mode, seed, size)
+    turned = data.flip and quarter_turns  # what may not be mirrored may not be turned, such as a 6
+    return dataclasses.replace(data, flip=data.flip and mirror, quarter_turns=turned, fallback=fallback)
 
 
 def auto_name(name: str) -> tuple[str, bool]:

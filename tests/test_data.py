@@ -258,6 +258,12 @@ def test_digits_that_are_asked_for_are_no_fallback(data_dir, digits, capsys):
     assert capsys.readouterr().out == ""
     assert (digits.category_names, digits.input_shape) == (tuple("0123456789"), (32, 32, 1))
     assert not digits.flip, "a mirrored digit is another one"
+    assert not mscnn.load_dataset("digits", quarter_turns=True).quarter_turns
+
+
+def test_what_training_may_do_with_the_images_is_asked_for(tiny_path):
+    data = [mscnn.load_dataset(tiny_path, mirror=mirror, quarter_turns=mirror) for mirror in (True, False)]
+    assert [(one.flip, one.quarter_turns) for one in data] == [(True, True), (False, False)]
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "mnist", "fashion_mnist", "cifar100", "stl10"])

@@ -1,5 +1,6 @@
 """The model that comes with the project, and how it is made."""
 
+import functools
 import json
 import zipfile
 
@@ -15,6 +16,7 @@ from mscnn_parts.settings import PRETRAINED
 from mscnn_parts.sources import find_cifar10
 
 FILE = ROOT / "notebooks" / PRETRAINED
+TINY = {"stage1_widths": (8, 8), "stage2_widths": (8, 8)}
 made = pytest.mark.skipif(not FILE.is_file(), reason="no pretrained model has been made yet")
 
 
@@ -64,6 +66,20 @@ def test_a_run_that_was_not_measured_makes_no_pretrained_model(tmp_path):
     (tmp_path / "metrics.json").write_text('{"parameters": {"epochs": 0, "batch_size": 0, "seed": 0}}')
     with pytest.raises(SystemExit, match=r"let quality\.py make the run"):
         pretrained.finished_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_new_stage2_keeps_stage1_and_the_base_network(trained_model_path, tiny_data, monkeypatch):
+    old = mscnn.load_model(trained_model_path)
+    monkeypatch.setattr(mscnn, "load_model", lambda _: old)
+    monkeypatch.setattr(mscnn, "load_dataset", lambda *_, **__: tiny_data)
+    monkeypatch.setattr(mscnn.MultiStageCNN, "for_dataset", functools.partial(mscnn.MultiStageCNN.for_dataset, **TINY))
+    told = {"seed": 0, "run": "python mscnn_helpers.py --epochs 1 --batch_size 0", "trained_at": "abc"}
+    monkeypatch.setattr(pretrained, "committed", lambda: told)
+    made = pretrained.pretrained_with_new_stage2().model
+    kept, now = old.fingerprints(), made.fingerprints()
+    assert [now[name] for name in ("stage1", "stage2_base")] == [kept[name] for name in ("stage1", "stage2_base")]
+    assert made.stage2_branch == 1 and made.is_calibrated and now["stage2/cat"] != now["stage2/dog"]
 
 
 @pytest.fixture(scope="module")
