@@ -2,8 +2,9 @@
 
     python notebooks/images/hero.py
 
-hero.png (README): what it accepts and what it rejects. The images are drawn at random, seed 0; the last two of the
-rejected are synthetic. risk_coverage.png (docs/baselines.md): the two stages against Stage 1's softmax.
+hero.png (README): what it accepts and what it rejects. The images are drawn at random, seed 0, the last of the
+accepted from the mistakes; the last two of the rejected are synthetic. risk_coverage.png (docs/baselines.md): the two
+stages against Stage 1's softmax.
 """
 
 import sys
@@ -21,32 +22,30 @@ from mscnn_parts.metrics import risk_at_coverage
 COLUMNS = 8
 
 
-def chosen(decisions: mscnn.Decisions, reason: str, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of images that were decided on for this reason, (count,)."""
-    return rng.choice(np.flatnonzero(decisions.reasons() == reason), count, replace=False)
-
-
-def caption(reason: str, name: str, confidence: float) -> str:
+def caption(reason: str, name: str, confidence: float, truth: str) -> str:
     if reason == mscnn.ACCEPTED:
-        return f"{name} {confidence:.0%}"
+        return f"{name} {confidence:.0%}" + f"\n✗ {truth}" * (name != truth)
     guess = "" if reason == mscnn.OUT_OF_DISTRIBUTION else f"\n{name}? {confidence:.0%}"
     return f"{reason}{guess}"
 
 
-def draw_decisions(model: mscnn.MultiStageCNN, test: np.ndarray, decisions: mscnn.Decisions) -> None:
+def draw_decisions(model: mscnn.MultiStageCNN, test: mscnn.Split, decisions: mscnn.Decisions) -> None:
     """A row of accepted and a row of rejected images."""
-    rng, counts = np.random.default_rng(0), {mscnn.ACCEPTED: COLUMNS, mscnn.LOW_CONFIDENCE: 4}
-    counts[mscnn.OUT_OF_DISTRIBUTION] = 2
-    indices = np.concatenate([chosen(decisions, reason, count, rng) for reason, count in counts.items()])
-    synthetic = mscnn.synthetic_ood_images(test[:8])
-    images = np.concatenate([test[indices], synthetic["uniform noise"][:1], synthetic["stripes"][2:3]])
+    rng, reasons, names = np.random.default_rng(0), decisions.reasons(), [*model.category_names, mscnn.OTHER]
+    accepted, correct = reasons == mscnn.ACCEPTED, decisions.stage1_category == test.labels
+    groups = [(accepted, COLUMNS - 1), (accepted & ~correct, 1), (reasons == mscnn.LOW_CONFIDENCE, 4)]
+    groups.append((reasons == mscnn.OUT_OF_DISTRIBUTION, 2))
+    indices = np.concatenate([rng.choice(np.flatnonzero(group), count, replace=False) for group, count in groups])
+    synthetic = mscnn.synthetic_ood_images(test.images[:8])
+    images = np.concatenate([test.images[indices], synthetic["uniform noise"][:1], synthetic["stripes"][2:3]])
+    truths = [names[label] for label in test.labels[indices]] + [mscnn.OTHER] * 2
     shown = model.decide(images)
     figure, axes = plt.subplots(2, COLUMNS, figsize=(11, 3.6), layout="constrained")
-    fields = (axes.ravel(), images, shown.reasons(), shown.stage1_category, shown.confidence)
-    for axis, image, reason, c, confidence in zip(*fields, strict=True):
+    fields = (axes.ravel(), images, shown.reasons(), shown.stage1_category, shown.confidence, truths)
+    for axis, image, reason, c, confidence, truth in zip(*fields, strict=True):
         axis.imshow(image, interpolation="nearest")
         color = "darkgreen" if reason == mscnn.ACCEPTED else "firebrick"
-        axis.set_title(caption(reason, model.category_names[c], confidence), fontsize=9, color=color)
+        axis.set_title(caption(reason, names[c], confidence, truth), fontsize=9, color=color)
         axis.set_xticks([])
         axis.set_yticks([])
     for axis, name, color in zip(axes[:, 0], ("accepted", "OTHER"), ("darkgreen", "firebrick"), strict=True):
@@ -81,7 +80,7 @@ def draw_risk_coverage(decisions: mscnn.Decisions, labels: np.ndarray, threshold
 def main() -> None:
     model, test = mscnn.load_model("pretrained"), mscnn.load_dataset("cifar10").test
     decisions = model.decide(test.images)
-    draw_decisions(model, test.images, decisions)
+    draw_decisions(model, test, decisions)
     draw_risk_coverage(decisions, test.labels, model.threshold)
 
 
