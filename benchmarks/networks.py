@@ -74,8 +74,8 @@ TRAININGS = {"stage1": mscnn.train_stage1, "stage2_base": mscnn.train_stage2_bas
 def measure(row: Row, seed: int) -> dict:
     """Trains both stages and measures them on the test split, once."""
     own = data_folder() / row.dataset
-    data = mscnn.load_dataset(own if own.exists() else row.dataset, row.light_mode, seed, row.image_size)
-    data = dataclasses.replace(data, quarter_turns=row.quarter_turns)
+    name = own if own.exists() else row.dataset
+    data = mscnn.load_dataset(name, row.light_mode, seed, row.image_size, quarter_turns=row.quarter_turns)
     model = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network, stage2_branch=row.stage2_branch)
     recipe, minutes, histories = mscnn.default_recipe(len(data.train), row.epochs, 0, row.network), {}, {}
     for name, train in TRAININGS.items():

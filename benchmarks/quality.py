@@ -59,7 +59,8 @@ def measure(kind: str, seed: int, dataset: str, whole: bool) -> dict:
         SystemExit: the run failed.
     """
     run_dir = f"runs/quality/{kind}_{seed}" + f"_{Path(dataset).stem}" * (dataset != "cifar10") + "_whole" * whole
-    arguments = f"{KINDS[kind][1]} --seed {seed} --dataset {dataset} --run_dir {run_dir}" + " --stage2_branch 0" * whole
+    stage2 = " --stage2_branch 0" * whole
+    arguments = f"{KINDS[kind][1]}{stage2} --seed {seed} --dataset {dataset} --run_dir {run_dir}"
     print(f"python mscnn_helpers.py {arguments}", flush=True)
     started, peak, measured = time.time(), [0], commit()
     process = psutil.Popen([sys.executable, str(ROOT / "mscnn_helpers.py"), *arguments.split()], cwd=ROOT)
@@ -87,7 +88,7 @@ def measure(kind: str, seed: int, dataset: str, whole: bool) -> dict:
 
 
 def has_whole_cnns(run: dict) -> bool:
-    return run["parameters"]["stage2_branch"] == 0
+    return run["parameters"].get("stage2_branch", 0) == 0  # once the default
 
 
 def identity(run: dict) -> tuple:

@@ -73,7 +73,7 @@ from mscnn_parts.decision import confidence_log_odds, fit_category_calibration
 from mscnn_parts.files import read_model_config
 from mscnn_parts.metrics import augrc, calibration_error, coverage_at_risk, e_aurc, risk_at_coverage
 from mscnn_parts.model_files import check_matches
-from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS, on_images
+from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
 
 COVERAGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 ERRORS = (0.01, 0.005)
@@ -295,8 +295,7 @@ def _outputs(form: Form, seed: int) -> dict[str, np.ndarray]:
             odds = np.zeros((2, len(split)))
             for c in np.unique(category):
                 here = np.flatnonzero(category == c)
-                verifier = on_images(model.stage1, model.stage2_base, model.stage2_cnn(c))
-                logits = both_views(verifier, split.images[here])
+                logits = both_views(model.verifier(c), split.images[here])
                 odds[:, here] = [mscnn.log_odds(view, category[here]) for view in logits]
             stage2.append(odds)
         results |= {

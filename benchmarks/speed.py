@@ -435,6 +435,7 @@ def _whole_runs(kind: str) -> list[dict]:
          "saved_after": run["stage1_saved_after"]}
         for run in read_json("quality", [])
         if run["kind"] in kinds and (run["dataset"]["name"], run["device"]) == here
+        and run["parameters"]["stage2_branch"] != 0
     ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ Stage 1, are combined with its margin as the model does it, and are calibrated o
 measured on the other 15,000 train images: nothing here sees the test split. What is trained is kept in runs/verifiers.
 Differences in the training of Stage 2 alone, each against ours:
 
-    ours                          ten Stage 2 CNNs, copies of their base network, each on its category's hard negatives
+    ours                          ten whole CNNs (stage2_branch 0), copies of their base network, each on its
+                                  category's hard negatives
     stage2_base                   none of the ten: the network that they begin as
     Stage 2 base network, longer  the same network in so many more epochs, as many images as the ten have seen
     one shared verifier           one CNN on all ten draws, mixed: each image with the category that is asked for

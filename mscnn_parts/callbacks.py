@@ -74,7 +74,15 @@ class ShowProgress(keras.callbacks.Callback):
 
 
 class EpochLines(keras.callbacks.Callback):
-    """Prints what an epoch has brought, in a line: of the first, the last, and at most one each ten seconds."""
+    """Prints what an epoch has brought, in a line: of the first, the last, and at most one each ten seconds.
+
+    Args:
+        small: so many epochs see small crops, see `ProgressiveCrops`, and take less time than the others.
+    """
+
+    def __init__(self, small: int = 0):
+        super().__init__()
+        self.small = small
 
     def on_train_begin(self, logs=None):
         self.printed = 0.0
@@ -89,8 +97,9 @@ class EpochLines(keras.callbacks.Callback):
         self.printed, splits = now, {"train": "", "calibration": "val_"}
         told = [f"{name} {logs[f'{k}accuracy']:.1%}, loss {logs[f'{k}loss']:.3f}" for name, k in splits.items()]
         print(f"Epoch {epoch + 1}/{last}: {'; '.join(told)}; {now - self.begun:.1f} s", flush=True)
-        if epoch == 0 and (minutes := (last - 1) * (now - self.begun) / 60) > 2:
-            print(f"Some {minutes:.0f} minutes more if all take as long.", flush=True)
+        work = [SMALL_CROP**2 if i < self.small else 1.0 for i in range(last)]
+        if epoch == 0 and (minutes := (now - self.begun) * sum(work[1:]) / work[0] / 60) > 2:
+            print(f"About {minutes:.0f} more minutes.", flush=True)
 
 
 class AlternatingFlip(keras.callbacks.Callback):

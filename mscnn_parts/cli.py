@@ -225,8 +225,7 @@ def run_all(settings: Settings, notebooks: Sequence[str] = NOTEBOOKS, given: Col
             raise
 
     # A page is made while the next notebook runs.
-    page_maker = concurrent.futures.ThreadPoolExecutor(1)
-    with alone_in(run.folder), _ending_written_down(run), _surroundings(), page_maker as pages:
+    with _ending_written_down(run), _surroundings(), concurrent.futures.ThreadPoolExecutor(1) as pages:
         # Models are not among the results: each is replaced when a new one is whole.
         with without_new_folders(run.model_path.parent), kept_if_refused(run.folder, RESULTS, refusals, pages.shutdown):
             make_run_folders(run)
@@ -312,7 +311,7 @@ def command_line() -> argparse.ArgumentParser:
     """The parser, made from `Settings`, so that names, types and defaults are the same everywhere."""
     name = "mscnn" if Path(sys.argv[0]).stem == "mscnn" else "python mscnn_helpers.py"  # installed by pip, or not
     parser = Parser(
-        COMMANDS,
+        [*COMMANDS, "run"],
         prog=name,
         description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
         "by running the notebooks 01 to 05 into a run folder. Two commands take a finished model, see their --help:\n"
@@ -425,10 +424,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, notebooks, given = parse(arguments)  # --help answers here, without TensorFlow
         import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
 
-        _validate(settings, notebooks, given)
-        if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
-            print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
-        seconds, run = run_all(settings, notebooks, given), Run("total", settings)
+        run = Run("total", settings)
+        with alone_in(run.folder):
+            _validate(settings, notebooks, given)
+            if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
+                print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")
+            seconds = run_all(settings, notebooks, given)
         with closed_output_ignored():
             print_result(run) if NOTEBOOKS[-1] in notebooks else print_pages(run, notebooks, seconds)
     except MSCNNError as error:

@@ -94,7 +94,7 @@ def _line(row: dict) -> str:
     """A row in words. What is out of distribution gets no confidence, which would mean little."""
     if row["error"]:
         return row["error"]  # which names the path
-    correct, score = f"correct with probability {row['confidence']:.1%}", f"OOD score {row['ood_score']:.1f}"
+    correct, score = f"correct with probability {row['confidence']:.1%}", f"OOD score {row['ood_score']:.2f}"
     if row["reason"] == ACCEPTED:
         return f"{row['path']}: {row['decision']} ({correct}; {score})"
     answer = f"Stage 1 says {row['stage1']}"
@@ -103,10 +103,10 @@ def _line(row: dict) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no beginning of an option for the option, and asks what a misspelt one was to be.
+    """Takes no abbreviated options, and suggests what a misspelled one may mean.
 
     Args:
-        words: what may stand in place of options.
+        words: commands, which come before all options.
     """
 
     def __init__(self, words: Iterable[str] = (), **kwargs):
@@ -115,8 +115,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith(start := "unrecognized arguments: "):
-            misspelt = message.removeprefix(start).split()[0].partition("=")[0]
-            hint = did_you_mean(misspelt, (*self.words, *self._option_string_actions))
+            misspelled = message.removeprefix(start).split()[0].partition("=")[0]
+            hint = did_you_mean(misspelled, (*self.words, *self._option_string_actions))
+            hint = f" Put {misspelled} first." if misspelled in self.words else hint
             message += f".{hint}" if hint else ""
         super().error(message)
 

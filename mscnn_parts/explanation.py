@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from mscnn_parts.checks import check_categories_within, checked_labels
 from mscnn_parts.layers import WhiteningConv, log_odds_tensor
-from mscnn_parts.networks import OWN_INPUT, on_images
+from mscnn_parts.networks import OWN_INPUT, sees_images
 from mscnn_parts.settings import OTHER, MSCNNError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def map_layers(network: keras.Model) -> tuple[str, str]:
     """Names the two layers that explain a network: one with a finer map, and the last. They may be the same."""
     names = [layer.name for layer in network.layers]
-    blocks = [name for name in names if re.fullmatch(r"block\d+", name)]
+    blocks = [name for name in names if re.fullmatch(r"block\d+", name)][-2:] or names[-1:]
     if OWN_INPUT in names:
         return OWN_INPUT, OWN_INPUT
-    return ("features", "features") if "features" in names else (blocks[-2], blocks[-1])
+    return ("features", "features") if "features" in names else (blocks[0], blocks[-1])
 
 
 def has_cam(network: keras.Model) -> bool:
@@ -141,7 +141,8 @@ def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "poo
     shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
     if dtype != np.uint8 or shape[1:] != network.input_shape[1:]:
         wanted = ", ".join(map(str, network.input_shape[1:]))
-        raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).")
+        hint = "" if sees_images(network) else " Of a Stage 2 CNN that sees features, explain model.verifier(category)."
+        raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).{hint}")
     names = [known.name for known in network.layers]
     if layer not in names:
         raise MSCNNError(
@@ -171,7 +172,7 @@ def trace_decisions(
     labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
     asked = np.unique(decisions.stage1_category)
-    verifiers = {c: on_images(model.stage1, model.stage2_base, model.stage2_cnn(c)) for c in asked}
+    verifiers = {c: model.verifier(c) for c in asked}
     traces = []
     for i, c in enumerate(decisions.stage1_category):
         image = images[i : i + 1]

@@ -120,9 +120,9 @@ def check_writable(folder: Path, problem: str, parameter: str) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs on this machine out of a run folder, where each would overwrite what the other has made.
+    """Keeps the same user's other runs out of a run folder, where each would overwrite what the other has made.
 
-    The lock lies among the temporary files, so that it is no part of the results; it ends with its process.
+    The file of the lock lies among the temporary ones; the system releases it when the process ends, however that is.
 
     Raises:
         MSCNNError: another run is at work there.
@@ -135,7 +135,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         except filelock.Timeout:
             problem = f"Another run is at work in {folder}"
             raise MSCNNError(f"{problem}: wait for its end, or choose another run_dir.") from None
-        except (OSError, NotImplementedError):  # there is no place for it, or the file system knows no locks
+        except (OSError, NotImplementedError):  # there is no place for it, or the file is another user's
             pass
         yield
 

@@ -198,7 +198,8 @@ def train_classifier(
     trainer = compile_classifier(trainer_class(network, both.images), recipe, steps, optimizer)
     del both  # the trainer has its own copy
     augmentation, timer = network.get_layer("augmentation"), EpochTimer()
-    by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, int(recipe.small_crops * recipe.epochs))]
+    small = int(recipe.small_crops * recipe.epochs)
+    by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, small)]
     logs = [keras.callbacks.TensorBoard(log_dir)] if log_dir else []
     title = network.name.replace("_", " ").replace("stage", "Stage ")
     progress = [ShowProgress(title)] if in_notebook() else []  # a hook after each step is not free
@@ -206,7 +207,7 @@ def train_classifier(
         history = trainer.fit(
             trainer.batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=0,
             validation_data=trainer.batches(one_hot, 500, calibration),
-            callbacks=[timer, EpochLines(), *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
+            callbacks=[timer, EpochLines(small), *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted
         augmentation.reset()

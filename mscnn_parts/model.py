@@ -38,6 +38,7 @@ from mscnn_parts.model_files import (
 from mscnn_parts.networks import (
     build_stages,
     fastest_policy,
+    on_images,
     set_whitening,
     stage2_design,
     trunk_of,
@@ -75,7 +76,7 @@ class MultiStageCNN(keras.Model):
         format: of the model file, which `load_model` has checked.
 
     The Stage 2 base network is a CNN of Stage 2's shape trained on all categories: every Stage 2 CNN starts as a copy
-    of it. It is kept so that a category can be started again.
+    of its layers behind the shared blocks. It is kept so that a category can be started again.
     """
 
     def __init__(
@@ -191,6 +192,10 @@ class MultiStageCNN(keras.Model):
     def stage2_cnn(self, category: int) -> keras.Model:
         """The Stage 2 CNN of a category: uint8 (B, H, W, channels), or the trunk's features -> logits (B, C)."""
         return self.stage2[_category_key(category)]
+
+    def verifier(self, category: int) -> keras.Model:
+        """The Stage 2 CNN of a category as one from uint8 images (B, H, W, channels), with a copy of what all share."""
+        return on_images(self.stage1, self.stage2_base, self.stage2_cnn(category))
 
     @property
     def is_calibrated(self) -> bool:

@@ -221,7 +221,7 @@ def stage2_design(
 
 
 def unnamed_branch(network: str | dict) -> int:
-    """That of a model file which names none, from before there were branches. network: in its configuration."""
+    """The `stage2_branch` of a model file that names none, because it is older; `network` is of its configuration."""
     return -1 if isinstance(network, str) and network_named(network).pretrained else 0
 
 

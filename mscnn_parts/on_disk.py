@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
@@ -123,11 +124,13 @@ def file_of(path: Path, shape: Sequence[int], images: Iterable[np.ndarray]) -> n
     return cast(np.memmap, np.load(path, mmap_mode="r"))
 
 
-def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_memory: float, folder: Path) -> np.ndarray:
+def filled(
+    shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_memory: float, folders: Sequence[Path]
+) -> np.ndarray:
     """An array of features from parts that follow each other; of more than `in_memory` bytes in a temporary file.
 
     Args:
-        shape: (N, ...). parts: of (n, ...) each, N rows in all. folder: where the file is made.
+        shape: (N, ...). parts: of (n, ...) each, N rows in all. folders: the file is made in the first with room.
 
     Raises:
         MSCNNError: the file cannot be written, or the disk has no room for it.
@@ -135,6 +138,7 @@ def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_mem
     """
     needed = math.prod(shape) * np.dtype(dtype).itemsize
     if needed > in_memory:
+        folder = _with_room(folders, needed)
         _check_space(folder, needed, f"The features take {needed / 1e9:,.2f} GB,")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +157,17 @@ def filled(shape: Sequence[int], dtype: Any, parts: Iterable[np.ndarray], in_mem
         array[done : done + len(part)] = part
         done += len(part)
     return array
+
+
+def _with_room(folders: Sequence[Path], needed: int) -> Path:
+    """The first folder that has room for so many bytes and may be written to; the first of all if there is none."""
+    for folder in folders:
+        with contextlib.suppress(OSError, MSCNNError):
+            _check_space(folder, needed, "")
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    return folders[0]
 
 
 def _exactly(parts: Iterable[np.ndarray], shape: Sequence[int]) -> Iterator[np.ndarray]:

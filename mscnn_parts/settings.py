@@ -220,7 +220,7 @@ class Settings:
     )
     stage2_branch: int = _parameter(
         -1,
-        "how many first blocks all Stage 2 CNNs share, which makes them small and fast; 0: none; -1: what suits stage1",
+        "blocks that all Stage 2 CNNs share; 0: none; -1: all but the last or, with ImageNet weights, all of Stage 1",
     )
     seed: int = _parameter(0, "seed of the splits and of the training")
     run_dir: str = _parameter("runs/latest", "folder for everything that the run makes")

@@ -94,8 +94,8 @@ def load_dataset(
     """Loads a data set and splits it; see `Settings.dataset` for the names.
 
     Images are shrunk to `image_size` pixels in height and width, 0 meaning 32. Smaller ones stay as they are, but for
-    those below 32, and are enlarged by Stage 1. `mirror` and `quarter_turns` say what training may do with them, if the
-    data set allows it: digits forbid both.
+    those below 32, and are enlarged by Stage 1. `mirror` allows mirrored images, in training and in decisions, and
+    `quarter_turns` turned ones, in training; a data set such as digits forbids both.
 
     `auto` is CIFAR-10 if it is on disk or can be downloaded, else scikit-learn's digits with
     `fallback=True`. A named data set never falls back.
@@ -111,8 +111,9 @@ def load_dataset(
     check_seed(seed)
     if not isinstance(name, (str, os.PathLike)):
         raise MSCNNError(f"dataset is {name!r}: give its name, or the path of a .npz file or an image folder.")
-    if not isinstance(light_mode, (bool, np.bool_)):
-        raise MSCNNError(f"light_mode is {light_mode!r}: it has to be True or False.")
+    for flag, value in {"light_mode": light_mode, "mirror": mirror, "quarter_turns": quarter_turns}.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise MSCNNError(f"{flag} is {value!r}: it has to be True or False.")
     check_image_size(image_size)
     size, fallback = int(image_size or IMAGE_SIZE), False
     if str(name) != "auto":

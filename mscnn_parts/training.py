@@ -173,7 +173,7 @@ def train_stage2(
     and half images that Stage 1 takes, or nearly takes, for c.
 
     Args:
-        start: "stage2_base": begin with a copy of the Stage 2 base network; "current": go on from the CNN as it is.
+        start: "stage2_base": begin with the Stage 2 base network's weights; "current": go on from the CNN as it is.
 
     Returns:
         A history for each category's name: loss, accuracy, val_loss, val_accuracy and seconds.

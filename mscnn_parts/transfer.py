@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,9 +60,8 @@ def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int 
 
     count = views * len(data.train)
     shape = (count + len(data.calibration), *trunk.output_shape[1:])
-    stored = indexed(
-        filled(shape, tf.as_dtype(trunk.outputs[0].dtype).as_numpy_dtype, in_parts(), IN_MEMORY, cache_folder())
-    )
+    dtype, folders = tf.as_dtype(trunk.outputs[0].dtype).as_numpy_dtype, [cache_folder(), Path(tempfile.gettempdir())]
+    stored = indexed(filled(shape, dtype, in_parts(), IN_MEMORY, folders))
     return TrunkFeatures(stored[:count], stored[count:], views)
 
 

@@ -11,7 +11,7 @@ from conftest import SMALL
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, MultiStageCNN
 from mscnn_parts import transfer
-from mscnn_parts.networks import on_images
+from mscnn_parts.networks import unnamed_branch
 from mscnn_parts.settings import Settings
 
 RECIPE = mscnn.Recipe(epochs=2, batch_size=32, stage2_base_epochs=1, stage2_fraction=0.3, views=2)
@@ -41,7 +41,7 @@ def test_a_branch_behind_the_trunk_is_a_whole_cnn(branched, tiny_data):
     images = tiny_data.test.images[:20]
     got = branched(images)["stage2"].numpy()
     for c in (0, 3):
-        whole = on_images(branched.stage1, branched.stage2_base, branched.stage2_cnn(c))
+        whole = branched.verifier(c)
         assert len(whole.weights) == len(branched.stage2_base.weights)
         views = [mscnn.log_odds(whole(view).numpy(), np.full(20, c)) for view in (images, images[:, :, ::-1])]
         np.testing.assert_allclose(got[:, c], views[0], rtol=1e-3, atol=1e-3)
@@ -133,6 +133,10 @@ def test_freezing_categories_never_frees_the_trunk(branched, tiny_data):
 
 
 def test_decisions_are_explained(branched, tiny_data):
+    with pytest.raises(MSCNNError, match=r"sees the features of a trunk: explain model.verifier\(category\)"):
+        mscnn.grad_cam(branched.stage2_cnn(0), tiny_data.test.images[:1], lambda logits: logits[:, 0])
+    one_block = MultiStageCNN.for_dataset(tiny_data, **SMALL | {"stage2_widths": (4,)})
+    assert mscnn.grad_cam(one_block.verifier(0), tiny_data.test.images[:1], lambda logits: logits[:, 0]).shape[0] == 1
     trace = mscnn.trace_decisions(branched, tiny_data.test.images[:1])[0]
     assert trace.stage2_map.ndim == 2
 
@@ -156,6 +160,9 @@ def test_a_file_that_does_not_say_has_whole_cnns(trained_model):
     config = trained_model.get_config()
     del config["stage2_branch"]
     assert MultiStageCNN.from_config(config).trunk is None
+    branches = {"classic": 0, "resnet50": -1}
+    assert {network: unnamed_branch(network) for network in branches} == branches
+    assert unnamed_branch({"class_name": "Own"}) == 0
 
 
 def test_the_features_are_freed_after_the_training(branched, tiny_data):

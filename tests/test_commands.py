@@ -35,16 +35,16 @@ def pictures(tmp_path, tiny_data):
 @pytest.mark.parametrize(
     ("reason", "decision", "expected"),
     [
-        ("accepted", "ship", "a.png: ship (correct with probability 99.8%; OOD score 1.5)"),
+        ("accepted", "ship", "a.png: ship (correct with probability 99.8%; OOD score 1.53)"),
         (
             "low confidence",
             "OTHER",
-            "a.png: OTHER (low confidence: Stage 1 says ship, correct with probability 99.8%; OOD score 1.5)",
+            "a.png: OTHER (low confidence: Stage 1 says ship, correct with probability 99.8%; OOD score 1.53)",
         ),
         (
             "out of distribution",
             "OTHER",
-            "a.png: OTHER (out of distribution: unlike the train images; Stage 1 says ship; OOD score 1.5)",
+            "a.png: OTHER (out of distribution: unlike the train images; Stage 1 says ship; OOD score 1.53)",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_another_network_than_the_models_is_refused_before_the_data_are_read(set
 
 
 @pytest.mark.parametrize(("network", "has"), [("compact", "stage2_branch 0"), ("resnet50", "heads as Stage 2")])
-def test_a_file_that_does_not_name_its_branch_has_the_default(settings, tmp_path, network, has):
+def test_a_file_that_does_not_name_its_branch_has_whole_cnns_or_heads(settings, tmp_path, network, has):
     config = {"network": network, "image_shape": [32, 32, 3], "stage2_widths": []}
     with zipfile.ZipFile(tmp_path / "old.keras", "w") as file:
         file.writestr("config.json", json.dumps({"config": config}))
@@ -861,15 +861,20 @@ def test_a_notebook_that_refuses_leaves_the_run_folder_as_it_was(project, tmp_pa
     assert snapshot(tmp_path) == before
 
 
-def test_a_second_run_in_the_same_folder_is_refused(project, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(project, tmp_path, capsys):
     folder = project("one", "print('done')")
     with alone_in(folder):
         before = snapshot(tmp_path)
-        with pytest.raises(MSCNNError, match=r"Another run is at work in .*: wait for its end, or choose another"):
-            run_all(Settings(), ("one",))
+        assert mscnn.main(["--run_dir", str(folder)]) == 1
+        assert capsys.readouterr().err.startswith(f"\nerror: Another run is at work in {folder}: wait for its end, or")
         assert snapshot(tmp_path) == before
-    run_all(Settings(), ("one",))
-    assert "done" in outputs(folder / "notebooks/one.ipynb")
+
+
+def test_where_no_lock_can_be_made_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("mscnn_parts.files.tempfile.gettempdir", lambda: str(tmp_path / "file/below"))
+    (tmp_path / "file").touch()
+    with alone_in(tmp_path):
+        pass
 
 
 def test_a_later_refusal_leaves_what_was_done(project):

@@ -185,21 +185,22 @@ def test_what_stands_in_for_an_array_reads_only_what_is_asked_for(reads):
 @pytest.mark.parametrize("in_memory", [0, 1e9])
 def test_features_are_filled_in_from_parts(in_memory, tmp_path):
     parts = np.split(np.arange(12, dtype=np.float32).reshape(6, 2), [2, 5])
-    array = filled((6, 2), np.float32, parts, in_memory, tmp_path)
+    (tmp_path / "missing").touch()  # where no folder can be made, the next is taken
+    array = filled((6, 2), np.float32, parts, in_memory, [tmp_path / "missing/file", tmp_path])
     assert isinstance(array, np.memmap) == (not in_memory)
     assert np.array_equal(array, np.concatenate(parts))
     assert ("in memory" if in_memory else "in a temporary file") in repr(IndexedRows(array))
     wrong = {"5 rows": parts[:2], "8 rows": [*parts, parts[0]], r"\(2, 1\)": [part[:, :1] for part in parts]}
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=f"{message}.*the array is \\(6, 2\\)"):
-            filled((6, 2), np.float32, given, in_memory, tmp_path)
+            filled((6, 2), np.float32, given, in_memory, [tmp_path])
 
 
 def test_features_without_room_on_the_disk_are_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(47))
     with pytest.raises(MSCNNError, match=r"The features take .* more than the 0\.00 GB that are free.*MSCNN_DATA_DIR"):
-        filled((6, 2), np.float32, [], 0, tmp_path / "cache")
+        filled((6, 2), np.float32, [], 0, [tmp_path / "cache"])
     assert list(tmp_path.iterdir()) == []
 
 

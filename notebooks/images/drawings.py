@@ -230,7 +230,7 @@ def stage2_copies() -> None:
     heads = ((104, "trunk"), (322, "ten copies"), (592, "ten verifiers"))
     parts = [text(x, 30, words, 16, bold=True) for x, words in heads]
     parts.append(
-        text(592, 52, "fine-tuned, each on its own question", 14, GREY) + text(322, 52, "of its last block", 14, GREY)
+        text(592, 52, "fine-tuned, each on its own question", 14, GREY) + text(322, 52, "of the last block", 14, GREY)
     )
     parts.append(
         box(24, 188, 160, 88, BLUE, "blocks 1 and 2\ntrained on all\nten categories")
