@@ -141,8 +141,9 @@ def _check_explained(network: keras.Model, images: np.ndarray, layer: str = "poo
     shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
     if dtype != np.uint8 or shape[1:] != network.input_shape[1:]:
         wanted = ", ".join(map(str, network.input_shape[1:]))
-        hint = "" if sees_images(network) else " Of a Stage 2 CNN that sees features, explain model.verifier(category)."
-        raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).{hint}")
+        if not sees_images(network):
+            raise MSCNNError(f"{network.name} sees features (B, {wanted}): explain model.verifier(category).")
+        raise MSCNNError(f"Images are {dtype} {shape}: {network.name} takes uint8 (B, {wanted}).")
     names = [known.name for known in network.layers]
     if layer not in names:
         raise MSCNNError(
