@@ -42,7 +42,7 @@ env: $(STAMP) $(COMMAND) ## Make .venv from requirements.lock, if it is not ther
 
 $(STAMP):
 	@$(if $(FOUND),,$(error $(NO_PYTHON)))
-	@echo "Making .venv with Python $(lastword $(FOUND)): about 160 packages, 3 GB on disk, once."
+	@echo "Making .venv with Python $(lastword $(FOUND)): about 160 packages, 3.4 GB on disk, once."
 	@rm -rf .venv
 	@trap 'echo "Interrupted. Nothing is broken: the next make starts .venv afresh." >&2; exit 130' INT TERM; \
 	  { $(firstword $(FOUND)) -m venv .venv && \

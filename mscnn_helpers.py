@@ -71,6 +71,7 @@ from mscnn_parts.decision import (
     apply_threshold,
     cross_fitted,
     fit_shared_calibration,
+    halves,
     log_odds,
     margin,
 )
@@ -153,7 +154,7 @@ __all__ = [
     "compare_decisions", "compile_classifier", "continue_run_data", "cross_fitted", "decision_confusion",
     "decision_report", "default_recipe", "device_name", "evaluate", "failure_metrics", "fastest_policy",
     "fit_ood", "fit_shared_calibration", "foreign_photographs", "format_difference", "grad_cam",
-    "gradient_of_kernel", "has_cam", "keeps_stage2", "learning_rate_schedule", "load_dataset", "load_model",
+    "gradient_of_kernel", "halves", "has_cam", "keeps_stage2", "learning_rate_schedule", "load_dataset", "load_model",
     "load_run_model", "log_loss_by_category", "log_odds", "main", "map_layers", "margin", "ood_score",
     "open_run", "orthogonalize", "phase_recipes", "plot_augmentation", "plot_confusion", "plot_decision_traces",
     "plot_gallery", "plot_history", "plot_images", "plot_reliability", "plot_retraining", "plot_risk_coverage",

@@ -313,6 +313,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = Parser(
         [*COMMANDS, "run"],
         prog=name,
+        usage=f"{name} [options]\n       {name} decide MODEL PICTURES...\n       {name} info MODEL",
         description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
         "by running the notebooks 01 to 05 into a run folder. Two commands take a finished model, see their --help:\n"
         f"{name} decide MODEL PICTURES..., and {name} info MODEL.",
@@ -422,10 +423,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         settings, notebooks, given = parse(arguments)  # --help answers here, without TensorFlow
-        import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
-
         run = Run("total", settings)
         with alone_in(run.folder):
+            import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
+
+            if not arguments:
+                print_anyway("50 epochs on all data take hours. A first look, minutes: --epochs 5 --light_mode.")
             _validate(settings, notebooks, given)
             if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
                 print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")

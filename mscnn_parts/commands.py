@@ -93,7 +93,7 @@ def _write_rows(rows: Iterable[dict], file: IO[str], suffix: str) -> None:
 def _line(row: dict) -> str:
     """A row in words. What is out of distribution gets no confidence, which would mean little."""
     if row["error"]:
-        return row["error"]  # which names the path
+        return f"error: {row['error']}"  # which names the path
     correct, score = f"correct with probability {row['confidence']:.1%}", f"OOD score {row['ood_score']:.2f}"
     if row["reason"] == ACCEPTED:
         return f"{row['path']}: {row['decision']} ({correct}; {score})"
@@ -163,7 +163,7 @@ def decide(arguments: Sequence[str]) -> int:
             _write_rows(rows(), file, suffix)
 
     write_atomically(path_from(given.csv, Path()), write)
-    print(f"{len(pictures) - errors} pictures decided, {errors} not read: {given.csv}")
+    print(f"Pictures decided: {len(pictures) - errors}, not read: {errors}. Table: {given.csv}")
     return int(errors > 0)
 
 

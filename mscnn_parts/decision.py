@@ -105,10 +105,16 @@ def fit_category_calibration(
     return np.array([fit_calibration(stage1[g], stage2[g], correct[g], common, CATEGORY_PRECISION) for g in groups])
 
 
+def halves(count: int, seed: int = 0) -> list[np.ndarray]:
+    """The indices of two random halves of so many images."""
+    return np.array_split(np.random.default_rng(seed).permutation(count), 2)
+
+
 def cross_fitted(stage1: np.ndarray, stage2: np.ndarray, correct: np.ndarray, seed: int = 0) -> np.ndarray:
     """Log-odds that Stage 1 is correct, by shared coefficients: each half of the images uses the other half's fit.
 
-    So a score can be measured on the images that it was fitted on.
+    So a score can be measured on the images that it was fitted on. Rank within each of the `halves`, whose odds are of
+    one fit.
 
     Args:
         stage1, stage2, correct: see `fit_calibration`, (N,). seed: of the halves.
@@ -116,8 +122,8 @@ def cross_fitted(stage1: np.ndarray, stage2: np.ndarray, correct: np.ndarray, se
     Returns:
         float64 (N,).
     """
-    halves, odds = np.array_split(np.random.default_rng(seed).permutation(len(correct)), 2), np.zeros(len(correct))
-    for fitted, scored in (halves, halves[::-1]):
+    (first, second), odds = halves(len(correct), seed), np.zeros(len(correct))
+    for fitted, scored in ((first, second), (second, first)):
         intercept, weight1, weight2 = fit_shared_calibration(stage1[fitted], stage2[fitted], correct[fitted])
         odds[scored] = intercept + weight1 * stage1[scored] + weight2 * stage2[scored]
     return odds

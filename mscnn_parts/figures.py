@@ -335,11 +335,15 @@ def plot_thresholds(
 
 
 def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
-    """Log loss on the calibration split before and after retraining, side by side."""
+    """Log loss on the calibration split before and after retraining, side by side; hatched: rolled back."""
     figure, (axis,) = new_axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
     place = np.arange(len(results))
-    axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
-    axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="after", color="C0")
+    for side, label, color in ((-0.2, "before", "C7"), (0.2, "retrained", "C0")):
+        losses = [r.loss_before if side < 0 else r.loss_after for r in results]
+        bars = axis.bar(place + side, losses, 0.4, label=label, color=color)
+        axis.bar_label(bars, fmt="%.3f", fontsize=8)
+        for bar, result in zip(bars, results, strict=True):
+            bar.set(hatch="" if side < 0 or result.kept else "///", edgecolor="white")
     labels = [f"{r.category}\n{'kept' if r.kept else 'rolled back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
@@ -361,7 +365,7 @@ def plot_decision_traces(traces: Sequence[DecisionTrace]) -> Figure:
         ):
             _show_map(axis, trace.image, heat, f"Stage {1 + (axis is second)}\n{title}")
         top = "\n".join(f"{name} {p:.1%}" for name, p in trace.top3)
-        text.text(0, 0.98, f"Stage 1\n{top}\nStage 2: correct {trace.stage2_confidence:.0%}", va="top", fontsize=9)
+        text.text(0, 0.98, f"Stage 1\n{top}\nStage 2 alone: {trace.stage2_confidence:.0%}", va="top", fontsize=9)
         incorrect = trace.verdict not in (OTHER, trace.truth) and trace.truth
         color = "dimgrey" if trace.verdict == OTHER else "firebrick" if incorrect else "darkgreen"
         text.text(0, 0.02, _verdict(trace, bool(incorrect)), fontsize=11, weight="bold", color=color)

@@ -134,7 +134,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             held.enter_context(lock)
         except filelock.Timeout:
             problem = f"Another run is at work in {folder}"
-            raise MSCNNError(f"{problem}: wait for its end, or choose another run_dir.") from None
+            raise MSCNNError(f"{problem}: wait for its end, or choose another run_dir (--run_dir).") from None
         except (OSError, NotImplementedError):  # there is no place for it, or the file is another user's
             pass
         yield

@@ -189,8 +189,9 @@ def guarantee_text(certificate: Certificate | None, threshold: float | np.ndarra
         return "No error rate is guaranteed: the model was not certified after its last training and calibration."
     if np.any(certificate.threshold != threshold):
         return (
-            f"No error rate is guaranteed at threshold {_span(threshold, 'g')}: the certificate is for "
-            f"{certificate.threshold:g} (model.threshold = model.certificate.threshold takes that one)."
+            f"No error rate is guaranteed at threshold {_span(threshold, 'g')}, but one of at most "
+            f"{math.ceil(1e4 * certificate.risk - 1e-6) / 1e4:.2%} at {certificate.threshold:g} "
+            "(mscnn decide --threshold, or model.threshold = model.certificate.threshold)."
         )
     return certificate.text()
 

@@ -123,7 +123,7 @@ def test_the_pretrained_model_is_tried_with_the_splits_that_it_was_trained_with(
     monkeypatch.setattr(exercises, "load_dataset", lambda *arguments: asked.append(arguments) or tiny_data)
     run.settings = dataclasses.replace(run.settings, dataset="cifar10")
     assert exercises.finished_model(run) == (None, tiny_data), "those are not its images"
-    assert asked == [("cifar10", False, 0, 32), ("cifar10", False, 3)]
+    assert asked == [("cifar10", False, 0, 32), ("cifar10", False, 3, 0, True, False)]
 
 
 def test_images_that_changed_since_are_other_data(run, trained_model, tmp_path, tiny_path):

@@ -223,7 +223,9 @@ def test_thresholds_draw_coverage_and_accuracy():
 def test_retraining_says_what_was_kept():
     figure = mscnn.plot_retraining(RETRAINED)
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["ship\nkept", "truck\nrolled back"]
-    assert [bar.get_height() for bar in figure.axes[0].patches] == [0.4, 0.2, 0.3, 0.5]
+    bars = figure.axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0.4, 0.2, 0.3, 0.5]
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, False, False, True], "what was rolled back"
 
 
 def test_gallery_says_what_was_decided_and_what_is_true():
@@ -268,7 +270,7 @@ def test_decision_traces_are_one_row_an_image():
         "ship 60.0%",
         "truck 30.0%",
         "cat 10.0%",
-        "correct 40%",
+        "Stage 2 alone: 40%",
         "OTHER, low confidence\nship? 55.0%",
         "truck\n55.0%",
     ):

@@ -232,7 +232,7 @@ def test_what_is_known_is_learnt_from_the_whole_model_and_stays_when_a_category_
 def test_an_image_that_may_not_be_mirrored_is_judged_once(digits):
     small = {"policy": "float32", "stage1_widths": (8, 8), "stage2_widths": (8, 8)}
     model, images = MultiStageCNN.for_dataset(digits, **small), digits.test.images[:5]
-    expected = mscnn.log_odds(model.stage2_cnn(7)(images, training=False), np.full(5, 7))
+    expected = mscnn.log_odds(model.verifier(7)(images, training=False), np.full(5, 7))
     np.testing.assert_allclose(model.stage2_log_odds(images, 7), expected, rtol=1e-4, atol=1e-4)
     scores = model.scores(images)
     assert len(scores.logits) == 1
@@ -521,7 +521,7 @@ def test_thresholds_by_category_are_saved_and_told(certified, tmp_path, given):
     assert loaded.valid_certificate is None
     if np.ndim(given):
         assert threshold_text(loaded).startswith("Thresholds 0.5000 to 0.9000 by category, as given. No error rate is ")
-        assert "at threshold 0.5 to 0.9: the certificate is for " in loaded.guarantee()
+        assert "at threshold 0.5 to 0.9, but one of at most " in loaded.guarantee()
     certified.threshold = [certified.certificate.threshold] * 5  # the same decisions as that of the certificate
     assert certified.valid_certificate == certified.certificate
 
@@ -818,7 +818,7 @@ def test_a_certificate_is_saved_with_the_model(certified, tmp_path):
 
 def test_a_certificate_holds_at_its_threshold_only(certified):
     certified.threshold = 0.123
-    assert certified.guarantee().startswith("No error rate is guaranteed at threshold 0.123: the certificate is for ")
+    assert certified.guarantee().startswith("No error rate is guaranteed at threshold 0.123, but one of at most ")
     assert certified.valid_certificate is None
     certified.threshold = certified.certificate.threshold
     assert certified.valid_certificate == certified.certificate

@@ -61,7 +61,7 @@ def test_light_rooms_load_no_tensorflow():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_public_functions_are_annotated(path):
     """But methods that Keras prescribes."""
-    prescribed = {"call", "build", "get_config", "convolution_op", "update_step"}
+    prescribed = {"call", "build", "get_config", "from_config", "convolution_op", "update_step"}
     for owner in ast.walk(ast.parse(path.read_text("utf-8"))):
         if not isinstance(owner, (ast.Module, ast.ClassDef)):
             continue

@@ -325,7 +325,7 @@ def test_the_fallback_stays_the_fallback(settings, digits, monkeypatch, capsys):
 
     asked = []
 
-    def load(name, light_mode, seed, image_size):
+    def load(name, *_):
         asked.append(name)
         return dataclasses.replace(digits, fallback=name == "auto")
 

@@ -44,7 +44,7 @@ def draw_decisions(model: mscnn.MultiStageCNN, test: mscnn.Split, decisions: msc
     fields = (axes.ravel(), images, shown.reasons(), shown.stage1_category, shown.confidence, truths)
     for axis, image, reason, c, confidence, truth in zip(*fields, strict=True):
         axis.imshow(image, interpolation="nearest")
-        color = "darkgreen" if reason == mscnn.ACCEPTED else "firebrick"
+        color = "darkgreen" if reason == mscnn.ACCEPTED and names[c] == truth else "firebrick"
         axis.set_title(caption(reason, names[c], confidence, truth), fontsize=9, color=color)
         axis.set_xticks([])
         axis.set_yticks([])
