@@ -44,6 +44,13 @@ def pictures_in(places: Iterable[str]) -> Iterator[Path]:
         yield from sorted(one for one in within if not _of_the_system(one.relative_to(path))) or [path]
 
 
+def others_in(places: Iterable[str]) -> int:
+    """How many files in these folders, and below them, are no pictures."""
+    folders = [path for path in (path_from(place, Path()) for place in places) if path.is_dir()]
+    files = (one.relative_to(folder) for folder in folders for one in folder.rglob("*") if one.is_file())
+    return sum(one.suffix.lower() not in IMAGE_SUFFIXES and not _of_the_system(one) for one in files)
+
+
 def _of_the_system(path: Path) -> bool:
     return path.name.startswith(".") or any(SYSTEM_ENTRIES.match(part) for part in path.parts[:-1])
 
@@ -145,6 +152,8 @@ def decide(arguments: Sequence[str]) -> int:
     pictures, errors = list(pictures_in(given.paths)), 0
     if pictures and all(path.is_dir() for path in pictures):
         raise _empty(pictures[0])
+    if others := others_in(given.paths):
+        print(f"Files left out, which are no pictures by their names: {others}", file=sys.stderr)
 
     def rows() -> Iterator[dict]:
         nonlocal errors

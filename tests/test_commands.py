@@ -60,9 +60,10 @@ def test_a_line_never_reads_as_certain_of_what_was_rejected(reason, decision, ex
     assert commands._line({**row, "error": None}) == expected
 
 
-def test_a_table_has_a_row_for_each_picture(trained_model_path, pictures, tmp_path, tiny_data):
+def test_a_table_has_a_row_for_each_picture(trained_model_path, pictures, tmp_path, tiny_data, capsys):
     table = tmp_path / "table.csv"
     assert mscnn.main(["decide", str(trained_model_path), str(pictures), "--csv", str(table)]) == 1, "one is damaged"
+    assert "Files left out, which are no pictures by their names: 1\n" in capsys.readouterr().err
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"].rpartition("/")[2] for row in rows] == ["a.png", "b.PNG", "c.png", "damaged.jpg"]
