@@ -344,6 +344,7 @@ def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
         for bar, result in zip(bars, results, strict=True):
             bar.set(hatch="" if side < 0 or result.kept else "///", edgecolor="white")
+    axis.margins(y=0.12)  # room for the numbers
     labels = [f"{r.category}\n{'kept' if r.kept else 'rolled back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
