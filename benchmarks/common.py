@@ -116,6 +116,11 @@ def read_json(name: str, default):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
+def has_whole_cnns(run: dict) -> bool:
+    """Whether one of quality.py's runs had Stage 2 CNNs that share no blocks, once the default."""
+    return run["parameters"].get("stage2_branch", 0) == 0
+
+
 def write(name: str, figures, section: str) -> None:
     """Writes benchmarks/NAME.json, and its section of RESULTS.md; the other benchmarks' sections stay.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import targets
-from common import ROOT, commit, markdown, numbers, read_json, spread, write
+from common import ROOT, commit, has_whole_cnns, markdown, numbers, read_json, spread, write
 
 KINDS = {  # name: (what the table says of it, arguments)
     "full": ("full data, the default recipe", "--epochs 0 --batch_size 0"),
@@ -85,10 +85,6 @@ def measure(kind: str, seed: int, dataset: str, whole: bool) -> dict:
         "training_seconds": training_seconds(history),
         **{name: metrics[name] for name in kept},
     }
-
-
-def has_whole_cnns(run: dict) -> bool:
-    return run["parameters"].get("stage2_branch", 0) == 0  # once the default
 
 
 def identity(run: dict) -> tuple:

@@ -27,7 +27,19 @@ from pathlib import Path
 
 import numpy as np
 import targets
-from common import ROOT, Timed, in_fresh_process, interleaved, markdown, origin, origin_line, read_json, spread, write
+from common import (
+    ROOT,
+    Timed,
+    has_whole_cnns,
+    in_fresh_process,
+    interleaved,
+    markdown,
+    origin,
+    origin_line,
+    read_json,
+    spread,
+    write,
+)
 
 WIDTHS, SIZE, CATEGORIES, BATCH = (64, 256, 256), 32, 10, 512
 DATASET = "cifar10"
@@ -435,7 +447,7 @@ def _whole_runs(kind: str) -> list[dict]:
          "saved_after": run["stage1_saved_after"]}
         for run in read_json("quality", [])
         if run["kind"] in kinds and (run["dataset"]["name"], run["device"]) == here
-        and run["parameters"]["stage2_branch"] != 0
+        and not has_whole_cnns(run)
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-from common import markdown, read_json, spread, write_section
+from common import has_whole_cnns, markdown, read_json, spread, write_section
 
 
 class Measured(NamedTuple):
@@ -71,7 +71,7 @@ def of_runs(kind: str, figure: Callable[[dict], float]) -> Callable:
 
     def values(measured: Measured) -> list[float]:
         runs = [run for run in measured.quality if (run["kind"], run["dataset"]["name"]) == (kind, "cifar10")]
-        return [figure(run) for run in runs if run["parameters"]["stage2_branch"] != 0] or list(map(figure, runs))
+        return [figure(run) for run in runs if not has_whole_cnns(run)] or list(map(figure, runs))
 
     return values
 

@@ -97,9 +97,10 @@ class EpochLines(keras.callbacks.Callback):
         self.printed, splits = now, {"train": "", "calibration": "val_"}
         told = [f"{name} {logs[f'{k}accuracy']:.1%}, loss {logs[f'{k}loss']:.3f}" for name, k in splits.items()]
         print(f"Epoch {epoch + 1}/{last}: {'; '.join(told)}; {now - self.begun:.1f} s", flush=True)
-        work = [SMALL_CROP**2 if i < self.small else 1.0 for i in range(last)]
-        if epoch == 0 and (minutes := (now - self.begun) * sum(work[1:]) / work[0] / 60) > 2:
-            print(f"About {minutes:.0f} more minutes.", flush=True)
+        if epoch == 0:
+            work = [SMALL_CROP**2 if i < self.small else 1.0 for i in range(last)]
+            if (minutes := (now - self.begun) * sum(work[1:]) / work[0] / 60) > 2:
+                print(f"About {minutes:.0f} more minutes.", flush=True)
 
 
 class AlternatingFlip(keras.callbacks.Callback):

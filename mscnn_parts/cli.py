@@ -315,8 +315,7 @@ def command_line() -> argparse.ArgumentParser:
         prog=name,
         usage=f"{name} [options]\n       {name} decide MODEL PICTURES...\n       {name} info MODEL",
         description="Trains and evaluates a two-stage image classifier that says OTHER when it should,\n"
-        "by running the notebooks 01 to 05 into a run folder. Two commands take a finished model, see their --help:\n"
-        f"{name} decide MODEL PICTURES..., and {name} info MODEL.",
+        "by running the notebooks 01 to 05 into a run folder. decide and info take a finished model; see their --help.",
         epilog="examples:\n"
         f"  a first look, minutes       {name} --epochs 5 --light_mode\n"
         f"  then retrain two of it      {name} --epochs 5 --light_mode --stage2_only --stage2_categories ship,truck\n"
@@ -428,7 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import mscnn_helpers  # noqa: F401 - so that the class of the model is registered; it loads TensorFlow
 
             if not arguments:
-                print_anyway("50 epochs on all data take hours. A first look, minutes: --epochs 5 --light_mode.")
+                print_anyway(
+                    f"{settings.epochs} epochs on all data take hours. A first look, minutes: --epochs 5 --light_mode."
+                )
             _validate(settings, notebooks, given)
             if settings.load_model and not settings.stage2_only and NOTEBOOKS[1] in notebooks:
                 print_anyway(f"Both stages of {settings.load_model} are trained further; --stage2_only keeps Stage 1.")

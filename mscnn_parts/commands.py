@@ -30,25 +30,23 @@ ON_CARD = ("accuracy of all answers", "coverage", "accuracy of the accepted")
 COLUMNS = ("path", "decision", "reason", "confidence", "stage1", "ood_score", "error")
 
 
-def pictures_in(places: Iterable[str]) -> Iterator[Path]:
-    """The picture files that are named: a file, all pictures in a folder and below it, or `-` for a list on stdin.
+def pictures_in(places: Iterable[str]) -> tuple[list[Path], int]:
+    """The picture files that are named, and how many files of the folders are no pictures by their names.
 
-    What the system leaves in folders, such as `._a.png`, is none. A folder without a picture stands for itself.
+    A place is a file, a folder with all pictures in it and below it, or `-` for a list of places on stdin. What the
+    system leaves in folders, such as `._a.png`, is nothing. A folder without a picture stands for itself.
     """
+    pictures, others = [], 0
     for place in places:
         if place == "-":
-            yield from pictures_in(line.strip() for line in sys.stdin if line.strip())
-            continue
-        path = path_from(place, Path())
-        within = (one for one in path.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file())
-        yield from sorted(one for one in within if not _of_the_system(one.relative_to(path))) or [path]
-
-
-def others_in(places: Iterable[str]) -> int:
-    """How many files in these folders, and below them, are no pictures."""
-    folders = [path for path in (path_from(place, Path()) for place in places) if path.is_dir()]
-    files = (one.relative_to(folder) for folder in folders for one in folder.rglob("*") if one.is_file())
-    return sum(one.suffix.lower() not in IMAGE_SUFFIXES and not _of_the_system(one) for one in files)
+            found, left_out = pictures_in(line.strip() for line in sys.stdin if line.strip())
+        else:
+            path = path_from(place, Path())
+            files = [one for one in path.rglob("*") if one.is_file() and not _of_the_system(one.relative_to(path))]
+            found = sorted(one for one in files if one.suffix.lower() in IMAGE_SUFFIXES)
+            left_out, found = len(files) - len(found), found or [path]
+        pictures, others = pictures + found, others + left_out
+    return pictures, others
 
 
 def _of_the_system(path: Path) -> bool:
@@ -149,10 +147,10 @@ def decide(arguments: Sequence[str]) -> int:
     model = mscnn.load_model(given.model)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    pictures, errors = list(pictures_in(given.paths)), 0
+    (pictures, others), errors = pictures_in(given.paths), 0
     if pictures and all(path.is_dir() for path in pictures):
         raise _empty(pictures[0])
-    if others := others_in(given.paths):
+    if others:
         print(f"Files left out, which are no pictures by their names: {others}", file=sys.stderr)
 
     def rows() -> Iterator[dict]:

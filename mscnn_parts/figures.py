@@ -338,17 +338,17 @@ def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
     """Log loss on the calibration split before and after retraining, side by side; hatched: rolled back."""
     figure, (axis,) = new_axes(1, 1, 2.5 + 1.2 * len(results), 3.4)
     place = np.arange(len(results))
-    for side, label, color in ((-0.2, "before", "C7"), (0.2, "retrained", "C0")):
-        losses = [r.loss_before if side < 0 else r.loss_after for r in results]
-        bars = axis.bar(place + side, losses, 0.4, label=label, color=color)
-        axis.bar_label(bars, fmt="%.3f", fontsize=8)
-        for bar, result in zip(bars, results, strict=True):
-            bar.set(hatch="" if side < 0 or result.kept else "///", edgecolor="white")
+    before = axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
+    after = axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="retrained", color="C0")
+    for bars in (before, after):
+        axis.bar_label(bars, fmt="%.3f")
     axis.margins(y=0.12)  # room for the numbers
     labels = [f"{r.category}\n{'kept' if r.kept else 'rolled back'}" for r in results]
     axis.set_xticks(place, labels)
     axis.set(ylabel="log loss of the confidence (nats)", title="Calibration split: lower is better")
     _legend_below(figure, axis)
+    for bar, result in zip(after, results, strict=True):  # after the legend, which takes the first bar as its sign
+        bar.set(hatch="" if result.kept else "///", edgecolor="white")
     return figure
 
 

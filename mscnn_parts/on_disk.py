@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mscnn_parts.files import write_atomically
+from mscnn_parts.files import check_writable, write_atomically
 from mscnn_parts.settings import MSCNNError
 
 
@@ -164,9 +164,8 @@ def _with_room(folders: Sequence[Path], needed: int) -> Path:
     for folder in folders:
         with contextlib.suppress(OSError, MSCNNError):
             _check_space(folder, needed, "")
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
+            check_writable(folder, "", "")
+            return folder
     return folders[0]
 
 

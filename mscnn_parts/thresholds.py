@@ -32,9 +32,14 @@ class Certificate(NamedTuple):
         """What it promises, in one line; never more than it does by rounding."""
         return (
             f"Guaranteed with probability {_kept(self.delta)}: at threshold {self.threshold:.4f} at most "
-            f"{math.ceil(1e4 * self.risk - 1e-6) / 1e4:.2%} of the accepted are incorrect. "
+            f"{_promised(self.risk)} of the accepted are incorrect. "
             f"Of {self.accepted:,} accepted images, {self.errors} were."
         )
+
+
+def _promised(risk: float) -> str:
+    """The risk that is guaranteed, rounded up."""
+    return f"{math.ceil(1e4 * risk - 1e-6) / 1e4:.2%}"
 
 
 def _kept(delta: float) -> str:
@@ -190,7 +195,7 @@ def guarantee_text(certificate: Certificate | None, threshold: float | np.ndarra
     if np.any(certificate.threshold != threshold):
         return (
             f"No error rate is guaranteed at threshold {_span(threshold, 'g')}, but one of at most "
-            f"{math.ceil(1e4 * certificate.risk - 1e-6) / 1e4:.2%} at {certificate.threshold:g} "
+            f"{_promised(certificate.risk)} at {float(certificate.threshold)!r} "  # exact, for it may be typed
             "(mscnn decide --threshold, or model.threshold = model.certificate.threshold)."
         )
     return certificate.text()
