@@ -46,7 +46,8 @@ $(STAMP):
 	@rm -rf .venv
 	@trap 'echo "Interrupted. Nothing is broken: the next make starts .venv afresh." >&2; exit 130' INT TERM; \
 	  { $(firstword $(FOUND)) -m venv .venv && \
-	    $(RUN) -m pip install --disable-pip-version-check -r requirements.lock && touch $@; } || \
+	    $(RUN) -m pip install --disable-pip-version-check -r requirements.lock && touch $@ && \
+	    echo "The environment is ready, in .venv."; } || \
 	  { echo "Making .venv failed, see above. The next make starts it afresh." >&2; exit 1; }
 
 # The command runs the code of this folder. Nothing is downloaded: setuptools, which builds it, is in the lock.

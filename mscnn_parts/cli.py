@@ -297,7 +297,7 @@ def print_result(run: Run) -> None:
     print(f"Area under the risk-coverage curve: {two_stage['aurc']:.4f}; {alone}.")
     if metrics.get("unnoticed"):
         kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in metrics["unnoticed"].items())
-        print(f"{OTHER} does not notice everything. Accepted, though they show no category: {kinds}.")
+        print(f"{OTHER} does not notice everything. Accepted, though they show no category (notebook 05b): {kinds}.")
     if two_stage.get("ood_rejection_rate"):
         rejected = f"{two_stage['ood_rejection_rate']:.1%} of the test images"
         print(f"Rejected as {OUT_OF_DISTRIBUTION}, though they show a category: {rejected}.")

@@ -123,8 +123,8 @@ def plot_images(images: np.ndarray, captions: Sequence[str], title: str = "", co
     if len(captions) != len(images):
         raise MSCNNError(f"{len(captions)} captions for {len(images)} images: give one of each image, '' for none.")
     columns = min(columns, max(4, len(images)))
-    rows = max(1, -(-len(images) // columns))
-    figure, axes = new_axes(rows, columns, 1.25, 1.5)
+    rows, lines = max(1, -(-len(images) // columns)), max((one.count("\n") + 1 for one in captions if one), default=0)
+    figure, axes = new_axes(rows, columns, 1.25, 1.25 + 0.15 * lines)  # so that an image fills its width
     for axis in axes:
         axis.set_axis_off()
     for axis, image, caption in zip(axes, images, captions):  # noqa: B905 - the last row may be short

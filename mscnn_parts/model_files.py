@@ -15,7 +15,7 @@ import numpy as np
 from mscnn_parts.downloads import keras_home
 from mscnn_parts.files import notebooks_folder, path_from, read_model_config
 from mscnn_parts.networks import layers_by_group
-from mscnn_parts.settings import PRETRAINED, MSCNNError, check_stage1
+from mscnn_parts.settings import PRETRAINED, MSCNNError, check_stage1, did_you_mean
 from mscnn_parts.zoo import network_named
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def load_model(path: str | Path) -> MultiStageCNN:
     if not path.is_file():
         raise MSCNNError(
             f"There is no model file at {path}: give the path of a .keras file of a finished run, or pretrained."
+            f"{did_you_mean(path.name, ['pretrained'])}"
         )
     _check_model_file(path)
     expected = keras.saving.get_registered_object("mscnn>MultiStageCNN")

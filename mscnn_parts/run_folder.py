@@ -88,6 +88,7 @@ class Run:
             raise MSCNNError(
                 f"No model file '{wanted}': looked for {' and '.join(map(str, places))}. "
                 "Give the path of a .keras file of a finished run, or pretrained."
+                f"{did_you_mean(wanted, ['pretrained'])}"
             )
         return existing
 
