@@ -52,6 +52,8 @@ ROWS = {
     "EuroSAT, compact": Row("eurosat.npz", "compact", 64, 10, target=0.975, quarter_turns=True),
     "EuroSAT, alexnet": Row("eurosat.npz", "alexnet", 64, 10),
     "EuroSAT, resnet": Row("eurosat.npz", "resnet", 64, 10),
+    "EuroSAT light mode, alexnet": Row("eurosat.npz", "alexnet", 64, 20, True),
+    "EuroSAT light mode, resnet": Row("eurosat.npz", "resnet", 64, 20, True),
     "CIFAR-10 light mode, efficientnet_lite0": Row("cifar10", "efficientnet_lite0", 128, 6, True, target=0.88),
     "CIFAR-10, efficientnet_lite0": Row("cifar10", "efficientnet_lite0", 128, target=0.95),
     "CIFAR-10, vgg": Row("cifar10", "vgg", 32, 50, target=0.93),
