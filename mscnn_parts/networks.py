@@ -73,7 +73,7 @@ def build_cnn(
     x = _enlarged(RandomFlipCrop(flip, quarter_turns=quarter_turns, name="augmentation")(x), size)
     scale, shift = [1 / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     x = layers.Rescaling(scale, shift, dtype="float32", name="normalization")(x)
-    x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 channels)
+    x = WhiteningConv(name="whitening", dtype=policy)(x)  # (B, H-1, W-1, 8 * channels)
     x = layers.Activation(activation, dtype=policy, name="whitened")(x)
     for block, width in enumerate(widths, start=1):
         for half in (1, 2):
@@ -313,7 +313,7 @@ def set_whitening(networks: Iterable[keras.Model], images: np.ndarray, mean: np.
 
 
 def whitening_kernel(images: np.ndarray, mean: np.ndarray, std: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
-    """The kernel of `WhiteningConv`, float32 (2, 2, channels, 8 channels), from uint8 images (N, H, W, channels)."""
+    """The kernel of `WhiteningConv`, float32 (2, 2, channels, 8 * channels), from uint8 images (N, H, W, channels)."""
     x = (images.astype(np.float32) - mean) / std
     corners = [x[:, i : i - 1 or None, j : j - 1 or None] for i in (0, 1) for j in (0, 1)]
     patches = np.stack(corners, axis=3).reshape(-1, 4 * x.shape[-1])  # (patches, 4 channels)

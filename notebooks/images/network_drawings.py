@@ -2,7 +2,7 @@
 
     python notebooks/images/network_drawings.py
 
-All numbers are computed here: what a kernel answers, what pooling leaves and how many weights a layer has.
+All numbers are computed here: what a kernel puts out, what pooling leaves and how many weights a layer has.
 """
 
 import numpy as np
@@ -36,7 +36,7 @@ def frame(x: float, y: float, size: float, color: str) -> str:
 
 
 def convolved(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """What a kernel answers at every place where all of it lies on the image."""
+    """What a kernel puts out at every position where all of it lies on the image."""
     return np.einsum("abij,ij->ab", np.lib.stride_tricks.sliding_window_view(image, kernel.shape), kernel)
 
 
@@ -44,30 +44,30 @@ def convolution() -> None:
     image = np.array([[1, 1, 2, 7, 8, 8], [1, 2, 1, 8, 8, 7], [2, 1, 1, 8, 7, 8],
                       [1, 1, 8, 7, 8, 8], [2, 8, 8, 8, 7, 8], [1, 7, 8, 8, 8, 7]])  # fmt: skip
     kernel = np.array([[-1, 0, 1]] * 3)
-    answers, (row, column) = convolved(image, kernel), (1, 1)
+    outputs, (row, column) = convolved(image, kernel), (1, 1)
     products = (image[row : row + 3, column : column + 3] * kernel).ravel()
     cell, top, middle = 29, 62, 149
     fills = np.full(image.shape, WHITE, dtype=object)
     fills[row : row + 3, column : column + 3] = PALE[ORANGE]
-    kept = np.full(answers.shape, WHITE, dtype=object)
+    kept = np.full(outputs.shape, WHITE, dtype=object)
     kept[row, column] = PALE[GREEN]
     parts = [text(24, 28, "One 3 × 3 kernel at one place", 16, anchor="start", bold=True)]
     parts.append(grid(24, top, image, cell, fills) + frame(24 + cell * column, top + cell * row, 3 * cell, ORANGE))
     parts.append(text(216, middle, "×", 20, bold=True) + text(339, middle, "=", 20, bold=True))
     parts.append(grid(234, middle - 1.5 * cell, kernel, cell, PALE[ORANGE], ORANGE))
-    parts.append(grid(357, middle - 2 * cell, answers, cell, kept))
+    parts.append(grid(357, middle - 2 * cell, outputs, cell, kept))
     parts.append(frame(357 + cell * column, middle + cell * (row - 2), cell, GREEN))
-    for left, values, name in ((24, image, "image"), (234, kernel, "kernel"), (357, answers, "answers")):
+    for left, values, name in ((24, image, "image"), (234, kernel, "kernel"), (357, outputs, "outputs")):
         x = left + cell * values.shape[1] / 2
         parts.append(text(x, 258, name, 15, bold=True) + text(x, 279, " × ".join(map(str, values.shape)), 14, BLUE))
     terms = number(products[0]) + "".join(f" {'−' if value < 0 else '+'} {abs(value)}" for value in products[1:])
     parts.append(text(24, 312, "the nine products:", 14, GREY, "start") + text(156, 312, terms, 14, anchor="start"))
-    parts.append(text(473, 312, f"= {answers[row, column]}", 15, GREEN, "end", bold=True))
-    parts.append(text(24, 337, "An answer is large where dark turns to bright.", 14, GREY, "start"))
+    parts.append(text(473, 312, f"= {outputs[row, column]}", 15, GREEN, "end", bold=True))
+    parts.append(text(24, 337, "An output is large where dark turns to bright.", 14, GREY, "start"))
 
     seen, y, previous = [1 + 2 * layers for layers in (2, 1, 0)], 62, None  # each layer adds a pixel on each side
     parts.append(line(496, 20, 496, 352, RULE) + text(518, 28, "Two 3 × 3 convolutions", 16, anchor="start", bold=True))
-    whose = ((BLUE, "pixels\nof the image"), (ORANGE, "answers\nof the first"), (GREEN, "answer\nof the second"))
+    whose = ((BLUE, "pixels\nof the image"), (ORANGE, "outputs\nof the first"), (GREEN, "output\nof the second"))
     for side, (color, words) in zip(seen, whose, strict=True):
         left, right = 568 - 10 * side, 568 + 10 * side
         if previous:
@@ -80,9 +80,9 @@ def convolution() -> None:
     parts.append(text(518, 337, f"receptive field: {seen[0]} × {seen[0]} pixels", 14, GREY, "start"))
     save(
         "convolution", "A convolution",
-        f"A 3 × 3 kernel lies on a 6 × 6 image; the sum of its nine products is {answers[row, column]}, one number of "
-        f"the 4 × 4 answers. Beside it: an answer of the second of two 3 × 3 convolutions sees {seen[1]} × {seen[1]} "
-        f"answers of the first, and through them {seen[0]} × {seen[0]} pixels of the image.", 360, *parts,
+        f"A 3 × 3 kernel lies on a 6 × 6 image; the sum of its nine products is {outputs[row, column]}, one number of "
+        f"the 4 × 4 outputs. Beside it: an output of the second of two 3 × 3 convolutions sees {seen[1]} × {seen[1]} "
+        f"outputs of the first, and through them {seen[0]} × {seen[0]} pixels of the image.", 360, *parts,
     )  # fmt: skip
 
 
@@ -92,13 +92,13 @@ def pooling() -> None:
     colors = np.array([[BLUE, ORANGE], [GREEN, RED]])
     fills = np.vectorize(PALE.get)(colors)
     cell, wide, top = 46, 55, 62
-    parts = [text(380, 30, "a map of answers", 16, bold=True)]
+    parts = [text(380, 30, "a map of outputs", 16, bold=True)]
     parts.append(grid(288, top, values, cell, fills.repeat(2, 0).repeat(2, 1), size=17))
     for row, column in np.ndindex(2, 2):
         parts.append(frame(288 + 2 * cell * column, top + 2 * cell * row, 2 * cell, colors[row, column]))
     sides = (
-        (130, -1, "maximum 2 × 2", "the strongest answer of\neach window is kept", windows.max((2, 3))),
-        (630, 1, "average 2 × 2", "each of the four answers\ncounts a quarter", windows.mean((2, 3))),
+        (130, -1, "maximum 2 × 2", "the strongest output of\neach window is kept", windows.max((2, 3))),
+        (630, 1, "average 2 × 2", "each of the four outputs\ncounts a quarter", windows.mean((2, 3))),
     )
     middle = top + 2 * cell
     for x, way, name, does, pooled in sides:
