@@ -334,9 +334,9 @@ def train(variant: str, seed: int, policy: str, quick: bool) -> dict[str, float]
         accuracy, and aurc of its softmax.
     """
     data = mscnn.load_dataset("cifar10", seed=seed)
-    images, epochs, verifiers = (1000, 2, 1000) if quick else (10_000, 12, 20_000)
+    images, epochs, measured = (1000, 2, 1000) if quick else (10_000, 12, 20_000)
     order = np.random.default_rng(seed).permutation(len(data.train))
-    unseen = data.train.take(order[images : images + verifiers])
+    unseen = data.train.take(order[images : images + measured])
     data = dataclasses.replace(data, train=data.train.take(order[:images]))
     model = mscnn.MultiStageCNN.for_dataset(data, policy, seed)
     recipe = mscnn.Recipe(epochs, BATCH)

@@ -143,6 +143,6 @@ def write_section(name: str, section: str) -> None:
     old = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
     sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", old, re.S))
     sections[name] = section.strip()
-    order = {name: f"{name != 'targets'} {name}" for name in sections}.get
-    parts = [f"<!-- {one} -->\n{sections[one]}\n<!-- /{one} -->" for one in sorted(sections, key=order)]
+    order = sorted(sections, key=lambda one: (one != "targets", one))
+    parts = [f"<!-- {one} -->\n{sections[one]}\n<!-- /{one} -->" for one in order]
     replace(RESULTS, "# Results\n\n" + "\n\n".join(parts) + "\n")

@@ -12,7 +12,7 @@ method has to fit or to choose, it fits on the same calibration split. Those fro
 neighbours rank its answers on a single view; mirror, Stage 2 base network, one-vs-rest and ours those by two, at the
 image and its mirror image. Ensembles give answers of their own, and are also asked about those by two views.
 
-The definitions and sources of the measures stand in the module, section Evaluation. The methods:
+The definitions and sources of the measures stand in mscnn_parts/metrics.py. The methods:
 
     softmax           maximum softmax probability (MSP), as log-odds in float64 (Hendrycks & Gimpel 2017)
     margin            largest minus second largest logit

@@ -60,7 +60,7 @@ class Form(NamedTuple):
 
     seeds: tuple[int, ...]
     train: int  # images
-    unseen: int  # images that verifier
+    unseen: int  # images that measure
     epochs: int  # 0: the default recipe
     name: str  # of its folder in runs/verifiers
 
@@ -242,10 +242,10 @@ def features_as_input(trial: Trial) -> StageScore:
 
 
 def shifted_views(trial: Trial) -> StageScore:
-    def shifted(images, down, correct):
+    def shifted(images, down, right):
         padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
         height, width = images.shape[1:3]
-        return np.ascontiguousarray(padded[:, 2 + down : 2 + down + height, 2 + correct : 2 + correct + width])
+        return np.ascontiguousarray(padded[:, 2 + down : 2 + down + height, 2 + right : 2 + right + width])
 
     def of_one(images, c):
         return np.mean([trial.model.stage2_log_odds(shifted(images, *by), c) for by in ((0, 0), *SHIFTS)], axis=0)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import keras
 
 from mscnn_parts.layers import RandomFlipCrop
+from mscnn_parts.output import ipython_shell
 
 SMALL_CROP = 0.75  # of height and width: little more than half of the work
 
 
 def in_notebook() -> bool:
     """Whether a kernel runs this, which can show a bar."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
+    return hasattr(ipython_shell(), "kernel")
 
 
 class EpochTimer(keras.callbacks.Callback):

@@ -94,4 +94,4 @@ def checked_pair(
     if share and (confidence.min() < -1e-6 or confidence.max() > 1 + 1e-6):  # a float32 softmax may exceed 1
         least, most = confidence.min(), confidence.max()
         raise MSCNNError(f"Confidences lie between {least:g} and {most:g}: use 0 to 1; expit() makes them of log-odds.")
-    return confidence + 0.0 if confidence.dtype == bool else confidence, correct
+    return confidence.astype(np.float64), correct

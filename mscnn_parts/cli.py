@@ -80,10 +80,11 @@ def _code_cells(notebook: Path) -> list[int]:
     """Numbers of the code cells, counting the one that papermill puts behind the parameters."""
     import nbformat
 
-    cells = nbformat.read(notebook, 4).cells
-    kinds = [("code",) * (1 + ("parameters" in cell.metadata.get("tags", []))) for cell in cells]
-    kinds = [k if cell.cell_type == "code" else ("text",) for k, cell in zip(kinds, cells, strict=True)]
-    return [number for number, kind in enumerate(sum(kinds, ()), start=1) if kind == "code"]
+    code = []
+    for cell in nbformat.read(notebook, 4).cells:
+        injected = "parameters" in cell.metadata.get("tags", [])
+        code += [cell.cell_type == "code"] * (2 if injected else 1)
+    return [number for number, is_code in enumerate(code, start=1) if is_code]
 
 
 class Refused(MSCNNError):

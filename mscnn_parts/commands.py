@@ -197,9 +197,8 @@ def card(model: MultiStageCNN, path: Path | None = None) -> str:
 
     config, names, fingerprints = model.get_config(), model.category_names, model.fingerprints()
     mode = "light mode, " if config["light_mode"] else ""
-    weights = sum(array.size for array in model.stage1.get_weights())
-    small = sum(array.size for array in model.stage2_cnn(0).get_weights())
-    shared = sum(array.size for array in model.stage2_base.get_weights()) - small
+    weights, small = model.stage1.count_params(), model.stage2_cnn(0).count_params()
+    shared = model.stage2_base.count_params() - small
     own = f"{small:,}" + (f" behind {shared:,} that they share" if shared else "")
     network = network_named(model.network)
     kind = "CNNs" if model.stage2_branch >= 0 else "heads"

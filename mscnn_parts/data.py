@@ -60,12 +60,17 @@ class Dataset:
     image_size: int = 0  # pixels to which Stage 1 enlarges its images; 0: as they are
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name} {size:,}" for name, size in self.describe()["sizes"].items())
+        sizes = ", ".join(f"{name} {size:,}" for name, size in self.sizes.items())
         return f"<Dataset {self.name}: {sizes}; {len(self.category_names)} categories of {self.input_shape}>"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         return self.train.images.shape[1:]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images of each split."""
+        return {name: len(getattr(self, name)) for name in ("train", "calibration", "certification", "test")}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -85,11 +90,10 @@ class Dataset:
 
     def describe(self) -> dict:
         """What `metrics.json` says of the data."""
-        sizes = {name: len(getattr(self, name)) for name in ("train", "calibration", "certification", "test")}
         return {
             "name": self.name, "source": self.source, "fallback": self.fallback, "fingerprint": self.fingerprint,
             "source_fingerprint": self.source_fingerprint,
-            "light_mode": self.light_mode, "category_names": list(self.category_names), "sizes": sizes,
+            "light_mode": self.light_mode, "category_names": list(self.category_names), "sizes": self.sizes,
         }  # fmt: skip
 
 

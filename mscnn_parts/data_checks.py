@@ -18,6 +18,8 @@ import numpy as np
 
 from mscnn_parts.checks import check_categories_within, one_per_image
 from mscnn_parts.data import Dataset, Split
+from mscnn_parts.files import in_chunks
+from mscnn_parts.on_disk import unless_on_disk
 from mscnn_parts.settings import MSCNNError
 
 HASH_SIDE = 8  # a hash has 8 x 8 bits
@@ -48,8 +50,13 @@ def findings_text(findings: Sequence[Finding]) -> str:
 
 def check_images(images: np.ndarray, where: str = "images") -> list[Finding]:
     """Checks that images (N, H, W, channels) are what the project's networks take: uint8 from 0 to 255."""
-    images = np.asarray(images)
-    least, most = float(images.min()), float(images.max())
+    if not len(images):
+        return [Finding("no images", where, "there is none", "Look whether the right folder or file was read.")]
+    images, limits, single = unless_on_disk(images), [], []
+    for chunk in map(np.asarray, in_chunks(images)):
+        limits += [chunk.min(), chunk.max()]
+        single.append(np.ptp(chunk.reshape(len(chunk), -1), axis=1) == 0)
+    least, most, flat = float(min(limits)), float(max(limits)), np.flatnonzero(np.concatenate(single))
     evidence = f"{images.dtype} from {least:.3g} to {most:.3g}"
     found = []
     if images.dtype != np.uint8:
@@ -58,7 +65,6 @@ def check_images(images: np.ndarray, where: str = "images") -> list[Finding]:
     elif most <= 1:
         remedy = "They were scaled to 0..1 and then cast, which leaves black images: cast before you scale."
         found.append(Finding("value range", where, evidence, remedy))
-    flat = np.flatnonzero(np.ptp(images.reshape(len(images), -1), axis=1) == 0)
     if len(flat):
         evidence = f"{len(flat):,} of {len(images):,} images have one color only, such as number {flat[0]}"
         found.append(Finding("empty images", where, evidence, "Look at them; leave out what failed to load."))
@@ -73,6 +79,8 @@ def check_labels(labels: np.ndarray, categories: int, where: str = "labels") -> 
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         remedy = "Use one integer per image: labels.ravel().astype('int64')."
         return [Finding("label type", where, f"{labels.dtype} {labels.shape}", remedy)]
+    if not len(labels):
+        return [Finding("no labels", where, "there is none", "Look whether the right folder or file was read.")]
     least, most = labels.min(), labels.max()
     if least < 0 or most >= categories:
         shifted = most - least < categories
@@ -104,7 +112,11 @@ def dhash(images: np.ndarray) -> np.ndarray:
     Args:
         images: (N, H, W, channels).
     """
-    images = np.asarray(images)
+    images = unless_on_disk(images)
+    return np.concatenate([np.empty((0, HASH_SIDE**2), bool), *(_dhash(np.asarray(c)) for c in in_chunks(images))])
+
+
+def _dhash(images: np.ndarray) -> np.ndarray:
     channels = (images[..., c].astype(np.float32) for c in range(images.shape[-1]))
     gray = sum(channels, np.zeros((), np.float32)) / np.float32(images.shape[-1])  # (N, H, W); mean() is slower
     for axis, count in ((1, HASH_SIDE), (2, HASH_SIDE + 1)):
@@ -235,7 +247,9 @@ def cross_validated(features: np.ndarray, labels: np.ndarray, folds: int = 5, se
 
     if np.ndim(labels) != 1:
         raise MSCNNError(f"labels are {np.shape(labels)}: give one integer per image, (N,).")
-    least = np.bincount(labels).min()
+    labels = np.asarray(labels)
+    check_categories_within(labels, int(labels.max(initial=0)) + 1)
+    least = np.bincount(labels).min(initial=len(labels))
     if least < folds:
         raise MSCNNError(f"A category has {least} images: {folds} folds need {folds} or more of each from 0 on.")
     classifier = LogisticRegression(C=10 / features.shape[1], max_iter=200, tol=1e-3)

@@ -172,22 +172,26 @@ def trace_decisions(
     decisions, names = model.decide(images, threshold), [*model.category_names, OTHER]
     labels = None if labels is None else checked_labels(decisions.category, labels)
     probability, reasons = np.asarray(tf.nn.softmax(decisions.stage1_logits)), decisions.reasons()  # (B, C), (B,)
-    asked = np.unique(decisions.stage1_category)
-    verifiers = {c: model.verifier(c) for c in asked}
-    traces = []
-    for i, c in enumerate(decisions.stage1_category):
-        image = images[i : i + 1]
-        traces.append(
-            DecisionTrace(
-                image=images[i],
-                truth="" if labels is None else names[labels[i]],
-                stage1_map=grad_cam(model.stage1, image, lambda z, c=c: z[:, c])[0],
-                stage2_map=grad_cam(verifiers[c], image, lambda z, c=c: log_odds_tensor(z, c))[0],
-                top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
-                stage2_confidence=float(decisions.stage2_confidence[i]),
-                confidence=float(decisions.confidence[i]),
-                verdict=names[decisions.category[i]],
-                reason=str(reasons[i]),
-            )
+    category = decisions.stage1_category
+    if not len(category):
+        return []
+    stage1_maps = grad_cam(model.stage1, images, lambda z: tf.gather(z, category, batch_dims=1))  # (B, h, w)
+    stage2_maps: dict[int, np.ndarray] = {}
+    for c in np.unique(category):
+        where = np.flatnonzero(category == c)
+        maps = grad_cam(model.verifier(c), images[where], lambda z, c=c: log_odds_tensor(z, c))
+        stage2_maps |= dict(zip(where.tolist(), maps, strict=True))
+    return [
+        DecisionTrace(
+            image=images[i],
+            truth="" if labels is None else names[labels[i]],
+            stage1_map=stage1_maps[i],
+            stage2_map=stage2_maps[i],
+            top3=[(names[k], float(probability[i, k])) for k in np.argsort(-probability[i])[:3]],
+            stage2_confidence=float(decisions.stage2_confidence[i]),
+            confidence=float(decisions.confidence[i]),
+            verdict=names[decisions.category[i]],
+            reason=str(reasons[i]),
         )
-    return traces
+        for i in range(len(images))
+    ]

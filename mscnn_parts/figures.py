@@ -111,10 +111,10 @@ def _warn_of_boxes(script: str) -> None:
     warnings.filterwarnings("ignore", "Glyph .* missing from")
 
 
-def _show_image(axis, image: np.ndarray, title: str = "", color: str = "black") -> None:
+def _show_image(axis, image: np.ndarray, title: str = "") -> None:
     axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
     longest = max(map(len, title.split("\n")))
-    axis.set_title(title, fontsize=8 if longest <= 20 else max(5, 160 / longest), color=color)
+    axis.set_title(title, fontsize=8 if longest <= 20 else max(5, 160 / longest))
     axis.set_axis_off()
 
 

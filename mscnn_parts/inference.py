@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from mscnn_parts.checks import check_count
 from mscnn_parts.decision import Stage1Outputs, StageScores, log_odds, margin
 from mscnn_parts.networks import feature_extractor, sees_images
 from mscnn_parts.on_disk import IndexedRows
@@ -195,15 +196,13 @@ class Networks:
         return StageScores(*(np.concatenate(values, axis=int(name == "logits")) for name, values in fields))
 
     def _slabs(self, images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-        """The images in parts, of each of which the trunk's features are kept."""
-        check_batch_size(batch_size)
-        slab = self._slab(batch_size) or max(1, len(images))
+        """The images in parts of whole batches, of each of which the trunk's features are kept."""
+        check_count("batch_size", batch_size)
+        slab = max(1, len(images))
+        if self.trunk:
+            values = self.views * math.prod(self.trunk.output_shape[1:])  # of an image
+            slab = max(1, self.SLAB // values // batch_size) * batch_size
         return [images[i : i + slab] for i in range(0, max(1, len(images)), slab)]
-
-    def _slab(self, batch_size: int) -> int:
-        """How many images, in whole batches, have the trunk's features kept at a time; 0: any number."""
-        values = self.views * math.prod(self.trunk.output_shape[1:]) if self.trunk else 0  # of an image
-        return max(1, self.SLAB // values // batch_size) * batch_size if values else 0
 
     def _scores(self, images: np.ndarray, batch_size: int) -> StageScores:
         outputs, seen = self._outputs_and_seen(images, batch_size)
@@ -223,19 +222,13 @@ def split_outputs(parts: np.ndarray, categories: int, channels: int, filters: in
     return Stage1Outputs(logits, block1_means.mean(axis=0), np.log(strength + WEAKEST_STRENGTH))
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises MSCNNError unless it is a number of images."""
-    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise MSCNNError(f"batch_size is {batch_size}: it is a number of images, a whole number from 1 on.")
-
-
 def in_batches(graph: Callable, images: np.ndarray, batch_size: int) -> np.ndarray:
     """Runs a graph over images, `batch_size` (1 or more) at a time: (N, ...) -> float32 (N, outputs).
 
     A batch of more than 8 is filled up to a multiple of 8, so that few shapes occur: each new one
     costs the libraries below TensorFlow some milliseconds of preparation.
     """
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     results = []
     for start in range(0, max(1, len(images)), batch_size):
         batch = images[start : start + batch_size]

@@ -78,7 +78,7 @@ class RandomFlipCrop(keras.layers.Layer):
     def _mirrored(self, images):
         """Which images are mirrored: bool (B,)."""
         at_random = keras.random.uniform((tf.shape(images)[0],), dtype="float32", seed=self.random) < 0.5
-        total = tf.reduce_sum(images, axis=(1, 2, 3))  # exact: whole numbers below 2^24
+        total = tf.reduce_sum(images % 2, axis=(1, 2, 3))  # as odd as the sum, and exact in float32 at any size
         in_turn = (total + tf.cast(self.epoch, tf.float32)) % 2 == 1
         return tf.where(self.epoch == RANDOM_FLIP, at_random, in_turn)
 
@@ -192,7 +192,8 @@ class Conv2D(keras.layers.Conv2D):
         super().build(input_shape)
         plain = self.kernel_size == (3, 3) and self.strides == self.dilation_rate == (1, 1) and self.padding == "same"
         on_cpu = self.compute_dtype == "bfloat16" and not tf.config.list_physical_devices("GPU")
-        self.short_rows = plain and on_cpu and images_per_row(input_shape[2]) > 2
+        width = input_shape[2]  # None: of any size
+        self.short_rows = plain and on_cpu and bool(width) and images_per_row(width) > 2
 
     def convolution_op(self, inputs, kernel):
         convolve = short_rows_convolution if self.short_rows else super().convolution_op

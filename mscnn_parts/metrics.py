@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mscnn_parts.checks import check_categories_within, check_share, checked_labels, checked_pair, one_per_image
+from mscnn_parts.checks import (
+    check_categories_within,
+    check_count,
+    check_share,
+    checked_labels,
+    checked_pair,
+    one_per_image,
+)
 from mscnn_parts.decision import Decisions, log_odds
 from mscnn_parts.settings import OTHER, MSCNNError
 
@@ -97,7 +104,7 @@ def coverage_at_risk(confidence: np.ndarray, correct: np.ndarray, error: float) 
     """
     check_share("error", error)
     covered, risk = risk_coverage(confidence, correct)
-    return float(covered[risk <= error].max(initial=0.0))
+    return float(covered[risk <= error + 1e-9].max(initial=0.0))
 
 
 def failure_metrics(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
@@ -285,8 +292,7 @@ def reliability(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean confidence, accuracy and number of images in equally wide bins, each (bins,); NaN where empty."""
     confidence, correct = checked_pair(confidence, correct, share=True)
-    if not isinstance(bins, (int, np.integer)) or bins < 1:
-        raise MSCNNError(f"bins is {bins!r}: it is a number of bins, a whole number from 1 on.")
+    check_count("bins", bins)
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(where, minlength=bins)
     sums = [np.bincount(where, weights=values, minlength=bins) for values in (confidence, correct)]
@@ -302,7 +308,8 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
             else equally wide ones, of which most may be empty. Images of equal confidence that fall into two bins
             count in both with their mean accuracy, so that their order does not matter.
     """
-    confidence, correct = checked_pair(confidence, correct, share=True)
+    check_count("bins", bins)
+    confidence, correct = checked_pair(confidence, correct, share=True, empty=not equal_mass)
     if equal_mass:
         _, group = np.unique(confidence, return_inverse=True)
         correct = (np.bincount(group, weights=correct) / np.bincount(group))[group]

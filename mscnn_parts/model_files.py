@@ -123,7 +123,10 @@ def parts_of(model: MultiStageCNN) -> dict[str, list[np.ndarray]]:
 
 
 def sha256_of(arrays: Iterable[np.ndarray]) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def trainable_text(model: MultiStageCNN) -> str:

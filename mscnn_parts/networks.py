@@ -187,13 +187,13 @@ def scaled(images: keras.KerasTensor, normal: keras.KerasTensor, network: Networ
     return images
 
 
-def build_head(name: str, features: int, categories: int, width: int = HEAD_WIDTH) -> keras.Model:
+def build_head(name: str, features: int, categories: int) -> keras.Model:
     """A Stage 2 network on Stage 1's pooled features: float32 (B, features) -> logits (B, C)."""
     layers = keras.layers
     inputs = x = keras.Input((features,))
     x = layers.BatchNormalization(dtype="float32")(x)
     x = layers.Dropout(0.3, dtype="float32")(x)
-    x = layers.Dense(width, activation="relu", dtype="float32", name="hidden")(x)
+    x = layers.Dense(HEAD_WIDTH, activation="relu", dtype="float32", name="hidden")(x)
     return keras.Model(inputs, layers.Dense(categories, dtype="float32", name="logits")(x), name=name)
 
 

@@ -61,7 +61,7 @@ class Recipe:
     weight_decay: float = 0.009  # a step takes away learning rate x weight decay of each weight but the kernels
     label_smoothing: float = 0.2
     warm_up: float = 0.23  # share of the steps in which the learning rate rises
-    small_crops: float = 0.5  # share of the epochs, the first ones, that see a part of each image; see SmallCropsFirst
+    small_crops: float = 0.5  # share of the epochs, the first ones, that see a part of each image; see ProgressiveCrops
     stage2_learning_rate: float = 0.02  # at first, at batches of 256; proportional to the batch size
     stage2_kernel_learning_rate: float = 0.01  # at first, at any batch size
     stage2_fraction: float = 0.07  # images drawn for a category in an epoch, as a share of the train split
@@ -108,8 +108,7 @@ def default_recipe(images: int, epochs: int = 0, batch_size: int = 0, network: s
     better verifiers, so it has fewer epochs than Stage 1.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 0:
-            raise MSCNNError(f"{name} is {value}: it has to be 0 or more.")
+        check_count(name, value, least=0)
     entry = network_named(network)
     changes = {"small_crops": 0.0, **entry.recipe}
     if entry.pretrained:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 def print_anyway(text: str, error: bool = False) -> None:
@@ -27,6 +28,11 @@ def closed_output_ignored() -> Iterator[None]:
                 stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def ipython_shell() -> Any:
+    """The IPython that runs this; None outside it."""
+    return sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
 
 
 def let_output_fail() -> None:

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from mscnn_parts.files import (
     with_keras_suffix,
     write_atomically,
 )
+from mscnn_parts.output import ipython_shell
 from mscnn_parts.settings import FALLBACK_NOTICE, PRETRAINED, MSCNNError, Settings, did_you_mean
 from mscnn_parts.sources import BUILT_IN, auto_name, find_data
 
@@ -267,7 +267,7 @@ def _assigned(cell: str) -> list[str]:
 
 def _check_injected_parameters() -> None:
     """Raises MSCNNError if papermill has set what is no parameter, of which papermill itself only warns."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell = ipython_shell()
     cells = shell.user_ns.get("In", []) if shell else []
     names = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in injected_names(cells) if name not in names]
@@ -389,9 +389,12 @@ def settled(settings: Settings) -> Settings:
 
 def _settled(text: str, place: Path | None, *starts: Path) -> str:
     """A path as it is given, if it was not found or begins at one of `starts`; else the whole one, `place`."""
-    fixed = [path_from(text, start) for start in starts] if place else []
-    stays = not place or place in fixed or place in [with_keras_suffix(path, text) for path in fixed]
-    return text if stays and not (place and (text.startswith("~") or FROM_HERE.match(text))) else str(place)
+    if place is None:
+        return text
+    if text.startswith("~") or FROM_HERE.match(text):
+        return str(place)
+    fixed = [path_from(text, start) for start in starts]
+    return text if place in fixed + [with_keras_suffix(path, text) for path in fixed] else str(place)
 
 
 def same_data(one: str, other: str) -> bool:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mscnn_parts.checks import check_categories_within, check_numbers, check_share, checked_pair, one_per_image
+from mscnn_parts.checks import (
+    check_categories_within,
+    check_numbers,
+    check_rate,
+    check_share,
+    checked_pair,
+    one_per_image,
+)
 from mscnn_parts.settings import MSCNNError, check_threshold
 
 if TYPE_CHECKING:
@@ -163,9 +170,8 @@ def threshold_for_costs(incorrect: float, other: float) -> float:
     Raises:
         MSCNNError: a cost is not positive.
     """
-    numbers = all(isinstance(cost, (int, float, np.number)) for cost in (incorrect, other))
-    if not (numbers and incorrect > 0 and other > 0):
-        raise MSCNNError(f"The costs are {incorrect!r} (incorrect answer) and {other!r} (OTHER): use numbers above 0.")
+    check_rate("the cost of an incorrect answer", incorrect)
+    check_rate("the cost of OTHER", other)
     return max(0.0, 1 - other / incorrect)
 
 

@@ -65,12 +65,12 @@ def trunk_features(trunk: keras.Model, data: Dataset, views: int = 3, seed: int 
     return TrunkFeatures(stored[:count], stored[count:], views)
 
 
-def features_of(model: MultiStageCNN, data: Dataset, views: int, seed: int = 0) -> TrunkFeatures:
+def features_of(model: MultiStageCNN, data: Dataset, views: int) -> TrunkFeatures:
     """As `trunk_features`, kept until `release_features` or until the model's trunk or the data are others."""
-    key = (sha256_of(model.trunk.get_weights()), data.fingerprint, views, seed)
+    key = (sha256_of(model.trunk.get_weights()), data.fingerprint, views)
     kept = getattr(model, "_kept_features", None)
     if kept is None or kept[0] != key:
-        kept = (key, trunk_features(model.trunk, data, views, seed))
+        kept = (key, trunk_features(model.trunk, data, views))
         model._kept_features = kept
     return kept[1]
 

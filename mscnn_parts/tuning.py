@@ -22,6 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from mscnn_parts.figures import new_axes
 from mscnn_parts.layers import RandomFlipCrop, serializable
 from mscnn_parts.optimizers import Muon, Recipe, WarmupLinearDecay
 from mscnn_parts.runs import device_name, versions
@@ -162,10 +163,7 @@ def smooth(losses: Iterable[float], keep: float = SMOOTHING) -> np.ndarray:
 
 def plot_range_tests(tests: dict[str, RangeTest]) -> Figure:
     """The loss against the learning rate, a panel per test; a dotted line marks the suggestion."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4 * len(tests), 3), layout="constrained")
-    axes = figure.subplots(1, len(tests), squeeze=False)[0]
+    figure, axes = new_axes(1, len(tests), 4.4)
     for axis, (title, test) in zip(axes, tests.items(), strict=True):
         axis.semilogx(test.rates, test.losses, color="C7", alpha=0.5, label="each step")
         axis.semilogx(test.rates, test.smoothed, color="C0", label="smoothed")

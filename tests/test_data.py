@@ -1,4 +1,4 @@
-"""Section 2: finding, checking, downloading, loading and splitting data. No network but this machine's own."""
+"""Finding, checking, downloading, loading and splitting data. No network but this machine's own."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Section 4: log-odds, calibration coefficients, confidence, threshold."""
+"""Log-odds, calibration coefficients, confidence, threshold."""
 
 import itertools
 from fractions import Fraction
@@ -366,9 +366,9 @@ def test_a_threshold_for_costs_is_where_answering_begins_to_pay(incorrect, other
         assert (confidence >= threshold - 1e-9) == pays
 
 
-@pytest.mark.parametrize("costs", [(0, 1), (1, 0), (-1, 1), ("2", 1)])
+@pytest.mark.parametrize("costs", [(0, 1), (1, 0), (-1, 1), ("2", 1), (np.inf, np.inf), (True, True)])
 def test_costs_that_are_none_are_refused(costs):
-    with pytest.raises(MSCNNError, match="use numbers above 0"):
+    with pytest.raises(MSCNNError, match=r"the cost of .* has to be a number above 0"):
         mscnn.threshold_for_costs(*costs)
 
 

@@ -386,6 +386,7 @@ def test_a_copy_between_any_two_splits_is_named(first, second, tiny_data):
             "empty images",
             "Look",
         ),
+        (IMAGES[:0], "no images", "Look"),
     ],
 )
 def test_images_of_another_range_are_named(images, name, remedy):
@@ -397,6 +398,7 @@ def test_images_of_another_range_are_named(images, name, remedy):
     ("labels", "name"),
     [
         (np.eye(10)[LABELS], "one-hot labels"),
+        (LABELS[:0], "no labels"),
         (LABELS.astype(float), "label type"),
         (LABELS + 1, "shifted labels"),
         (LABELS + 10 * (LABELS == 3), "label range"),
@@ -500,6 +502,8 @@ def test_planted_label_errors_are_found():
 def test_a_category_too_small_to_divide_is_told():
     with pytest.raises(MSCNNError, match="5 folds need 5 or more"):
         data_checks.cross_validated(np.zeros((20, 3)), np.repeat([0, 1], [18, 2]))
+    with pytest.raises(MSCNNError, match="-1 to 1: use integers from 0 to 1"):
+        data_checks.cross_validated(np.zeros((20, 3)), np.repeat([-1, 1], 10))
 
 
 # ---- data: negatives

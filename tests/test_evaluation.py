@@ -1,4 +1,4 @@
-"""Section 7: reports and selective metrics, against values worked by hand and plainer implementations."""
+"""Reports and selective metrics, against values worked by hand and plainer implementations."""
 
 import itertools
 
@@ -212,6 +212,18 @@ def test_errors_and_coverages_against_a_loop_over_thresholds():
         assert coverage_at_risk(confidence, correct, allowed) == pytest.approx(max(fits, default=0))
 
 
+@pytest.mark.parametrize(("count", "wrong"), [(9, 1), (49, 13), (5, 2)])
+def test_images_of_equal_confidence_are_covered_up_to_their_own_error_rate(count, wrong):
+    correct = np.arange(count) >= wrong
+    assert coverage_at_risk(np.ones(count), correct, wrong / count) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, bool])
+def test_any_numbers_are_ranked_alike(dtype):
+    correct = np.array([False, True, True])
+    assert mscnn.aurc(np.array([0, 1, 1], dtype), correct) == mscnn.aurc(np.array([0.0, 1, 1]), correct)
+
+
 def test_ties_are_what_a_random_order_of_them_gives_in_the_mean():
     confidence, correct = noisy(4)
     rng = np.random.default_rng(0)
@@ -287,7 +299,9 @@ def test_what_is_no_truth_value_no_number_or_no_category_is_named():
         (lambda: risk_at_coverage(SIX / 2, SIX == 0, 2), "coverage is 2: it is a share, a number from 0 to 1"),
         (lambda: coverage_at_risk(SIX / 2, SIX == 0, "1"), "error is '1': it is a share, a number from 0 to 1"),
         (lambda: mscnn.threshold_for_risk(SIX / 2, SIX == 0, 1), "risk is 1: .* a number between 0 and 1"),
-        (lambda: mscnn.reliability(SIX / 2, SIX == 0, 0), "bins is 0: it is a number of bins"),
+        (lambda: mscnn.reliability(SIX / 2, SIX == 0, 0), "bins is 0: it has to be a whole number from 1 on"),
+        (lambda: calibration_error(SIX / 6, SIX == 0, 0, equal_mass=True), "bins is 0: it has to be a whole number"),
+        (lambda: calibration_error(SIX[:0], SIX[:0] == 0, equal_mass=True), "empty: there is nothing to measure"),
         (lambda: mscnn.plot_confusion(np.eye(3), ("ant", "bee"), ""), r"The matrix is float64 \(3, 3\): use counts"),
         (lambda: mscnn.plot_confusion(np.eye(3, dtype=int), ("ant",), ""), r"The matrix is int64 \(3, 3\): .* 2 names"),
         (lambda: mscnn.plot_images(np.zeros((2, 8, 8, 3)), ["ant"]), "1 captions for 2 images"),

@@ -1,4 +1,4 @@
-"""Section 9: every figure is made from arrays, says what it shows, and leaves nothing behind."""
+"""Every figure is made from arrays, says what it shows, and leaves nothing behind."""
 
 import ast
 import io
@@ -289,24 +289,6 @@ def test_the_map_lies_over_the_whole_image():
 @pytest.mark.filterwarnings("error")
 def test_an_empty_map_and_a_grey_image_can_be_drawn():
     rendered(mscnn.plot_decision_traces([trace(channels=1, heat=0.0)]))
-
-
-def lightness(colors: np.ndarray) -> np.ndarray:
-    """CIE L* of sRGB colors (N, 3)."""
-    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
-    luminance = linear @ [0.2126, 0.7152, 0.0722]
-    return np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)
-
-
-def unevenness(colors: str) -> float:
-    """How unequal the steps in lightness are: their coefficient of variation (0: quite even)."""
-    steps = np.diff(lightness(matplotlib.colormaps[colors](np.linspace(0, 1, 64))[:, :3]))
-    return steps.std() / abs(steps.mean())
-
-
-def test_the_colors_of_maps_are_perceptually_uniform():
-    """Equal steps of the map are equal steps in lightness; jet, for comparison, goes up and down."""
-    assert unevenness(mscnn.CAM_COLORMAP) < 0.25 < 1 < unevenness("jet")
 
 
 def test_samples_show_every_category(tiny_data, digits):

@@ -1,4 +1,4 @@
-"""Section 5: the model: both stages together, freezing, fingerprints, decide, save and load."""
+"""The model: both stages together, freezing, fingerprints, decide, save and load."""
 
 import dataclasses
 import errno
@@ -555,7 +555,7 @@ def test_a_replaced_network_of_stage2_is_not_saved(untrained_model, tmp_path):
 def test_a_batch_size_that_is_no_number_of_images(model, tiny_data, batch_size):
     images = tiny_data.test.images[:3]
     for ask in (model.stage1_logits, model.stage1_outputs, model.scores):
-        with pytest.raises(MSCNNError, match=f"batch_size is {batch_size}: it is a number of images"):
+        with pytest.raises(MSCNNError, match=f"batch_size is {batch_size!r}: it has to be a whole number from 1 on"):
             ask(images, batch_size=batch_size)
     with pytest.raises(MSCNNError, match="batch_size is"):
         model.stage2_log_odds(images, 0, batch_size)

@@ -1,4 +1,4 @@
-"""Section 10: what notebooks start and end with, the notebook runner, the command line."""
+"""What notebooks start and end with, the notebook runner, the command line."""
 
 import concurrent.futures
 import dataclasses

@@ -1,4 +1,4 @@
-"""Section 1: choices of categories, parameters, the run folder."""
+"""Choices of categories, parameters, the run folder."""
 
 import dataclasses
 import json
@@ -295,11 +295,6 @@ def test_categories_may_come_as_numbers_from_papermill(given):
     settings = Settings(stage2_categories=given)
     assert type(settings.stage2_categories) is str
     assert categories_from(settings.stage2_categories, CIFAR10) == categories_from(given, CIFAR10)
-
-
-def test_settings_do_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().epochs = 5
 
 
 @pytest.mark.parametrize(

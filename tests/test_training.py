@@ -1,4 +1,4 @@
-"""Section 6: recipes, Stage 1, Stage 2 base network, Stage 2, selective retraining."""
+"""Recipes, Stage 1, Stage 2 base network, Stage 2, selective retraining."""
 
 import dataclasses
 import gc
@@ -121,10 +121,10 @@ def test_the_schedule_spans_the_training(untrained_model, few_images, monkeypatc
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24), (16, 16)])
 def test_orthogonalising_evens_out_the_singular_values_and_keeps_the_directions(shape):
     rng = np.random.default_rng(0)
-    left, _, correct = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    left, _, right = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
     values = np.geomspace(1, 0.1, min(shape))
-    result = mscnn.orthogonalize(tf.constant((left * values) @ correct, tf.float32)).numpy()
-    inside = left.T @ result @ correct.T  # diagonal, if the directions are kept
+    result = mscnn.orthogonalize(tf.constant((left * values) @ right, tf.float32)).numpy()
+    inside = left.T @ result @ right.T  # diagonal, if the directions are kept
     assert np.diag(inside).min() > 0.6 and np.diag(inside).max() < 1.3
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
 
@@ -166,9 +166,9 @@ def test_muon_takes_the_nearest_orthogonal_matrix_to_the_momentum_ahead():
         before, gradient = kernel.numpy().reshape(36, 6), rng.normal(size=(36, 6))
         muon.apply([tf.constant(gradient.reshape(3, 3, 4, 6), tf.float32)], [kernel])
         momentum = 0.8 * momentum + gradient
-        left, _, correct = np.linalg.svd(gradient + 0.8 * momentum, full_matrices=False)
+        left, _, right = np.linalg.svd(gradient + 0.8 * momentum, full_matrices=False)
         step = before * np.sqrt(6) / np.linalg.norm(before) - kernel.numpy().reshape(36, 6)
-        likeness = (step * (left @ correct)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ correct)
+        likeness = (step * (left @ right)).sum() / np.linalg.norm(step) / np.linalg.norm(left @ right)
         assert likeness > 0.97, "singular values are only about 1, so the direction is"
 
 

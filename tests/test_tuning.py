@@ -307,29 +307,6 @@ def test_the_device_report_names_what_matters():
     assert all(isinstance(value, str) and value for value in report.values())
 
 
-def after_one_epoch(batch_size: int, accumulated: int, normalized: bool) -> list[np.ndarray]:
-    """The weights of a small network after an epoch on 64 images."""
-    keras.utils.set_random_seed(0)
-    rng = np.random.default_rng(0)
-    images, labels = rng.normal(size=(64, 8, 8, 3)).astype(np.float32), rng.integers(0, 3, 64)
-    middle = [keras.layers.BatchNormalization()] if normalized else []
-    network = keras.Sequential(
-        [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), *middle, keras.layers.Flatten(), keras.layers.Dense(3)]
-    )
-    optimizer = keras.optimizers.SGD(0.05, momentum=0.9, gradient_accumulation_steps=accumulated)
-    network.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    network.fit(images, labels, batch_size, epochs=1, shuffle=False, verbose=0)
-    return [variable.numpy() for variable in network.trainable_variables]
-
-
-@pytest.mark.parametrize("normalized", [False, True])
-def test_accumulated_gradients_equal_a_large_batch_but_for_batch_normalization(normalized):
-    large, small = after_one_epoch(32, None, normalized), after_one_epoch(8, 4, normalized)
-    difference = max(np.abs(one - other).max() for one, other in zip(large, small, strict=True))
-    assert (difference < 1e-5) != normalized
-    assert difference < 0.2
-
-
 def test_an_ensemble_answers_by_mean_or_majority():
     first, second, third = [0.9, 0.1, 0.0], [0.0, 0.6, 0.4], [0.0, 0.6, 0.4]
     probability = np.array([[first], [second], [third]])
