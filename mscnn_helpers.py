@@ -19,7 +19,7 @@ which each uses only those before it; `model` has the Keras model, `MultiStageCN
     inference · model_files · model
     optimizers · callbacks · fitting · transfer · training · explanation
     figures · explorer · diagnosis
-    run_folder · runs · pages · commands · cli · lab
+    run_folder · runs · pages · execution · commands · cli · lab
     tuning · exercises
 
 In comments beside tensors: B images in a batch, N in a split, H × W pixels, C categories.

@@ -14,7 +14,7 @@ torch_files kernels layers networks
 inference model_files model
 optimizers callbacks fitting transfer training explanation
 figures explorer diagnosis
-run_folder runs pages commands cli lab
+run_folder runs pages execution commands cli lab
 tuning exercises
 """
 ROOMS = FLOORS.split()

@@ -1109,7 +1109,7 @@ def test_a_damaged_record_is_said_to_be(settings, content):
 
 PRINTS = """
 import logging
-from mscnn_parts.cli import _Progress
+from mscnn_parts.execution import _Progress
 handler = _Progress("03", [1])
 for _ in range({times}):
     handler.emit(logging.LogRecord("papermill", 20, "", 0, "✓ ship: 猫", (), None))
