@@ -33,15 +33,12 @@ class Phase:
 
 
 def staged(groups: int, epochs: int) -> tuple[Phase, ...]:
-    """The dense layer, then the last two groups, then all but the first three, which see edges and colors.
+    """The dense layer, then all groups but the first three, which see edges and colors.
 
     Args:
-        groups: how many there are. epochs: of the phases that compute gradients of the network.
+        groups: how many there are. epochs: of the second phase.
     """
-    first = max(1, epochs // 3)
-    late, most = tuple(range(max(0, groups - 2), groups)), tuple(range(min(3, groups // 2), groups))
-    phases = (Phase((), 20, 1e-3), Phase(late, first, 1e-3))
-    return (*phases, Phase(most, epochs - first, 5e-4)) if epochs > first else phases
+    return Phase((), 20, 1e-3), Phase(tuple(range(min(3, groups // 2), groups)), epochs, 5e-4)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from drawings import BLUE, GREEN, GREY, ORANGE, PALE, RED, area, arrow, box, bracket, line, lock, path, save, text
 
 WHITE, RULE = "#ffffff", "#d8d5cc"
-STEPS, GROUPS = (7, 3), 9  # the first group that is free in the second and the third phase; all groups without the head
+FREE, GROUPS = 3, 9  # the first group that is free in the second phase; all groups without the head
 
 
 def number(value: float) -> str:
@@ -201,9 +201,9 @@ def unfreezing() -> None:
     left, step = 172, 52
     phases = (
         ("phase 1", "head only", GROUPS),
-        *((f"phase {k}", f"head +\ngroups {first}–{GROUPS - 1}", first) for k, first in enumerate(STEPS, start=2)),
+        ("phase 2", f"head +\ngroups {FREE}–{GROUPS - 1}", FREE),
     )
-    tops, end = (66, 158, 250), left + step * GROUPS
+    tops, end = (66, 158), left + step * GROUPS
     parts = [text(left + 23, 36, "stem", 14, bold=True), text(end - 29, 36, "top", 14, bold=True)]
     parts.append(bracket(left + step, end - step - 6, 46, "EfficientNet's blocks"))
     parts.append(text(end + 54, 36, "new head", 14, bold=True))
@@ -218,17 +218,17 @@ def unfreezing() -> None:
             label = "head" if group == GROUPS else str(group)
             parts.append(text(x + shift + wide / 2, top + 24, label, 16, bold=free))
             parts.append(lock(x + shift + wide / 2, top + 50, color, shut=not free))
-    always = left + step * STEPS[1] - 6
-    parts.append(path([(left, 328), (left, 335), (always, 335), (always, 328)], GREY, 1.4))
-    parts.append(text(left, 352, f"frozen in every phase: groups 0–{STEPS[1] - 1}", 14, GREY, "start", bold=True))
+    always = left + step * FREE - 6
+    parts.append(path([(left, 236), (left, 243), (always, 243), (always, 236)], GREY, 1.4))
+    parts.append(text(left, 260, f"frozen in both phases: groups 0–{FREE - 1}", 14, GREY, "start", bold=True))
     for x, name, color in ((560, "frozen", GREY), (660, "free", ORANGE)):
-        parts.append(box(x, 338, 28, 28, color) + lock(x + 14, 351, color, shut=name == "frozen"))
-        parts.append(text(x + 36, 352, name, 14, color, "start", bold=name == "free"))
+        parts.append(box(x, 246, 28, 28, color) + lock(x + 14, 259, color, shut=name == "frozen"))
+        parts.append(text(x + 36, 260, name, 14, color, "start", bold=name == "free"))
     save(
-        "unfreezing", "Three phases of unfreezing",
+        "unfreezing", "Two phases of training",
         f"EfficientNet's groups 0, the stem, 1 to {GROUPS - 2}, its blocks, and {GROUPS - 1}, its top, and the new "
-        f"head. Phase 1 trains only the head, phase 2 the head and groups {STEPS[0]} to {GROUPS - 1}, phase 3 the head "
-        f"and groups {STEPS[1]} to {GROUPS - 1}. Groups 0 to {STEPS[1] - 1} stay frozen.", 384, *parts,
+        f"head. Phase 1 trains only the head, phase 2 the head and groups {FREE} to {GROUPS - 1}. Groups 0 to "
+        f"{FREE - 1} stay frozen.", 292, *parts,
     )  # fmt: skip
 
 
