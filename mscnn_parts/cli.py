@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shlex
@@ -312,13 +313,32 @@ def _validate_apart(*arguments) -> None:
         _validate(*arguments)
         return
     sys.stdout.flush()
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_apart) as process:
-        process.submit(_validate, *arguments).result()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_refusal, args=(sender, *arguments))
+    process.start()
+    sender.close()  # so that a process that dies is noticed
+    try:
+        refusal = receiver.recv()
+    except EOFError:
+        refusal = MSCNNError("The process that checks the parameters died, most often because the memory is used up.")
+    finally:
+        process.kill()
+        process.join()
+    if refusal:
+        raise refusal
 
 
-def _begin_apart() -> None:
+def _send_refusal(sender: multiprocessing.connection.Connection, *arguments) -> None:
     let_output_fail()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the run, too, which says so
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the run, too, which ends this process
+    refusal = None
+    try:
+        _validate(*arguments)
+    except Exception as error:
+        refusal = error
+    sys.stdout.flush()
+    sender.send(refusal)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

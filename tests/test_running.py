@@ -1090,6 +1090,29 @@ def test_a_model_for_other_data_reads_the_same_through_the_command_line(
     assert "cell" not in error, "refused before a notebook runs"
 
 
+RUNS = "import sys; from mscnn_parts.cli import main; print(main(sys.argv[1:]), 'tensorflow' in sys.modules)"
+
+
+def test_what_waits_for_the_notebooks_loads_no_tensorflow(tmp_path):
+    """It would hold 0.4 GB for the whole run; a process of its own checks the parameters."""
+    command = [sys.executable, "-c", RUNS, "--dataset", "nowhere.npz", "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "1 False\n"
+    assert done.stderr.startswith("\nerror: No image folder or .npz file 'nowhere.npz'")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+def test_ctrl_c_while_parameters_are_checked_ends_both_processes(tmp_path, tiny_path):
+    command = [sys.executable, "-c", RUNS, "--dataset", str(tiny_path), "--run_dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
+    ) as running:
+        time.sleep(2)
+        os.killpg(running.pid, signal.SIGINT)
+        told = running.communicate(timeout=60)[0]  # ends when both have closed it
+    assert told == "\ninterrupted.\n130 False\n"
+
+
 def test_the_module_is_imported_quietly_and_without_jupyter():
     code = "import sys, mscnn_helpers; print(*sorted({'papermill', 'nbconvert', 'seaborn'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
