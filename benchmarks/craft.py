@@ -266,7 +266,12 @@ def precision_speed(form: Form) -> dict[str, list[float]]:
 
 
 def peak_memory() -> float:
-    """MB of this process at its peak. Linux only; `resource` would count the process that started this one."""
+    """MB at the peak: of the GPU, where there is one, else of this process.
+
+    The latter on Linux only; `resource` would count the process that started this one.
+    """
+    if tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
