@@ -64,9 +64,9 @@ ROWS = {
 }
 MISSED = {  # a row's name -> what was aimed at and why it was not reached
     "TrashNet, efficientnet_lite0": "94 %, and an AURC 15 % below softmax, each reached with one seed of three. Some "
-    "30 of the 430 test images are answered incorrectly: one seed's accuracy strays by 1.2 points, and its gain is mostly "
-    "chance, as its range says. 500 of 2,091 train images are set aside to calibrate and to certify; whether that "
-    "costs the accuracy is not known.",
+    "30 of the 430 test images are answered incorrectly: one seed's accuracy strays by 1.2 points, and its gain is "
+    "mostly chance, as its range says. 500 of 2,091 train images are set aside to calibrate and to certify; whether "
+    "that costs the accuracy is not known.",
     "EuroSAT, compact": "15 minutes, with AMX. This machine has none, and other work ran beside it.",
 }
 PHOTOGRAPHS = (10, 20, 50, 100)  # per category; the last is as many as all categories have, if that is less
