@@ -10,6 +10,7 @@ import keras
 import nbformat
 import numpy as np
 import pytest
+from cleanlab.filter import find_label_issues
 from conftest import ROOT, TINY_NAMES, tiny_images
 from sklearn.datasets import load_digits
 
@@ -497,6 +498,9 @@ def test_planted_label_errors_are_found():
     suspects = data_checks.suspected_label_errors(labels, probability)
     assert len(set(planted) & set(suspects)) >= 35
     assert len(set(suspects[:40]) & set(planted)) >= 33, "the most suspicious come first"
+    ranked = {"return_indices_ranked_by": "normalized_margin", "filter_by": "confident_learning", "n_jobs": 1}
+    theirs = find_label_issues(labels, probability, **ranked)
+    assert suspects.tolist() == theirs.tolist(), "as the authors' library has it"
 
 
 def test_a_category_too_small_to_divide_is_told():
