@@ -164,6 +164,12 @@ def compile_classifier(
     )  # fmt: skip
 
 
+def check_trainable(network: keras.Model) -> None:
+    """Raises MSCNNError if a network is frozen: Keras would train nothing and warn."""
+    if not network.trainable:
+        raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
+
+
 def train_classifier(
     network: keras.Model,
     data: Dataset,
@@ -188,8 +194,7 @@ def train_classifier(
     Raises:
         MSCNNError: the network is frozen.
     """
-    if not network.trainable:
-        raise MSCNNError(f"{network.name} is frozen: set its trainable to True, or leave stage2_only off.")
+    check_trainable(network)
     seed_training(network, seed)
     both = train_and_calibration(data)
     one_hot = keras.utils.to_categorical(both.labels, len(data.category_names))

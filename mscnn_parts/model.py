@@ -173,6 +173,8 @@ class MultiStageCNN(keras.Model):
             policy=policy, source_fingerprint=data.source_fingerprint, light_mode=data.light_mode, seed=data.seed,
             network=network, image_size=data.image_size, quarter_turns=data.quarter_turns, **settings,
         )  # fmt: skip
+        if weights not in (None, "imagenet"):
+            raise MSCNNError(f"weights is {weights!r}: give 'imagenet', or None for random ones.")
         if weights and network_named(model.network).pretrained:
             network_named(model.network).load_weights(model.stage1)
         set_whitening([model.stage1, model.stage2_base, *model.stage2.values()], data.train.images, mean, std)

@@ -22,7 +22,7 @@ from mscnn_parts.ood import fit_ood
 from mscnn_parts.optimizers import Recipe, stage2_optimizer
 from mscnn_parts.settings import MSCNNError, Settings, categories_from
 from mscnn_parts.transfer import features_of, release_features, train_head, train_in_phases
-from mscnn_parts.zoo import NETWORKS
+from mscnn_parts.zoo import network_named
 
 if TYPE_CHECKING:
     from mscnn_parts.model import MultiStageCNN
@@ -41,7 +41,7 @@ def train_stage1(
     What was calibrated to it is void.
     """
     if recipe.phases:
-        history = train_in_phases(model.stage1, NETWORKS[model.network], data, recipe, seed, log_dir, callbacks)
+        history = train_in_phases(model.stage1, network_named(model.network), data, recipe, seed, log_dir, callbacks)
     else:
         history = train_classifier(model.stage1, data, recipe, seed, log_dir, callbacks)
     model.reset_calibration()

@@ -15,12 +15,13 @@ import tensorflow as tf
 from mscnn_parts.callbacks import EpochTimer, RestoreBestWeights
 from mscnn_parts.data import Dataset
 from mscnn_parts.downloads import cache_folder
-from mscnn_parts.fitting import Trainer, compile_classifier, seed_training, train_classifier
+from mscnn_parts.fitting import Trainer, check_trainable, compile_classifier, seed_training, train_classifier
 from mscnn_parts.inference import in_batches
 from mscnn_parts.model_files import sha256_of
 from mscnn_parts.networks import layers_by_group, on_images, trunk_of
 from mscnn_parts.on_disk import filled, indexed, joined
 from mscnn_parts.optimizers import Recipe, phase_recipes
+from mscnn_parts.settings import MSCNNError
 from mscnn_parts.zoo import Network
 
 if TYPE_CHECKING:
@@ -88,7 +89,12 @@ def stage2_base_logits(model: MultiStageCNN, images: np.ndarray) -> np.ndarray:
 
 
 def train_head(
-    head: keras.Model, features: TrunkFeatures, data: Dataset, recipe: Recipe, seed: int = 0
+    head: keras.Model,
+    features: TrunkFeatures,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int = 0,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict[str, list[float]]:
     """Trains a network from pooled features (B, K) to logits (B, C) on all categories, in seconds.
 
@@ -96,7 +102,11 @@ def train_head(
 
     Returns:
         A history as `train_classifier` gives it.
+
+    Raises:
+        MSCNNError: the head is frozen.
     """
+    check_trainable(head)
     seed_training(head, seed)
     seen, labels = features.with_labels(data)
     one_hot = keras.utils.to_categorical(labels, len(data.category_names))
@@ -107,7 +117,7 @@ def train_head(
     history = trainer.fit(
         trainer.batches(one_hot, recipe.batch_size, train, seed).repeat(), epochs=recipe.epochs, steps_per_epoch=steps,
         shuffle=False, verbose=0,
-        validation_data=trainer.batches(one_hot, 500, calibration), callbacks=[timer, RestoreBestWeights()],
+        validation_data=trainer.batches(one_hot, 500, calibration), callbacks=[timer, *callbacks, RestoreBestWeights()],
     )  # fmt: skip
     return {**history.history, "seconds": timer.seconds}
 
@@ -146,7 +156,15 @@ def train_in_phases(
 
     Returns:
         The histories of the phases, one behind the other.
+
+    Raises:
+        MSCNNError: Stage 1 is frozen, or a phase frees a group that the network does not have.
     """
+    check_trainable(stage1)
+    unknown = {group for phase in recipe.phases for group in phase.groups} - set(range(len(network.groups)))
+    if unknown:
+        known = f"0 to {len(network.groups) - 1}" if network.groups else "none, so train it without phases"
+        raise MSCNNError(f"A phase frees group {min(unknown)} of layers: this network has {known}.")
     history: dict[str, list[float]] = {}
     best, weights = -1.0, stage1.get_weights()
     for phase, own in zip(recipe.phases, phase_recipes(recipe), strict=True):
@@ -158,7 +176,7 @@ def train_in_phases(
         else:
             head = keras.Model(stage1.get_layer("pooled").output, stage1.outputs[0])
             trunk = trunk_of(stage1, head, -1)
-            found = train_head(head, trunk_features(trunk, data, recipe.views, seed), data, own, seed)
+            found = train_head(head, trunk_features(trunk, data, recipe.views, seed), data, own, seed, callbacks)
         history = {key: [*history.get(key, []), *values] for key, values in found.items()}
         if max(found["val_accuracy"]) >= best:
             best, weights = max(found["val_accuracy"]), stage1.get_weights()

@@ -17,7 +17,7 @@ from mscnn_helpers import MSCNNError, MultiStageCNN
 from mscnn_parts import torch_files
 from mscnn_parts.model_files import checked_network
 from mscnn_parts.networks import STAGE1_WIDTHS, build_network, widths_for
-from mscnn_parts.optimizers import staged
+from mscnn_parts.optimizers import Phase, staged
 from mscnn_parts.transfer import free_groups, group_fingerprints, layers_by_group
 from mscnn_parts.zoo import NETWORKS, applications, efficientnet_lite0
 
@@ -112,6 +112,24 @@ def test_phases_and_groups():
     network.fit(images, np.arange(8), verbose=0)
     after = group_fingerprints(network, NETWORKS["efficientnet_lite0"])
     assert {group for group in before if before[group] != after[group]} == {"7", "8", "head"}
+
+
+def test_a_frozen_network_and_groups_that_are_not_there_are_refused(digits):
+    model = mscnn.MultiStageCNN.for_dataset(digits, "float32", network="efficientnet_lite0", weights=None)
+    recipe = mscnn.default_recipe(len(digits.train), 1, network="efficientnet_lite0")
+    model.set_stage1_trainable(False)
+    for train, name in ((mscnn.train_stage1, "stage1"), (mscnn.train_stage2_base, "stage2_base")):
+        model.stage2_base.trainable = False
+        with pytest.raises(MSCNNError, match=f"{name} is frozen"):
+            train(model, digits, recipe)
+    model.set_stage1_trainable(True)
+    with pytest.raises(MSCNNError, match="frees group 99 of layers: this network has 0 to 8"):
+        mscnn.train_stage1(model, digits, dataclasses.replace(recipe, phases=(Phase((99,), 1, 1e-3),)))
+    compact = mscnn.MultiStageCNN.for_dataset(digits, "float32")
+    with pytest.raises(MSCNNError, match="frees group 3 of layers: this network has none"):
+        mscnn.train_stage1(compact, digits, recipe)
+    with pytest.raises(MSCNNError, match="weights is 'image_net': give 'imagenet', or None"):
+        mscnn.MultiStageCNN.for_dataset(digits, "float32", network="efficientnet_lite0", weights="image_net")
 
 
 @pytest.fixture(scope="module")

