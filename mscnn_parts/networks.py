@@ -161,6 +161,9 @@ def build_network(
     # What is inside one's own is not known: means and variances of the colors stand for its first block.
     squares = layers.Multiply(dtype="float32")([normal, normal])
     colors = layers.Concatenate(dtype="float32", name="block1")([normal, squares])  # (B, H, W, 2 channels)
+    wanted = getattr(network, "input_shape", None) or x.shape  # a subclass may not know its own
+    if any(size not in (None, given) for size, given in zip(wanted[1:], x.shape[1:], strict=True)):
+        raise MSCNNError(f"{network.name} takes images {wanted[1:]}, not {x.shape[1:]}: choose image_size to fit.")
     x = Beside(dtype="float32", name=OWN_INPUT)([Beside(dtype="float32")([x, whitened]), colors])
     logits = network(x)
     if tuple(logits.shape[1:]) != (categories,):

@@ -233,6 +233,8 @@ def test_what_is_no_network_is_refused(digits):
         mscnn.MultiStageCNN.for_dataset(digits, network="resnt")
     with pytest.raises(MSCNNError, match="it has to give 4 logits per image"):
         mscnn.MultiStageCNN.for_dataset(dataclasses.replace(digits, image_size=40), network=functional(9))
+    with pytest.raises(MSCNNError, match=r"takes images \(40, 40, 1\), not \(32, 32, 1\): choose image_size to fit"):
+        mscnn.MultiStageCNN.for_dataset(digits, network=functional(4))
 
     class Unregistered(keras.Model):
         def call(self, images):
