@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -153,7 +154,10 @@ def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given
         flag = f"--{parameter}" if value else f"--no-{parameter}"
         options.append(flag if isinstance(value, bool) else f"--{parameter} {shlex.quote(str(value))}")
     left = ",".join(one.split("_")[0] for one in notebooks[notebooks.index(name) :])
-    return f"Go on with: {' '.join([command_line().prog, *options])} --notebooks {left}"
+    program = command_line().prog
+    if program.startswith("python ") and shutil.which("python") != sys.executable:  # of `make run`, for example
+        program = program.replace("python", shlex.quote(os.path.relpath(sys.executable)), 1)
+    return f"Go on with: {' '.join([program, *options])} --notebooks {left}"
 
 
 def _of_run_folder(settings: Settings, given: Collection[str]) -> Settings:
@@ -174,7 +178,8 @@ def print_result(run: Run) -> None:
     stage1, two_stage = metrics["stage1"], metrics["two_stage"]
     data = metrics["dataset"]
     print(f"\n{run.require('metrics', 'report', NOTEBOOKS[4])}")
-    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two readings in notebook 05.\n")
+    print(f"No image is {OTHER} in truth: here {OTHER} is a rejection, see the two readings in notebook 05. Its row of")
+    print("zeros counts in the macro avg.\n")
     print(f"Data: {data['name']}{' (light mode)' if data['light_mode'] else ''}, {data['sizes']['test']} test images")
     if data["fallback"]:
         print(FALLBACK_NOTICE)
@@ -201,6 +206,8 @@ def print_result(run: Run) -> None:
         print(f"Confidences are rough: only {data['sizes']['calibration']} images were there to calibrate them.")
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
     print("  notebooks/05_evaluation_and_cam.html   the whole evaluation\n  figures/ · metrics.json · history.json")
+    if os.path.isfile(run.model_path):
+        print(f"New pictures: {command_line().prog} decide {shlex.quote(str(run.model_path))} PICTURES...")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -316,22 +323,36 @@ def _validate_apart(*arguments) -> None:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_refusal, args=(sender, *arguments))
-    process.start()
-    sender.close()  # so that a process that dies is noticed
     try:
+        with _signals_held_back():  # one half-started would wait for ever; and Ctrl-C is for this process alone
+            process.start()
+        sender.close()  # so that a process that dies is noticed
         refusal = receiver.recv()
     except EOFError:
         refusal = MSCNNError("The process that checks the parameters died, most often because the memory is used up.")
     finally:
-        process.kill()
-        process.join()
+        if process.pid:
+            process.kill()
+            process.join()
     if refusal:
         raise refusal
 
 
+@contextlib.contextmanager
+def _signals_held_back():
+    """Ctrl-C and SIGTERM arrive when the block is over; a process that it starts never gets them. Not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+
+
 def _send_refusal(sender: multiprocessing.connection.Connection, *arguments) -> None:
     let_output_fail()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the run, too, which ends this process
     refusal = None
     try:
         _validate(*arguments)

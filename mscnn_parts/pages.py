@@ -18,6 +18,10 @@ TEMPLATE = "{% extends 'index.html.j2' %}" + "".join(
     f"{{% block {name} %}}{{% endblock %}}"
     for name in ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 )
+TEMPLATE += (  # its own style breaks long lines in the middle of words
+    "{% block html_head_css %}{{ super() }}"
+    "<style>.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere; }</style>{% endblock %}"
+)
 LINK = re.compile(rf'((?:Previous|Next|First): )?<a href="({"|".join(ALL_NOTEBOOKS)})\.ipynb(#[^"]*)?">(.*?)</a>')
 NOT_RUN = re.compile(r"((?:Previous|Next|First): )([^<>]*) \(not run: --notebooks (\w+)\)")
 ELSEWHERE = re.compile(r'<a href="(\.\./[^"#]+)(?:#[^"]*)?">(.*?)</a>')

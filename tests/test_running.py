@@ -15,6 +15,7 @@ import zipfile
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, patch_rooms, write_tiny_npz
 from jupyter_client.kernelspec import NoSuchKernel
@@ -1107,7 +1108,8 @@ def test_ctrl_c_while_parameters_are_checked_ends_both_processes(tmp_path, tiny_
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
     ) as running:
-        time.sleep(2)
+        while not psutil.Process(running.pid).children():
+            time.sleep(0.01)
         os.killpg(running.pid, signal.SIGINT)
         told = running.communicate(timeout=60)[0]  # ends when both have closed it
     assert told == "\ninterrupted.\n130 False\n"
