@@ -1104,7 +1104,8 @@ def test_what_waits_for_the_notebooks_loads_no_tensorflow(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
 def test_ctrl_c_while_parameters_are_checked_ends_both_processes(tmp_path, tiny_path):
-    command = [sys.executable, "-c", RUNS, "--dataset", str(tiny_path), "--run_dir", str(tmp_path / "run")]
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # tests behind & ignore it
+    command = [sys.executable, "-c", heeding + RUNS, "--dataset", str(tiny_path), "--run_dir", str(tmp_path / "run")]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
     ) as running:
