@@ -154,10 +154,15 @@ def _how_to_go_on(name: str, notebooks: Sequence[str], settings: Settings, given
         flag = f"--{parameter}" if value else f"--no-{parameter}"
         options.append(flag if isinstance(value, bool) else f"--{parameter} {shlex.quote(str(value))}")
     left = ",".join(one.split("_")[0] for one in notebooks[notebooks.index(name) :])
+    return f"Go on with: {' '.join([_program(), *options])} --notebooks {left}"
+
+
+def _program() -> str:
+    """What to type for this command line; where `python` is another one, as behind `make run`, the path of this one."""
     program = command_line().prog
-    if program.startswith("python ") and shutil.which("python") != sys.executable:  # of `make run`, for example
-        program = program.replace("python", shlex.quote(os.path.relpath(sys.executable)), 1)
-    return f"Go on with: {' '.join([program, *options])} --notebooks {left}"
+    if program.startswith("python ") and shutil.which("python") != sys.executable:
+        return program.replace("python", shlex.quote(os.path.relpath(sys.executable)), 1)
+    return program
 
 
 def _of_run_folder(settings: Settings, given: Collection[str]) -> Settings:
@@ -207,7 +212,7 @@ def print_result(run: Run) -> None:
     print(f"{metrics['seconds']['total']:.0f} s. Where to look: {run.folder}")
     print("  notebooks/05_evaluation_and_cam.html   the whole evaluation\n  figures/ · metrics.json · history.json")
     if os.path.isfile(run.model_path):
-        print(f"New pictures: {command_line().prog} decide {shlex.quote(str(run.model_path))} PICTURES...")
+        print(f"New pictures: {_program()} decide {shlex.quote(str(run.model_path))} PICTURES...")
 
 
 def command_line() -> argparse.ArgumentParser:

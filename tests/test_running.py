@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from mscnn_helpers import MSCNNError, Run
 from mscnn_parts.cli import (
     _ending_written_down,
     _how_to_go_on,
+    _program,
     _Terminated,
     command_line,
     parse,
@@ -1089,6 +1091,17 @@ def test_a_model_for_other_data_reads_the_same_through_the_command_line(
     error = capsys.readouterr().err
     assert str(direct.value) in error
     assert "cell" not in error, "refused before a notebook runs"
+
+
+@pytest.mark.parametrize(
+    ("started", "found", "typed"),
+    [("/x/mscnn", None, "mscnn"), ("mscnn_helpers.py", sys.executable, "python mscnn_helpers.py"),
+     ("mscnn_helpers.py", "/usr/bin/python", f"{os.path.relpath(sys.executable)} mscnn_helpers.py")],
+)  # fmt: skip
+def test_advice_names_the_python_that_has_the_packages(monkeypatch, started, found, typed):
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    assert _program() == typed
 
 
 RUNS = "import sys; from mscnn_parts.cli import main; print(main(sys.argv[1:]), 'tensorflow' in sys.modules)"
