@@ -1,4 +1,4 @@
-"""Measures what notebook 07 compares: optimizers, schedules, augmentation, regularization, precision, ensembles.
+"""Measures what notebooks 07 and 08 compare: from optimizers and augmentation to focal loss and hard negatives.
 
     python benchmarks/craft.py            what is missing in craft.json: 40 minutes on two quiet cores
     python benchmarks/craft.py --quick    one seed, two rows of each kind: shows that it works, writes nothing
@@ -23,9 +23,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 from common import Timed, in_fresh_process, interleaved, markdown, origin, read_json, spread, write
+from sklearn.metrics import roc_auc_score
 
 import mscnn_helpers as mscnn
-from mscnn_parts import networks, tuning
+from mscnn_parts import diagnosis, networks, tuning
 from mscnn_parts.networks import STAGE1_WIDTHS, STAGE2_WIDTHS
 
 WIDTHS = tuple(width // 2 for width in STAGE2_WIDTHS)
@@ -214,6 +215,64 @@ def statistics_anew(form: Form) -> dict[str, list[float]]:
     return found
 
 
+def rare_categories(form: Form) -> dict[str, dict[str, list[float]]]:
+    """Accuracy where every second category keeps a fifth of its images: by cross-entropy, focal loss, and weights."""
+    categorical = {"from_logits": True}
+    losses = {
+        "cross-entropy": (keras.losses.CategoricalCrossentropy(**categorical), False),
+        "focal loss": (keras.losses.CategoricalFocalCrossentropy(alpha=1.0, gamma=2.0, **categorical), False),
+        "cross-entropy, rare images weighted": (keras.losses.CategoricalCrossentropy(**categorical), True),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in form.seeds:
+        data = data_for(form, seed)
+        kept = (data.train.labels % 2 == 0) | (np.random.default_rng(seed).random(len(data.train)) < 0.2)
+        data = dataclasses.replace(data, train=data.train.take(np.flatnonzero(kept)))
+        counts = np.bincount(data.train.labels, minlength=len(data.category_names))
+        for name, (loss, weighted) in losses.items():
+            network, batches = network_for(BASE, data, seed), batches_for(BASE, data, seed)
+            compiled(BASE, network, batches, len(batches) * form.epochs)
+            network.compile(network.optimizer, loss, jit_compile=False)
+            weights = dict(enumerate(counts.mean() / np.maximum(1, counts))) if weighted else None
+            network.fit(batches, epochs=form.epochs, verbose=0, shuffle=False, class_weight=weights)
+            hits = softmax(network, data.test.images).argmax(axis=1) == data.test.labels
+            each = [float(hits[data.test.labels == c].mean()) for c in range(len(counts))]
+            own = found.setdefault(name, {"mean over categories": [], "rare categories": []})
+            own["mean over categories"].append(float(np.mean(each)))
+            own["rare categories"].append(float(np.mean(each[1::2])))
+        keras.backend.clear_session()
+    return found
+
+
+def verifiers_negatives(form: Form) -> dict[str, dict[str, list[float]]]:
+    """Verifiers of the pretrained model, retrained on negatives drawn at random and on hard ones.
+
+    On their own batches, and on what they are asked: does the answer of Stage 1 hold? The latter is the AUROC among
+    the images of the certification split that Stage 1 takes for a category, mean over the categories.
+    """
+    data = mscnn.load_dataset("cifar10")  # seed 0: the pretrained model has not seen these held-out images
+    if form != FULL:
+        data = dataclasses.replace(data, train=data.train.take(np.arange(form.images)))
+    model, held = mscnn.load_model("pretrained"), data.certification
+    trainer = mscnn.Stage2Trainer(model, data, mscnn.default_recipe(len(data.train), 0 if form == FULL else 1))
+    answers = model.decide(held.images).stage1_category
+    shown = {"at random": np.zeros_like(trainer.probability), "hard": trainer.probability}
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in form.seeds:
+        for name, probability in shown.items():
+            trainer.probability, own = probability, []
+            for category in range(len(data.category_names)):
+                history = trainer.train(category, model.stage2_base, seed + 100 + category)
+                asked = np.flatnonzero(answers == category)
+                correct = held.labels[asked] == category
+                scores = model.stage2_log_odds(held.images[asked], category)
+                own.append((history["accuracy"][-1], roc_auc_score(correct, scores)))
+            columns = found.setdefault(name, {"accuracy on their own batches": [], "AUROC on what they are asked": []})
+            for values, mean in zip(columns.values(), np.mean(own, axis=0), strict=True):
+                values.append(float(mean))
+    return found
+
+
 # ---- seconds and memory
 
 
@@ -265,6 +324,46 @@ def precision_speed(form: Form) -> dict[str, list[float]]:
     return {name: [len(images) / one for one in values] for name, values in seconds.items()}
 
 
+def pipeline_speed(form: Form) -> dict[str, dict[str, list[float]]]:
+    """Images per second from JPEG files of 160 pixels: read alone and with training steps, in turn."""
+    data = data_for(form, 0)
+    shape, some = data.input_shape, data.train.take(np.arange(min(1024, len(data.train))))
+    files = [tf.io.encode_jpeg(tf.cast(tf.image.resize(one, (160, 160)), tf.uint8)).numpy() for one in some.images]
+
+    def decode(file):
+        image = tf.io.decode_jpeg(file, shape[-1])  # (160, 160, channels)
+        return tf.ensure_shape(tf.image.resize(image, shape[:2]), shape)
+
+    one_hot = np.eye(10, dtype=np.float32)[some.labels]
+    pipelines = tuning.input_pipelines(np.array(files), one_hot, decode, BATCH)
+    network = network_for(BASE, data, 0)
+    network.compile(keras.optimizers.SGD(0.01), keras.losses.CategoricalCrossentropy(from_logits=True))
+
+    def passing(batches: tf.data.Dataset, use: Callable) -> Callable[[], object]:
+        return lambda: [use(*batch) for batch in batches]
+
+    uses = {"reading alone": lambda *_: None, "with training": network.train_on_batch}
+    tasks = {f"{name}/{way}": passing(batches, use)
+             for way, use in uses.items() for name, batches in pipelines.items()}  # fmt: skip
+    seconds = interleaved(tasks, 5 if form == FULL else 1)
+    return {name: {way: [len(files) / one for one in seconds[f"{name}/{way}"]] for way in uses} for name in pipelines}
+
+
+def diagnosis_cost(form: Form) -> dict[str, list[float]]:
+    """What the `Diagnosis` callback takes after an epoch, as a share of the epoch's time, epoch by epoch."""
+    found, data = {}, data_for(form, 0)
+    for count in (form.images // 3, form.images):
+        own = dataclasses.replace(data, train=data.train.take(np.arange(count)))
+        network, batches = network_for(BASE, own, 0), batches_for(BASE, own, 0)
+        compiled(BASE, network, batches, len(batches) * form.epochs)
+        watch = diagnosis.Diagnosis(*own.train)
+        network.fit(batches, epochs=form.epochs, verbose=0, shuffle=False, callbacks=[watch])
+        shares = [spent / epoch for spent, epoch in zip(watch.seconds, watch.epoch_seconds, strict=True)]
+        found[f"{count:,} train images"] = shares[1:] or shares  # the first epoch makes its graph, too
+        keras.backend.clear_session()
+    return found
+
+
 def peak_memory() -> float:
     """MB at the peak: of the GPU, where there is one, else of this process.
 
@@ -297,10 +396,25 @@ def memory_ladder(form: Form) -> dict[str, float]:
     return ladder
 
 
-MEASUREMENTS: dict[str, Callable[[Form], dict]] = {
-    "augmentation speed": augmentation_speed, "precision speed": precision_speed, "memory": memory_ladder,
-    "statistics": statistics_anew,
-}  # fmt: skip
+class Measurement(NamedTuple):
+    """What is measured beside the rows, and how its table looks: a line per name, a column per kind of value."""
+
+    measure: Callable[[Form], dict]
+    what: str  # the first column
+    values: str = ""  # the second, where there is but one
+    form: str = "{:,.0f}"
+
+
+MEASUREMENTS = {
+    "augmentation speed": Measurement(augmentation_speed, "augmentation", "images per second"),
+    "precision speed": Measurement(precision_speed, "precision", "images per second"),
+    "pipeline speed": Measurement(pipeline_speed, "input pipeline, images per second"),
+    "diagnosis": Measurement(diagnosis_cost, "`Diagnosis` after an epoch", "share of the epoch's time", "{:.1%}"),
+    "statistics": Measurement(statistics_anew, "BatchNormalization", "accuracy", "{:.1%}"),
+    "memory": Measurement(memory_ladder, "training step of Stage 1", "MB at its peak"),
+    "rare categories": Measurement(rare_categories, "every second category is rare", form="{:.1%}"),
+    "negatives": Measurement(verifiers_negatives, "verifiers' negatives", form="{:.1%}"),
+}
 
 
 # ---- RESULTS.md
@@ -310,11 +424,12 @@ def section(figures: dict) -> str:
     """Its section of RESULTS.md."""
     lines = [
         "## The craft of training", "",
-        "Written by `python benchmarks/craft.py` for notebook 07: Stage 2's network at half its width, 4,500 of",
-        "CIFAR-10's train images, 6 epochs in batches of 64, measured on 5,000 other train images (see the script's",
-        "first lines). Median (minimum to maximum) over the seeds; differences from the base are taken seed by seed.",
+        "Written by `python benchmarks/craft.py` for notebooks 07 and 08: Stage 2's network at half its width, 4,500",
+        "of CIFAR-10's train images, 6 epochs in batches of 64, measured on 5,000 other train images (see the",
+        "script's first lines). Median (minimum to maximum) over the seeds; differences are taken seed by seed.",
         "So short a training says what a change does *there*, not what it does to a long one. The base flips and",
-        "shifts; a row of another augmentation has that one in place of both.", "",
+        "shifts; a row of another augmentation has that one in place of both. The verifiers are the pretrained model's,",
+        "retrained on all train images and measured on the certification split.", "",
     ]  # fmt: skip
     header = [
         "row",
@@ -327,16 +442,19 @@ def section(figures: dict) -> str:
     ]
     lines += markdown(header, [line for name in ROWS if (line := row_line(name, figures["rows"]))])
     lines += markdown(["ensemble", "seeds", "accuracy", "AURC of its confidence"], ensemble_lines(figures["ensembles"]))
-    for name, what in {"augmentation speed": "images per second", "precision speed": "images per second"}.items():
-        values = figures["measurements"].get(name, {}).get("figures", {})
-        lines += markdown([name.removesuffix(" speed"), what], [[k, spread(v, "{:,.0f}")] for k, v in values.items()])
-    values = figures["measurements"].get("statistics", {}).get("figures", {})
-    if values:
-        lines += markdown(["BatchNormalization", "accuracy"], [[k, spread(v, "{:.1%}")] for k, v in values.items()])
-    memory = figures["measurements"].get("memory", {}).get("figures", {})
-    lines += markdown(["training step of Stage 1", "MB at its peak"], [[k, f"{v:,.0f}"] for k, v in memory.items()])
+    for name, table in MEASUREMENTS.items():
+        lines += measured_table(table, figures["measurements"].get(name, {}).get("figures", {}))
     lines += [f"- {line}" for line in sorted(origins(figures))]
     return "\n".join(lines)
+
+
+def measured_table(table: Measurement, figures: dict) -> list[str]:
+    """The lines of a measurement's table; none before it has been measured."""
+    rows = {name: one if isinstance(one, dict) else {table.values: one} for name, one in figures.items()}
+    header = [table.what, *next(iter(rows.values()), {})]
+    cells = {name: [spread(np.atleast_1d(v).tolist(), table.form) for v in one.values()] for name, one in rows.items()}
+    lines = [[name, *each] for name, each in cells.items()]
+    return markdown(header, lines) if rows else []
 
 
 def row_line(name: str, rows: dict) -> list[str]:
@@ -387,8 +505,8 @@ def jobs(form: Form) -> list[tuple[str, str, int, Callable[[], dict]]]:
         found += [("rows", name, seed, functools.partial(train_row, row, form, seed)) for name, row in rows.items()]
         found.append(("ensembles", "", seed, lambda seed=seed: {"figures": train_ensembles(form, seed)}))
         if seed == form.seeds[0]:
-            found += [("measurements", name, -1, lambda measure=measure: {"figures": measure(form)})
-                      for name, measure in MEASUREMENTS.items()]  # fmt: skip
+            found += [("measurements", name, -1, lambda table=table: {"figures": table.measure(form)})
+                      for name, table in MEASUREMENTS.items()]  # fmt: skip
     # What takes minutes comes last: ensembles, and half precision where the processor lacks AMX.
     return sorted(found, key=lambda job: (job[1].startswith("mixed"), job[0] == "ensembles"))
 
