@@ -428,8 +428,8 @@ def section(figures: dict) -> str:
         "of CIFAR-10's train images, 6 epochs in batches of 64, measured on 5,000 other train images (see the",
         "script's first lines). Median (minimum to maximum) over the seeds; differences are taken seed by seed.",
         "So short a training says what a change does *there*, not what it does to a long one. The base flips and",
-        "shifts; a row of another augmentation has that one in place of both. The verifiers are the pretrained model's,",
-        "retrained on all train images and measured on the certification split.", "",
+        "shifts; a row of another augmentation has that one in place of both. The verifiers are those of the",
+        "pretrained model, retrained on all train images and measured on the certification split.", "",
     ]  # fmt: skip
     header = [
         "row",
