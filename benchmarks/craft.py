@@ -349,7 +349,7 @@ def pipeline_speed(form: Form) -> dict[str, dict[str, list[float]]]:
     return {name: {way: [len(files) / one for one in seconds[f"{name}/{way}"]] for way in uses} for name in pipelines}
 
 
-def diagnosis_cost(form: Form) -> dict[str, list[float]]:
+def diagnosis_cost(form: Form) -> dict[str, dict[str, list[float]]]:
     """What the `Diagnosis` callback takes after an epoch, as a share of the epoch's time, epoch by epoch."""
     found, data = {}, data_for(form, 0)
     for count in (form.images // 3, form.images):
@@ -359,7 +359,8 @@ def diagnosis_cost(form: Form) -> dict[str, list[float]]:
         watch = diagnosis.Diagnosis(*own.train)
         network.fit(batches, epochs=form.epochs, verbose=0, shuffle=False, callbacks=[watch])
         shares = [spent / epoch for spent, epoch in zip(watch.seconds, watch.epoch_seconds, strict=True)]
-        found[f"{count:,} train images"] = shares[1:] or shares  # the first epoch makes its graph, too
+        # The first epoch makes the graph of the training, too.
+        found[f"{count:,} train images"] = {"share of an epoch's time": shares[1:] or shares}
         keras.backend.clear_session()
     return found
 
@@ -409,7 +410,7 @@ MEASUREMENTS = {
     "augmentation speed": Measurement(augmentation_speed, "augmentation", "images per second"),
     "precision speed": Measurement(precision_speed, "precision", "images per second"),
     "pipeline speed": Measurement(pipeline_speed, "input pipeline, images per second"),
-    "diagnosis": Measurement(diagnosis_cost, "`Diagnosis` after an epoch", "share of the epoch's time", "{:.1%}"),
+    "diagnosis": Measurement(diagnosis_cost, "`Diagnosis` after an epoch", form="{:.1%}"),
     "statistics": Measurement(statistics_anew, "BatchNormalization", "accuracy", "{:.1%}"),
     "memory": Measurement(memory_ladder, "training step of Stage 1", "MB at its peak"),
     "rare categories": Measurement(rare_categories, "every second category is rare", form="{:.1%}"),

@@ -282,13 +282,8 @@ def _input_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
 
 
 def _number_findings(report: Report) -> list[Finding]:
-    parts = [
-        (layer, name, spread)
-        for layer in report.layers
-        for name in ("weights", "gradient", "activation")
-        if (spread := getattr(layer, name)) is not None
-    ]
-    broken = [(layer, name) for layer, name, spread in parts if not np.isfinite(spread.std + spread.largest)]
+    parts = [(one, name, getattr(one, name)) for one in report.layers for name in ("weights", "gradient", "activation")]
+    broken = [(layer, name) for layer, name, spread in parts if spread and not np.isfinite(spread.std + spread.largest)]
     if broken:
         layer, name = broken[0]
         remedy = "Usually the learning rate is too large: try a tenth. Else look for a division by 0 or a log of 0."
@@ -299,7 +294,7 @@ def _number_findings(report: Report) -> list[Finding]:
 def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
     """Checks that what BatchNormalization has stored is what passes through it."""
     apart = {name: float(value) for name, value in batch.apart.items()}
-    still = {name for name in apart if network.get_layer(name).momentum == 1 and network.get_layer(name).trainable}
+    still = {name: remedy for name in apart if (remedy := _standstill(network.get_layer(name)))}
     worst = max(still or apart, key=apart.__getitem__, default=None)
     if worst is None or not (still or apart[worst] > STATISTICS_APART):
         return []
@@ -310,8 +305,16 @@ def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
     )
     if still:
         evidence = f"they cannot follow the training, and are {apart[worst]:.2g} apart from those of the batch"
-        remedy = "A momentum of 1 keeps the first values forever: 0.9 lets them follow."
+        remedy = still[worst]
     return [Finding("statistics do not fit", worst, evidence, remedy)]
+
+
+def _standstill(layer: keras.Layer) -> str:
+    """What to do about statistics of a BatchNormalization that no training moves; "" if they move, or came with it."""
+    if layer.trainable:
+        return "A momentum of 1 keeps the first values forever: 0.9 lets them follow." if layer.momentum == 1 else ""
+    as_built = not np.any(layer.moving_mean) and np.all(np.asarray(layer.moving_variance) == 1)
+    return "It is frozen with the 0 and 1 that it was built with: free it, or load its statistics." if as_built else ""
 
 
 def _unit_findings(report: Report) -> list[Finding]:
@@ -332,15 +335,13 @@ def _gradient_findings(report: Report) -> list[Finding]:
     small = [layer for layer in kernels if layer.gradient.largest < VANISHING]
     large = [layer for layer in kernels if layer.gradient.largest > EXPLODING]
     if small and not learned:
-        evidence = (
-            f"at most {small[0].gradient.largest:.1g}, below {VANISHING:g}, in {len(small)} of {len(kernels)} layers"
-        )
+        share = f"{len(small)} of {len(kernels)} layers"
+        evidence = f"at most {small[0].gradient.largest:.1g}, below {VANISHING:g}, in {share}"
         remedy = "Look for dead units; use shortcuts, BatchNormalization, He's initialization, fewer layers."
         found.append(Finding("vanishing gradients", small[0].name, evidence, remedy))
     if large:
-        evidence = (
-            f"up to {large[0].gradient.largest:.3g}, above {EXPLODING:g}, in {len(large)} of {len(kernels)} layers"
-        )
+        share = f"{len(large)} of {len(kernels)} layers"
+        evidence = f"up to {large[0].gradient.largest:.3g}, above {EXPLODING:g}, in {share}"
         remedy = "Standardize the input, lower the learning rate, or set the optimizer's clipnorm to 1."
         found.append(Finding("exploding gradients", large[0].name, evidence, remedy))
     return found

@@ -41,6 +41,15 @@ def notebooks_folder() -> Path:
     return project_root() / "notebooks" if _is_checkout() else code_folder() / "mscnn_notebooks"
 
 
+def recorded_figures(benchmark: str) -> dict:
+    """What a benchmark has recorded, for a notebook to show; {} and a line that says so where its file is missing."""
+    path = project_root() / "benchmarks" / f"{benchmark}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    print(f"benchmarks/{benchmark}.json is not there: a checkout of the project has it.")
+    return {}
+
+
 def current_folder() -> Path | None:
     """The current folder; None where it has been deleted."""
     try:

@@ -26,14 +26,14 @@ TRAIN, HELD = mscnn.Split(IMAGES[:1200], LABELS[:1200]), mscnn.Split(IMAGES[1200
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def small_cnn(normalized: bool = True, momentum: float = 0.0, bias: float = 0.0) -> keras.Model:
+def small_cnn(normalized: bool = True, momentum: float = 0.0, bias: float = 0.0, follows: bool = True) -> keras.Model:
     """Digits (B, 8, 8, 1) -> logits (B, 10); momentum: of BatchNormalization, 0: without it."""
     layers = keras.layers
     x = inputs = keras.Input((8, 8, 1))
     x = layers.Rescaling(1 / 80, -1)(x) if normalized else x
     for block in (1, 2):
         x = layers.Conv2D(16, 3, padding="same", bias_initializer=keras.initializers.Constant(bias))(x)
-        x = layers.BatchNormalization(momentum=momentum)(x) if momentum else x
+        x = layers.BatchNormalization(momentum=momentum, trainable=follows)(x) if momentum else x
         x = layers.ReLU(name=f"block{block}")(x)
         x = layers.MaxPooling2D(2)(x)
     return keras.Model(inputs, layers.Dense(10, name="logits")(layers.Flatten()(x)), name="small")
@@ -45,12 +45,14 @@ SETUPS = {  # network, learning rate
     "learning rate 100 times too large": ({}, 0.5),
     "images not normalized": ({"normalized": False}, 5e-3),
     "statistics frozen": ({"momentum": 1.0}, 5e-3),
+    "layers frozen": ({"momentum": 0.9, "follows": False}, 5e-3),
     "dead ReLU": ({"bias": -10.0}, 5e-3),
 }
 EXPECTED = {
     "learning rate 100 times too large": "weights too large",
     "images not normalized": "input not normalized",
     "statistics frozen": "statistics do not fit",
+    "layers frozen": "statistics do not fit",
     "dead ReLU": "dead units",
 }
 IN_THE_DATA = {  # what `diagnose` names with the data at hand
@@ -131,6 +133,7 @@ def test_a_broken_set_up_is_named(setup, seeds):
     for report in trained(setup, seeds):
         assert EXPECTED[setup] in report.names, str(report)
         assert ("A momentum of 1 keeps the first values forever" in str(report)) == (setup == "statistics frozen")
+        assert ("It is frozen with the 0 and 1" in str(report)) == (setup == "layers frozen")
 
 
 @pytest.mark.parametrize(("fault", "seeds"), with_seeds(IN_THE_DATA, few=1))

@@ -621,6 +621,17 @@ def test_retraining_in_notebook_04_moved_the_chosen_categories_only(chain):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage1", ["vgg", "efficientnet_lite0"])
+def test_the_program_runs_with_another_network_and_size(stage1, tmp_path):
+    data, folder = write_tiny_npz(tmp_path / "tiny.npz", 240, 60), tmp_path / "run"
+    chosen = ("--stage1", stage1, "--image_size", "48", "--epochs", "1", "--stage2_branch", "-1")
+    run_program("--dataset", str(data), "--run_dir", str(folder), *chosen)
+    model = mscnn.load_model(folder / "multistage_cnn_model.keras")
+    assert (model.network, model.image_size) == (stage1, 48) and model.is_calibrated
+    assert 0 <= read(folder, "metrics")["two_stage"]["aurc"] < 1
+
+
+@pytest.mark.slow
 def test_stage2_only_keeps_stage1_and_the_other_categories(program, tmp_path):
     folder, _, options = program
     path = folder / "multistage_cnn_model.keras"

@@ -201,11 +201,33 @@ def test_all_the_way(chosen, digits, tmp_path):
     assert traces[0].stage1_map.ndim == traces[0].stage2_map.ndim == 2
 
 
+def test_heads_never_move_their_trunk_and_end_with_it(digits):
+    model = MultiStageCNN.for_dataset(digits, network="efficientnet_lite0", weights=None)
+    recipe = mscnn.default_recipe(len(digits.train), 1, 64, "efficientnet_lite0")
+    recipe = dataclasses.replace(recipe, phases=(Phase((), 1, 1e-3),), views=1)
+    mscnn.fit_ood(model, digits)
+    before = model.fingerprints()
+    mscnn.train_stage2_base(model, digits, recipe)
+    model.train_only("2")
+    model.set_stage2_category_trainable("", True)
+    assert not model.stage1.trainable
+    mscnn.train_stage2(model, digits, recipe)
+    assert model.fingerprints()["stage1"] == before["stage1"]
+    model.calibrate(digits.calibration)
+    model.certify(digits.certification, 0.9, delta=0.5)
+    model.set_stage1_trainable()
+    mscnn.train_stage1(model, digits, recipe)
+    assert np.isnan(model.calibration_coefficients.numpy()).all() and model.certificate is None
+
+
 @pytest.mark.slow
-def test_a_fresh_process_that_imports_the_class_decides_alike(digits, tmp_path):
+@pytest.mark.parametrize("own", [functional, subclassed])
+def test_a_fresh_process_that_imports_the_class_decides_alike(own, digits, tmp_path):
     data = dataclasses.replace(digits, image_size=40)
-    model = MultiStageCNN.for_dataset(data, network=subclassed(4), stage2_widths=(8, 8))
-    mscnn.fit_ood(model, data)
+    model = MultiStageCNN.for_dataset(data, network=own(4), stage2_widths=(8, 8))
+    recipe = mscnn.default_recipe(len(data.train), 1, 64, "own")
+    for train in (mscnn.train_stage1, mscnn.train_stage2_base, mscnn.train_stage2):
+        train(model, data, recipe)
     model.calibrate(data.calibration)
     model.save(tmp_path / "mine.keras")
     np.save(tmp_path / "images.npy", data.test.images[:20])
