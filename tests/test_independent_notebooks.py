@@ -25,18 +25,41 @@ def test_an_independent_notebook_runs_with_solutions_and_without_warnings(name, 
         Settings(epochs=4 if path == TEN else 2, light_mode=True, dataset=str(data), run_dir=str(tmp_path / "run")),
     )
     check_executed(tmp_path / "run/notebooks" / path.name)
-    if name.startswith("08") and importlib.util.find_spec("shap"):
-        (sanity,) = [cell for cell in cells(tmp_path / "run/notebooks" / path.name) if cell.id == "sanity"]
-        assert "<th>SHAP</th>" in str(sanity.outputs)
+    if name.startswith("08"):
+        check_diagnosed(tmp_path / "run/notebooks" / path.name)
     if path == TEN:
         check_judged(tmp_path / "run/notebooks" / path.name)
     else:
         assert list((tmp_path / "run/figures").glob("*.png"))
 
 
+def printed_by(path) -> dict[str, str]:
+    return {cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in cells(path, "code")}
+
+
+FAULTS = {
+    "rate-diagnosis": "weights too large", "input": "input not normalized", "statistics": "statistics do not fit",
+    "dead": "dead units", "labels-check": "labels do not fit the images", "leak-check": "leak",
+    "verifiers-symptom": "easy negatives",
+}  # fmt: skip
+
+
+def check_diagnosed(path) -> None:
+    """Each broken set-up is named where the reader breaks it, and a repaired one has no findings."""
+    printed = printed_by(path)
+    for cell, fault in FAULTS.items():
+        assert f"! {fault}, " in printed[cell], printed[cell]
+    for cell in ("input-repair", "statistics-repair", "labels-repair", "leak-repair"):
+        assert "No findings." in printed[cell], printed[cell]
+    assert "! " not in printed["healthy"], printed["healthy"]
+    if importlib.util.find_spec("shap"):
+        (sanity,) = [cell for cell in cells(path) if cell.id == "sanity"]
+        assert "<th>SHAP</th>" in str(sanity.outputs)
+
+
 def check_judged(path) -> None:
     """The checks of the ten exercises wait for the reader, and judge the solutions."""
-    printed = {cell.id: "".join(output.get("text", "") for output in cell.outputs) for cell in cells(path, "code")}
+    printed = printed_by(path)
     for number in range(1, 11):
         assert printed[f"check-{number}"] == f"Exercise {number}: not done yet.\n"
         assert re.search(rf"^Exercise {number}: (reached|out of reach here)\. ?", printed[f"solution-{number}"], re.M)
