@@ -89,7 +89,7 @@ bench-verifiers: env ## Measure which verifier is worth having: over an hour; BE
 bench-ood: env ## Measure what becomes of images that show no category: after bench-quality; BENCH=--quick
 	@$(RUN) benchmarks/ood.py $(BENCH)
 
-bench-craft: env ## Measure what notebook 07 compares: 40 minutes; BENCH=--quick
+bench-craft: env ## Measure what notebooks 07 and 08 compare: an hour; BENCH=--quick
 	@$(RUN) benchmarks/craft.py $(BENCH)
 
 bench-networks: env ## Measure one of Stage 1's networks: BENCH='--row "MNIST, mnist_bn"'

@@ -1,6 +1,6 @@
 """Measures what notebooks 07 and 08 compare: from optimizers and augmentation to focal loss and hard negatives.
 
-    python benchmarks/craft.py            what is missing in craft.json: 40 minutes on two quiet cores
+    python benchmarks/craft.py            what is missing in craft.json: an hour on two quiet cores
     python benchmarks/craft.py --quick    one seed, two rows of each kind: shows that it works, writes nothing
     python benchmarks/craft.py --again "mixup" --again "precision"    rows, or measurements, to be measured anew
     python benchmarks/craft.py --tables   the tables anew, from craft.json

@@ -21,32 +21,32 @@ from mscnn_parts.optimizers import Phase, staged
 from mscnn_parts.transfer import free_groups, group_fingerprints, layers_by_group
 from mscnn_parts.zoo import NETWORKS, applications, efficientnet_lite0
 
-PARAMETERS = {  # trainable ones with ten categories, at a size and with channels
-    "classic": (1_341_226, 32, 3), "mnist": (184_586, 28, 1), "mnist_bn": (391_370, 28, 1), "vgg": (3_841_610, 32, 3),
-    "alexnet": (998_474, 96, 3), "resnet": (13_838_410, 32, 3), "resnet18": (11_181_642, 32, 3),
-    "resnet34": (21_289_802, 32, 3), "efficientnet_lite0": (3_383_818, 64, 3), "efficientnet_b0": (4_020_358, 64, 3),
-    "resnet50": (23_555_082, 64, 3), "densenet121": (6_964_106, 64, 3),
-}  # fmt: skip
+
+def counted(network: keras.Model) -> tuple[int, int]:
+    """Trainable parameters, and multiply-adds of one image: places of the output x size of the kernel."""
+    weights = [weight for weight in network.trainable_weights if "whitening" not in weight.path]
+    kernels = [layer for layer in network.layers if hasattr(layer, "kernel")]
+    multiply_adds = sum(int(np.prod(one.output.shape[1:-1]) * np.prod(one.kernel.shape)) for one in kernels)
+    return sum(int(np.prod(weight.shape)) for weight in weights), multiply_adds
 
 
-def stage1_of(name: str, size: int, channels: int = 3) -> keras.Model:
+def stage1_of(name: str, size: int = 0) -> keras.Model:
+    channels, size = 1 if NETWORKS[name].module == "mnist" else 3, size or NETWORKS[name].image_size
     mean, std = [120.0] * channels, [60.0] * channels
     return build_network(NETWORKS[name], (size, size, channels), 10, mean, std, True, "float32", size)
-
-
-def test_every_network_has_its_line():
-    assert {*PARAMETERS, "compact"} == set(NETWORKS)
 
 
 DEEP = ("efficientnet_b0", "resnet50", "densenet121")  # these take long to build
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in PARAMETERS])
-def test_a_network_has_its_parameters_and_layers(name):
-    count, size, channels = PARAMETERS[name]
-    network = stage1_of(name, size, channels)
-    weights = [weight for weight in network.trainable_weights if "whitening" not in weight.path]
-    assert sum(int(np.prod(weight.shape)) for weight in weights) == count
+ZOO = [name for name in NETWORKS if name != "compact"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in DEEP else one for one in ZOO])
+def test_a_network_is_what_its_entry_says(name):
+    entry = NETWORKS[name]
+    network = stage1_of(name)
+    assert counted(network) == (entry.parameters, entry.multiply_adds)
     assert network.output_shape == (None, 10) and network.output.dtype == "float32"
     for layer in ("augmentation", "whitened", "block1", "features", "logits"):
         assert network.get_layer(layer)
@@ -62,7 +62,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in DEEP if name !=
 @pytest.mark.parametrize("name", ["mnist_bn", "vgg", "resnet18"])
 def test_statistics_follow_a_short_training(name):
     """Keras' default momentum of 0.99 needs hundreds of steps: until then a network with random weights is no good."""
-    network = stage1_of(name, *PARAMETERS[name][1:])
+    network = stage1_of(name)
     own = [layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)]
     assert own and {layer.momentum for layer in own} == {0.9}
 
@@ -95,7 +95,10 @@ def test_a_call_that_says_nothing_of_training_is_none(name):
     assert model.fingerprints() == before
 
 
-def test_compact_grows_by_narrow_blocks():
+def test_compact_is_what_its_entry_says_and_grows_by_narrow_blocks():
+    statistics = ([120] * 3, [60] * 3, True, "float32")
+    entry, stage1 = NETWORKS["compact"], mscnn.build_cnn("stage1", (32, 32, 3), 10, STAGE1_WIDTHS, *statistics)
+    assert counted(stage1) == (entry.parameters, entry.multiply_adds)
     assert widths_for(32, STAGE1_WIDTHS) == STAGE1_WIDTHS == widths_for(28, STAGE1_WIDTHS)
     assert widths_for(64, STAGE1_WIDTHS) == (32, 64, 256, 256) and widths_for(128, (32, 64, 64)) == (16, 16, 32, 64, 64)
 
@@ -156,7 +159,7 @@ def functional(categories: int) -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(categories)(x), name="mine")
 
 
-NAMES = [name for name in NETWORKS if name not in ("compact", "resnet18", "resnet34")]
+NAMES = [name for name in ZOO if name not in ("resnet18", "resnet34")]
 SLOW = [pytest.param(chosen, marks=pytest.mark.slow) for chosen in (*NAMES, subclassed)]
 
 
@@ -356,3 +359,12 @@ def test_the_packages_weights_know_a_daisy():
     flower = mscnn.foreign_photographs((224, 224, 3))[1:]
     pooled = np.asarray(keras.Model(network.inputs[0], network.get_layer("pooled").output)(flower))
     assert (pooled @ arrays["_fc.weight"].T + arrays["_fc.bias"]).argmax() == 985
+
+
+def test_the_documented_networks_are_those_of_the_registry():
+    page = (ROOT / "docs/networks.md").read_text("utf-8").partition("<!-- stage1 -->")[2].partition("<!-- /stage1")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.strip().splitlines()[2:]]
+    assert [(name, size, parameters, million) for name, _, size, parameters, million, _ in rows] == [
+        (name, f"{one.image_size}", f"{one.parameters:,}", f"{one.multiply_adds / 1e6:,.0f} M")
+        for name, one in NETWORKS.items()
+    ]

@@ -5,7 +5,7 @@ tensors. It names three layers: `block1`, an early feature map, whose channel me
 score; `features`, the last feature map, for Class Activation Maps; and `logits`. A network whose features the Stage 2
 heads share also names `pooled`, the means of `features`.
 
-To add a network, write such a file, add an entry here, and a line of its parameter count to tests/test_zoo.py.
+To add a network, write such a file and add an entry here; tests/test_zoo.py holds the one against the other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class Network(NamedTuple):
 
     module: str  # the file in this folder; "" for the project's own
     image_size: int  # pixels, its own
+    parameters: int  # to train, with ten categories
+    multiply_adds: int  # of one image of its own size, with the whitening filters of every network
     text: str
     variant: Mapping[str, Any] = NOTHING  # further arguments of `build`
     scaling: str = "standardized"  # of its input, see `networks.scaled`
@@ -63,35 +65,50 @@ RESNET50_GROUPS = (("conv1",), ("conv2",), ("conv3",), ("conv4",), ("conv5",))
 DENSENET_GROUPS = (("conv1", "pool1"), ("conv2", "pool2"), ("conv3", "pool3"), ("conv4", "pool4"), ("conv5", "bn"))
 
 NETWORKS: dict[str, Network] = {
-    "compact": Network("", 32, "the project's own: whitening, six convolutions, one dense layer"),
-    "classic": Network("classic", 32, "three blocks of two convolutions, dropout, dense 512", recipe=ADAM,
-                       stage2_widths=(16, 32)),
-    "mnist": Network("mnist", 28, "two 5 x 5 convolutions, dense 128", recipe=ADAM),
-    "mnist_bn": Network("mnist", 28, "three convolutions with BatchNormalization, dense 256",
-                        {"normalized": True}, recipe=ADAM),
-    "vgg": Network("vgg", 32, "seven 3 x 3 convolutions, dense 512", recipe=SGD),
-    "alexnet": Network("alexnet", 96, "three convolutions with large kernels, one dense layer", recipe=ADAM),
-    "resnet": Network("resnet", 32, "24 layers with shortcuts", {"blocks": (2, 3, 4, 2)}, recipe=SGD),
-    "resnet18": Network("resnet", 32, "18 layers with shortcuts", {"blocks": (2, 2, 2, 2)}, recipe=SGD),
-    "resnet34": Network("resnet", 32, "34 layers with shortcuts", {"blocks": (3, 4, 6, 3)}, recipe=SGD),
+    "compact": Network(
+        "", 32, 1_971_338, 118_147_360, "the project's own: whitening, six convolutions, one dense layer",
+    ),
+    "classic": Network(
+        "classic", 32, 1_341_226, 39_963_936, "three blocks of two convolutions, dropout, dense 512",
+        recipe=ADAM, stage2_widths=(16, 32),
+    ),
+    "mnist": Network("mnist", 28, 184_586, 3_893_280, "two 5 x 5 convolutions, dense 128", recipe=ADAM),
+    "mnist_bn": Network(
+        "mnist", 28, 391_370, 7_771_936, "three convolutions with BatchNormalization, dense 256",
+        {"normalized": True}, recipe=ADAM,
+    ),
+    "vgg": Network("vgg", 32, 3_841_610, 192_892_192, "seven 3 x 3 convolutions, dense 512", recipe=SGD),
+    "alexnet": Network(
+        "alexnet", 96, 998_474, 84_109_344, "three convolutions with large kernels, one dense layer", recipe=ADAM,
+    ),
+    "resnet": Network(
+        "resnet", 32, 13_838_410, 790_056_224, "24 layers with shortcuts", {"blocks": (2, 3, 4, 2)}, recipe=SGD,
+    ),
+    "resnet18": Network(
+        "resnet", 32, 11_181_642, 563_563_808, "18 layers with shortcuts", {"blocks": (2, 2, 2, 2)}, recipe=SGD,
+    ),
+    "resnet34": Network(
+        "resnet", 32, 21_289_802, 1_167_543_584, "34 layers with shortcuts", {"blocks": (3, 4, 6, 3)}, recipe=SGD,
+    ),
     "efficientnet_lite0": Network(
-        "efficientnet_lite0", 160, "ImageNet weights from the extra `transfer`", scaling="around zero",
-        groups=LITE0_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
+        "efficientnet_lite0", 160, 3_383_818, 203_164_928, "ImageNet weights from the extra `transfer`",
+        scaling="around zero", groups=LITE0_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
     ),
     "efficientnet_b0": Network(
-        "applications", 224, "ImageNet weights that Keras downloads", {"name": "EfficientNetB0"}, scaling="none",
-        groups=B0_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
+        "applications", 224, 4_020_358, 398_869_504, "ImageNet weights that Keras downloads",
+        {"name": "EfficientNetB0"}, "none", B0_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
     ),
     "resnet50": Network(
-        "applications", 224, "ImageNet weights that Keras downloads", {"name": "ResNet50"}, scaling="caffe",
-        groups=RESNET50_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
+        "applications", 224, 23_555_082, 3_870_267_680, "ImageNet weights that Keras downloads",
+        {"name": "ResNet50"}, "caffe", RESNET50_GROUPS, recipe=STAGED, pretrained=True, three_channels=True,
     ),
     "densenet121": Network(
-        "applications", 224, "ImageNet weights that Keras downloads", {"name": "DenseNet121"}, scaling="imagenet",
-        groups=DENSENET_GROUPS, recipe=STAGED, pretrained=True, least_size=32, three_channels=True,
+        "applications", 224, 6_964_106, 2_847_469_856, "ImageNet weights that Keras downloads",
+        {"name": "DenseNet121"}, "imagenet", DENSENET_GROUPS, recipe=STAGED, pretrained=True, least_size=32,
+        three_channels=True,
     ),
 }  # fmt: skip
-OWN = Network("", 0, "a network of one's own", recipe=ADAM)
+OWN = Network("", 0, 0, 0, "a network of one's own", recipe=ADAM)
 
 
 def network_named(name: str) -> Network:
