@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,12 +47,13 @@ def _check_model_file(path: Path) -> None:
             start = file.read(40)
     except OSError as error:
         raise MSCNNError(f"Cannot read {path}: {error.strerror}. Its rights have to let you read it.") from error
-    if not start:
-        raise MSCNNError(f"{path} is damaged or not a model of this project: it is empty. Get or save it again.")
     if start.startswith(b"version https://git-lfs"):
         raise MSCNNError(f"{path} is a Git LFS pointer, not the model itself: run git lfs pull.")
     if path.suffix != ".keras":
         raise MSCNNError(f"{path} has no name that ends in .keras: rename it, if it is a model of this project.")
+    if not zipfile.is_zipfile(path):
+        what = "it is no zip archive, as a whole .keras file is" if start else "it is empty"
+        raise MSCNNError(f"{path} is damaged or not a model of this project: {what}. Get or save it again.")
     _check_format(path)
 
 

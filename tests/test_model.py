@@ -567,7 +567,7 @@ def test_a_batch_size_that_is_no_number_of_images(model, tiny_data, batch_size):
         ("m.keras", b"", "is empty"),
         ("m.keras", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         ("m", b"PK", "ends in .keras"),
-        ("m.keras", b"PK\3\4 and no more", "is damaged or not a model of this project"),
+        ("m.keras", b"PK\3\4 and no more", "is damaged or not a model of this project: it is no zip archive"),
     ],
 )
 def test_why_a_file_is_no_model(tmp_path, name, content, reason):
