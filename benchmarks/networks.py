@@ -136,7 +136,8 @@ def table(figures: dict) -> str:
         "default of that time; *to 90 %*: epochs of Stage 1, those of its last layer alone included (20, on frozen",
         "features: seconds), until it is correct on 90 % of the calibration split. Data and weights of some rows could",
         "not be downloaded where these figures were made.", "",
-        *markdown(HEADER, rows), *deep_against_shallow(figures), accepted_strangers(figures), "", "Aimed at and missed:", "", *missed, "", *origins,
+        *markdown(HEADER, rows), *deep_against_shallow(figures), accepted_strangers(figures), "",
+        "Aimed at and missed:", "", *missed, "", *origins,
     ])  # fmt: skip
 
 
