@@ -359,12 +359,3 @@ def test_the_packages_weights_know_a_daisy():
     flower = mscnn.foreign_photographs((224, 224, 3))[1:]
     pooled = np.asarray(keras.Model(network.inputs[0], network.get_layer("pooled").output)(flower))
     assert (pooled @ arrays["_fc.weight"].T + arrays["_fc.bias"]).argmax() == 985
-
-
-def test_the_documented_networks_are_those_of_the_registry():
-    page = (ROOT / "docs/networks.md").read_text("utf-8").partition("<!-- stage1 -->")[2].partition("<!-- /stage1")[0]
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.strip().splitlines()[2:]]
-    assert [(name, size, parameters, million) for name, _, size, parameters, million, _ in rows] == [
-        (name, f"{one.image_size}", f"{one.parameters:,}", f"{one.multiply_adds / 1e6:,.0f} M")
-        for name, one in NETWORKS.items()
-    ]
