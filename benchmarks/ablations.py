@@ -287,7 +287,7 @@ def with_cutmix(training: Training) -> None:
 
 
 def with_cutout(training: Training) -> None:
-    """A random square of 8 pixels a side, the same for a batch, is grey (DeVries & Taylor 2017)."""
+    """A random square of 8 pixels a side, the same for a batch, is gray (DeVries & Taylor 2017)."""
 
     def mix(images, _):
         return tf.where(square_in(tf.shape(images)[1], 8)[..., None], 128.0, images), 1.0

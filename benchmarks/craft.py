@@ -2,13 +2,14 @@
 
     python benchmarks/craft.py            what is missing in craft.json: an hour on two quiet cores
     python benchmarks/craft.py --quick    one seed, two rows of each kind: shows that it works, writes nothing
-    python benchmarks/craft.py --again "mixup" --again "precision"    rows, or measurements, to be measured anew
+    python benchmarks/craft.py --again "mixup" --again "memory"    rows, or measurements, to be measured anew
     python benchmarks/craft.py --tables   the tables anew, from craft.json
 
 Each row is trained with three seeds, which decide data and initial weights, and stands in craft.json when it is done:
 interrupted, the next call goes on. The network is that of Stage 2 at half its width. It is trained on 4,500 of
 CIFAR-10's train images, as many as light mode has, and measured on 5,000 others of the train split: nothing here sees
-the test split. A row differs from "the base" in what its name says, and is not tuned anew.
+the test split. A row differs from "the base" in what its name says, and is not tuned anew. Those of half precision are
+held against "float32", the base again, on the processor that has trained them.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 from common import Timed, in_fresh_process, interleaved, markdown, origin, read_json, spread, write
 from sklearn.metrics import roc_auc_score
+from speed import multiply_adds
 
 import mscnn_helpers as mscnn
 from mscnn_parts import diagnosis, networks, tuning
@@ -70,7 +72,7 @@ GROUPS: dict[str, dict[str, Row]] = {
         "weight decay 0.0005": Row(weight_decay=5e-4), "weight decay 0.005": Row(weight_decay=5e-3),
         "label smoothing 0.1": Row(label_smoothing=0.1), "label smoothing 0.2": Row(label_smoothing=0.2),
     },
-    "precision": {policy: Row(policy=policy) for policy in ("mixed_bfloat16", "mixed_float16")},
+    "precision": {policy: Row(policy=policy) for policy in ("float32", "mixed_bfloat16", "mixed_float16")},
 }  # fmt: skip
 ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 NETWORKS = {"compact": BASE, "mnist_bn": Row(network="mnist_bn"), "mnist": Row("Adam", 2e-3, network="mnist")}
@@ -197,6 +199,16 @@ def train_ensembles(form: Form, seed: int) -> dict[str, dict]:
                 "networks": len(members),
             }
     return figures
+
+
+def ensembles_cost(form: Form) -> dict[str, float]:
+    """Multiply-adds of what `train_ensembles` compares, those of one network being 1."""
+    data = data_for(form, 0)
+    each = {name: multiply_adds(network_for(row, data, 0)) for name, row in NETWORKS.items()}
+    ratio = {name: count / each["compact"] for name, count in each.items()}
+    keras.backend.clear_session()
+    return {"one network": 1.0, "two initial weights": 2.0, "five initial weights": 5.0,
+            "mnist_bn": ratio["mnist_bn"], "mnist": ratio["mnist"], "three networks": sum(ratio.values())}  # fmt: skip
 
 
 def statistics_anew(form: Form) -> dict[str, list[float]]:
@@ -411,6 +423,7 @@ MEASUREMENTS = {
     "precision speed": Measurement(precision_speed, "precision", "images per second"),
     "pipeline speed": Measurement(pipeline_speed, "input pipeline, images per second"),
     "diagnosis": Measurement(diagnosis_cost, "`Diagnosis` after an epoch", form="{:.1%}"),
+    "ensembles' cost": Measurement(ensembles_cost, "ensemble", "multiply-adds, one network being 1", "{:.1f}"),
     "statistics": Measurement(statistics_anew, "BatchNormalization", "accuracy", "{:.1%}"),
     "memory": Measurement(memory_ladder, "training step of Stage 1", "MB at its peak"),
     "rare categories": Measurement(rare_categories, "every second category is rare", form="{:.1%}"),
@@ -427,7 +440,8 @@ def section(figures: dict) -> str:
         "## The craft of training", "",
         "Written by `python benchmarks/craft.py` for notebooks 07 and 08: Stage 2's network at half its width, 4,500",
         "of CIFAR-10's train images, 6 epochs in batches of 64, measured on 5,000 other train images (see the",
-        "script's first lines). Median (minimum to maximum) over the seeds; differences are taken seed by seed.",
+        "script's first lines). Median (minimum to maximum) over the seeds; differences are taken seed by seed. Speeds",
+        "are over five rounds, the share of `Diagnosis` over five epochs.",
         "So short a training says what a change does *there*, not what it does to a long one. The base flips and",
         "shifts; a row of another augmentation has that one in place of both. The verifiers are those of the",
         "pretrained model, retrained on all train images and measured on the certification split.", "",
@@ -460,7 +474,7 @@ def measured_table(table: Measurement, figures: dict) -> list[str]:
 
 def row_line(name: str, rows: dict) -> list[str]:
     """A row of the first table; none if it has not been measured with any seed."""
-    seeds, base = rows.get(name, {}), rows.get("the base", {})
+    seeds, base = rows.get(name, {}), rows.get("float32" if name in GROUPS["precision"] else "the base", {})
     paired = [seed for seed in seeds if seed in base]
     if not paired:
         return []
@@ -509,7 +523,7 @@ def jobs(form: Form) -> list[tuple[str, str, int, Callable[[], dict]]]:
             found += [("measurements", name, -1, lambda table=table: {"figures": table.measure(form)})
                       for name, table in MEASUREMENTS.items()]  # fmt: skip
     # What takes minutes comes last: ensembles, and half precision where the processor lacks AMX.
-    return sorted(found, key=lambda job: (job[1].startswith("mixed"), job[0] == "ensembles"))
+    return sorted(found, key=lambda job: (job[1] in GROUPS["precision"], job[0] == "ensembles"))
 
 
 def place_of(figures: dict, kind: str, name: str, seed: int) -> tuple[dict, str]:

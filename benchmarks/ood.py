@@ -8,7 +8,7 @@ The models have been trained on CIFAR-10 and have seen none of the images here. 
 
     CIFAR-100         its test images, but for the ten categories that are CIFAR-10's in a wider sense (see OVERLAPPING)
     CIFAR-100, all    its test images: cifar100_test.npz (x_test, y_test) in the data folder, or Keras' download
-    MNIST             its test images, grey as they are
+    MNIST             its test images, gray as they are
     blends            means of two of CIFAR-10's test images
     halves            the left half of one, the right half of another
     a quarter turned  CIFAR-10's test images

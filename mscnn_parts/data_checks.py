@@ -135,7 +135,7 @@ class Bounds(NamedTuple):
 
 
 def copy_bounds(images: np.ndarray) -> Bounds:
-    """The bounds for images (N, H, W, channels): strict ones if they are grey or below 16 pixels, else those of photos.
+    """The bounds for images (N, H, W, channels): strict ones if they are gray or below 16 pixels, else those of photos.
 
     Two digits of a kind are alike without being copies: within the bounds of photos, most of scikit-learn's digits
     'leak' from train to calibration, where not one pair is the same.

@@ -298,14 +298,12 @@ def _statistics_findings(network: keras.Model, batch: _Pass) -> list[Finding]:
     worst = max(still or apart, key=apart.__getitem__, default=None)
     if worst is None or not (still or apart[worst] > STATISTICS_APART):
         return []
-    evidence = f"moving mean and variance are {apart[worst]:.2g} apart from those of the batch"
-    remedy = (
+    evidence = "they cannot follow the training, and are" if still else "moving mean and variance are"
+    remedy = still.get(worst) or (
         "They have not followed the training: lower its momentum, train longer, or, in a loop of your "
         "own, call the network with training=True. Frozen ones have to fit the data from the start."
     )
-    if still:
-        evidence = f"they cannot follow the training, and are {apart[worst]:.2g} apart from those of the batch"
-        remedy = still[worst]
+    evidence = f"{evidence} {apart[worst]:.2g} apart from those of the batch"
     return [Finding("statistics do not fit", worst, evidence, remedy)]
 
 

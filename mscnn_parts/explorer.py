@@ -54,7 +54,7 @@ class ThresholdExplorer:
         )
 
     def _drawing(self) -> str:
-        """Histograms of correct and incorrect images as SVG, the images on a logarithmic axis; grey is OTHER."""
+        """Histograms of correct and incorrect images as SVG, the images on a logarithmic axis; gray is OTHER."""
         edges = np.linspace(0, 1, 21)
         top = np.log10(1 + max(10, len(self.correct)))
         scale = (HEIGHT - BOTTOM - 10) / top
@@ -68,9 +68,9 @@ class ThresholdExplorer:
             height = _up(np.log10(1 + counts) * scale)
             corners = [f"{x[i + j]:.1f},{y:.1f}" for i, y in enumerate(height) for j in (0, 1)]
             parts.append(f'<polyline points="{" ".join(corners)}" fill="none" stroke="{color}" stroke-width="2"/>')
-        grey = self.threshold * (WIDTH - LEFT)
+        gray = self.threshold * (WIDTH - LEFT)
         parts.append(
-            f'<rect x="{LEFT}" y="10" width="{grey:.1f}" height="{HEIGHT - BOTTOM - 10}" fill="#888" opacity=".25"/>'
+            f'<rect x="{LEFT}" y="10" width="{gray:.1f}" height="{HEIGHT - BOTTOM - 10}" fill="#888" opacity=".25"/>'
         )
         parts.append(_text(LEFT + 8, 26, "Stage 1 is correct", fill="#1f77b4"))
         parts.append(_text(LEFT + 8, 44, "Stage 1 is incorrect", fill="#d62728"))
@@ -90,7 +90,7 @@ def _text(x: float, y: float, text: object, anchor: str = "start", fill: str = "
 _SCRIPT = """
 (() => {
   const box = document.getElementById("NAME"), data = DATA;
-  const [text, slider, grey] = [box.querySelector("div"), box.querySelector("input"), box.querySelector("rect")];
+  const [text, slider, gray] = [box.querySelector("div"), box.querySelector("input"), box.querySelector("rect")];
   const percent = x => (100 * x).toFixed(1) + "%";
   slider.hidden = false;
   slider.oninput = () => {
@@ -98,7 +98,7 @@ _SCRIPT = """
     const right = count(data.right), taken = right + count(data.wrong);
     const accuracy = taken ? percent(right / taken) + " of them correct" : "nothing to measure";
     text.textContent = `threshold ${t.toFixed(4)}: ${percent(taken / data.all)} accepted, ${accuracy}`;
-    grey.setAttribute("width", t * WIDTH);
+    gray.setAttribute("width", t * WIDTH);
   };
 })();
 """.replace("WIDTH", str(WIDTH - LEFT))

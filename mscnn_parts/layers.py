@@ -108,7 +108,7 @@ class WhiteningConv(keras.layers.Layer):
     def build(self, input_shape):
         channels = input_shape[-1]
         self.kernel = self.add_weight(shape=(2, 2, channels, 8 * channels), trainable=False, name="kernel")
-        # A variable, for a constant 0 would be optimised away before the three are joined; no weight of the layer.
+        # A variable, for a constant 0 would be optimized away before the three are joined; no weight of the layer.
         self.bias = tf.Variable(tf.zeros(8 * channels, self.compute_dtype), trainable=False)
 
     def call(self, images):

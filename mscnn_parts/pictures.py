@@ -26,7 +26,7 @@ Images: TypeAlias = Picture | Sequence[Picture]
 
 
 def as_uint8(images: np.ndarray, name: str) -> np.ndarray:
-    """Grey or RGB images as uint8 (N, H, W, channels); floats up to a thousandth outside their range are clipped."""
+    """Gray or RGB images as uint8 (N, H, W, channels); floats up to a thousandth outside their range are clipped."""
     shape, floats = images.shape, images.dtype.kind == "f"
     rows = len(shape) == 3 and shape[2] == 3 != shape[1]  # (N, pixels, 3)
     images = images[..., None] if images.ndim == 3 and not rows else images

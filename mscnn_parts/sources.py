@@ -227,7 +227,7 @@ def _stl10() -> RawData:
 
 
 def _digits() -> RawData:
-    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 grey."""
+    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 gray."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) from 0 to 16

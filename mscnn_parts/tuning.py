@@ -236,8 +236,9 @@ class CountedEarlyStopping(keras.callbacks.EarlyStopping):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        value = f"epoch {epoch + 1}: {self.monitor} {self.get_monitor_value(logs):.3f}"
-        print(f"{value}, no improvement for {self.wait} of {self.patience} epochs" if self.wait else f"{value}, best")
+        if self.monitor in (logs or {}) and epoch >= self.start_from_epoch:  # without the measure Keras warns
+            waited = f"no improvement for {self.wait} of {self.patience} epochs" if self.wait else "best"
+            print(f"epoch {epoch + 1}: {self.monitor} {logs[self.monitor]:.3f}, {waited}")
 
 
 # ---- augmentation
@@ -396,7 +397,7 @@ def majority_vote(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_study(path: str | Path, name: str, seed: int = 0, warm_up: int = 4) -> optuna.Study:
-    """An Optuna study that minimises, kept in an SQLite file: opened again, it goes on where it was.
+    """An Optuna study that minimizes, kept in an SQLite file: opened again, it goes on where it was.
 
     Args:
         name: all that the objective depends on besides its trial; trials of another name are another study's.
@@ -432,7 +433,7 @@ class ReportToTrial(keras.callbacks.Callback):
     """Tells a trial a measure after each epoch, and ends the training if Optuna finds it hopeless.
 
     Args:
-        trial: of Optuna. measure: the model that `fit` trains, as it is now -> what the study minimises.
+        trial: of Optuna. measure: the model that `fit` trains, as it is now -> what the study minimizes.
     """
 
     def __init__(self, trial: optuna.Trial, measure: Callable[[keras.Model], float]):

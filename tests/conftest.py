@@ -20,7 +20,7 @@ TINY_COLORS = np.array([[70, 150, 240], [235, 190, 60], [60, 60, 190], [225, 60,
 
 
 def tiny_images(labels: np.ndarray, seed: int) -> np.ndarray:
-    """uint8 (N, 32, 32, 3): a square in its category's color, anywhere on grey noise.
+    """uint8 (N, 32, 32, 3): a square in its category's color, anywhere on gray noise.
 
     The color varies from image to image, so that a good classifier makes a few mistakes, not none.
     """
@@ -70,7 +70,7 @@ def tiny_data(tiny_path) -> mscnn.Dataset:
 
 @pytest.fixture(scope="session")
 def digits() -> mscnn.Dataset:
-    """scikit-learn's digits: ten categories, grey, not to be mirrored."""
+    """scikit-learn's digits: ten categories, gray, not to be mirrored."""
     return mscnn.load_dataset("digits")
 
 

@@ -1262,10 +1262,10 @@ def test_the_fingerprint_sees_the_names(tiny_data):
 
 
 def test_sixteen_bits_become_eight(tmp_path):
-    grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    Image.fromarray(grey).save(tmp_path / "deep.png")
+    gray = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / "deep.png")
     read = mscnn.read_image(tmp_path / "deep.png", (32, 32, 1))[..., 0]
-    assert np.abs(read.astype(int) - grey // 256).max() <= 1
+    assert np.abs(read.astype(int) - gray // 256).max() <= 1
 
 
 def test_what_is_transparent_is_white(tmp_path):

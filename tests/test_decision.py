@@ -100,7 +100,7 @@ def penalised_loss(row, stage1, stage2, correct, towards, strength) -> float:
 
 
 def test_gradient_of_the_calibration_is_right(monkeypatch):
-    """The loss handed to the optimiser is the plain one, and its gradient is the slope of that."""
+    """The loss handed to the optimizer is the plain one, and its gradient is the slope of that."""
     handed = {}
 
     def spy(function, start, **options):

@@ -297,7 +297,7 @@ def test_samples_show_every_category(tiny_data, digits):
     assert "tiny: 3 train images of each category" in texts(figure)
     assert [len(axis.get_images()) for axis in figure.axes] == [1] * 15
     rendered(figure)
-    rendered(mscnn.plot_samples(digits, columns=2))  # grey
+    rendered(mscnn.plot_samples(digits, columns=2))  # gray
 
 
 def test_augmentation_shows_the_original_first(tiny_data):

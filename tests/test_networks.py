@@ -431,7 +431,7 @@ def test_the_end_is_global_average_pooling_and_one_dense_layer():
     assert network.layers[-1].activation is keras.activations.linear
 
 
-def test_images_are_normalised_inside():
+def test_images_are_normalized_inside():
     images = noise(6, 32, 32)
     network = cnn(flip=False)
     inside = keras.Model(network.inputs[0], network.get_layer("normalization").output)(images, training=False)

@@ -479,7 +479,7 @@ def retrain(path, data, categories: str, start: str = "stage2_base") -> MultiSta
 
 
 def test_a_category_does_not_depend_on_those_trained_before(trained_model_path, few_images):
-    """Neither the optimiser's state nor the random numbers of the category before reach the next one."""
+    """Neither the optimizer's state nor the random numbers of the category before reach the next one."""
     together = retrain(trained_model_path, few_images, "cat,truck").fingerprints()
     alone = retrain(trained_model_path, few_images, "truck").fingerprints()
     assert together["stage2/truck"] == alone["stage2/truck"]
