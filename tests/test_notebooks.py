@@ -571,7 +571,7 @@ def test_the_program_from_another_folder_learns_and_says_so(program):
     metrics = read(folder, "metrics")
     assert metrics["report"].strip() in printed
     assert f"Accuracy of Stage 1 {metrics['stage1']['accuracy']:.1%}, of all answers" in printed
-    assert str(folder) in printed.splitlines()[-3] + printed.splitlines()[-2]
+    assert f" s. Where to look: {folder}\n" in printed
     assert metrics["seconds"]["total"] >= sum(metrics["seconds"][name] for name in mscnn.NOTEBOOKS)
 
 
