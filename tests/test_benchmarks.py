@@ -546,4 +546,5 @@ def test_a_network_is_measured():
     row = {"MNIST, mnist": {"0": {**figures, "commit": "a", "device": "b", "row": networks.QUICK._asdict()}}}
     table = networks.table(row)
     assert f"| MNIST, mnist | 0 | 28 | {figures['accuracy']:.1%} |" in table
-    assert re.search(r"^\| MNIST, mnist .*\| 1 \| (1|not reached) \|$", table, re.M), "the epochs that were measured, not those of ROWS"
+    # The epochs that were measured, not those of ROWS.
+    assert re.search(r"^\| MNIST, mnist .*\| 1 \| (1|not reached) \|$", table, re.M)
