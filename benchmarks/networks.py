@@ -50,8 +50,6 @@ ROWS = {
     "TrashNet, compact": Row("trashnet", "compact", 96, 40, target=0.86, quarter_turns=True),
     "STL-10, efficientnet_lite0": Row("stl10", "efficientnet_lite0", 160),
     "EuroSAT, compact": Row("eurosat.npz", "compact", 64, 10, target=0.975, quarter_turns=True),
-    "EuroSAT, alexnet": Row("eurosat.npz", "alexnet", 64, 10),
-    "EuroSAT, resnet": Row("eurosat.npz", "resnet", 64, 10),
     "EuroSAT light mode, alexnet": Row("eurosat.npz", "alexnet", 64, 20, True),
     "EuroSAT light mode, resnet": Row("eurosat.npz", "resnet", 64, 20, True),
     "CIFAR-10 light mode, efficientnet_lite0": Row("cifar10", "efficientnet_lite0", 128, 6, True, target=0.88),
@@ -68,6 +66,8 @@ MISSED = {  # a row's name -> what was aimed at and why it was not reached
     "mostly chance, as its range says. 500 of 2,091 train images are set aside to calibrate and to certify; whether "
     "that costs the accuracy is not known.",
     "EuroSAT, compact": "15 minutes, with AMX, 45 without: this machine has none, and other work ran beside it.",
+    "EuroSAT light mode, resnet": "neither it nor alexnet is correct on 90 % after 20 epochs: 1,660 images are few for "
+    "networks with random weights.",
 }
 PHOTOGRAPHS = (10, 20, 50, 100)  # per category; the last is as many as all categories have, if that is less
 QUICK = Row("digits", "mnist", 28, 1, True)

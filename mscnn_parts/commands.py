@@ -147,31 +147,33 @@ def decide(arguments: Sequence[str]) -> int:
     model = mscnn.load_model(given.model)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
-    (pictures, others), errors = pictures_in(given.paths), 0
+    (pictures, others), errors = pictures_in(given.paths), []
     if pictures and all(path.is_dir() for path in pictures):
         raise _empty(pictures[0])
     if others:
         print(f"Files left out, which are no pictures by their names: {others}", file=sys.stderr)
 
     def rows() -> Iterator[dict]:
-        nonlocal errors
         found = decide_on_files(model, pictures, given.threshold)
         for row in tqdm(found, total=len(pictures), disable=None, unit="picture"):
-            errors += row["error"] is not None
+            if row["error"] is not None:
+                errors.append(row)
             yield row
 
     if not given.csv:
         for row in rows():
             tqdm.write(_line(row), file=sys.stdout)
-        return int(errors > 0)
+        return int(bool(errors))
 
     def write(partial: Path) -> None:
         with open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             _write_rows(rows(), file, suffix)
 
     write_atomically(path_from(given.csv, Path()), write)
-    print(f"Pictures decided: {len(pictures) - errors}, not read: {errors}. Table: {given.csv}")
-    return int(errors > 0)
+    print(f"Pictures decided: {len(pictures) - len(errors)}, not read: {len(errors)}. Table: {given.csv}")
+    if errors:
+        print(f"Not read, for example: {errors[0]['path']}: {errors[0]['error']}", file=sys.stderr)
+    return int(bool(errors))
 
 
 def info(arguments: Sequence[str]) -> int:

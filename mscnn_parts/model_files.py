@@ -164,7 +164,7 @@ def checked_network(network: str | dict | keras.Model) -> str | keras.Model:
     """The network that Stage 1 is to be: a name, or one's own; as a model file holds it, it is made again.
 
     Raises:
-        MSCNNError: an unknown name, or a class that a model file could not name.
+        MSCNNError: an unknown name, or a layer or class that a model file could not bring back.
     """
     if isinstance(network, dict):
         network = keras.saving.deserialize_keras_object(network)
@@ -173,7 +173,10 @@ def checked_network(network: str | dict | keras.Model) -> str | keras.Model:
         return network
     if not isinstance(network, keras.Model):
         raise MSCNNError(f"network is a {type(network).__name__}: give a name, such as resnet, or a keras.Model.")
-    for kind in _classes_in(network):
+    kinds = _classes_in(network)
+    if keras.layers.Lambda in kinds:  # Keras does not load functions from files that may be anyone's
+        raise MSCNNError("network has a Lambda layer, which no model file can bring back: write a registered layer.")
+    for kind in kinds:
         registered = keras.saving.get_registered_object(keras.saving.get_registered_name(kind))
         if not kind.__module__.startswith("keras.") and registered is None:
             raise MSCNNError(

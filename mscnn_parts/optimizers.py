@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from mscnn_parts.checks import check_count, check_rate, check_share
-from mscnn_parts.settings import MSCNNError
+from mscnn_parts.settings import MSCNNError, check_stage1
 from mscnn_parts.zoo import network_named
 
 OPTIMIZERS = ("muon", "sgd", "adam")
@@ -103,9 +103,17 @@ def default_recipe(images: int, epochs: int = 0, batch_size: int = 0, network: s
     With few images an epoch is few steps. So the steps are larger there, all epochs see whole images, and Stage 2 and
     its base network, which are cheap, see more of them. With many, a base network of some points more did not make
     better verifiers, so it has fewer epochs than Stage 1.
+
+    Args:
+        network: a name of `NETWORKS`, or "own" for a network of one's own.
+
+    Raises:
+        MSCNNError: an unknown network, or a number that is none.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         check_count(name, value, least=0)
+    if network != "own":
+        check_stage1(network)
     entry = network_named(network)
     changes = {"small_crops": 0.0, **entry.recipe}
     if entry.pretrained:

@@ -262,6 +262,12 @@ def test_what_is_no_network_is_refused(digits):
     with pytest.raises(MSCNNError, match=r"takes images \(40, 40, 1\), not \(32, 32, 1\): choose image_size to fit"):
         mscnn.MultiStageCNN.for_dataset(digits, network=functional(4))
 
+    with pytest.raises(MSCNNError, match="has a Lambda layer, which no model file can bring back"):
+        parts = [keras.layers.Lambda(lambda x: x / 255), keras.layers.Flatten(), keras.layers.Dense(4)]
+        mscnn.MultiStageCNN.for_dataset(digits, network=keras.Sequential([keras.Input((32, 32, 1)), *parts]))
+    with pytest.raises(MSCNNError, match=r"Unknown stage1 'efficientnet_lite'\. Did you mean"):
+        mscnn.default_recipe(1000, network="efficientnet_lite")
+
     class Unregistered(keras.Model):
         def call(self, images):
             return images
