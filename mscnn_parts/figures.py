@@ -197,7 +197,7 @@ def plot_history(history: dict[str, dict]) -> Figure:
 
 def _plot_runs(axis, runs: list[list[float]], label: str, color: str) -> None:
     for run in runs if len(runs) > 1 else []:
-        axis.plot(range(1, len(run) + 1), run, color=color, alpha=0.25, linewidth=0.8)
+        axis.plot(range(1, len(run) + 1), run, color=color, alpha=0.4, linewidth=1)
     if runs:
         mean = np.mean(runs, axis=0)
         marker = "." if len(mean) > 1 else "o"  # a single epoch has no line
@@ -341,7 +341,7 @@ def plot_retraining(results: Sequence[RetrainingResult]) -> Figure:
     before = axis.bar(place - 0.2, [r.loss_before for r in results], 0.4, label="before", color="C7")
     after = axis.bar(place + 0.2, [r.loss_after for r in results], 0.4, label="retrained", color="C0")
     for bars in (before, after):
-        axis.bar_label(bars, fmt="%.3f")
+        axis.bar_label(bars, fmt="%.4f")
     axis.margins(y=0.12)  # room for the numbers
     labels = [f"{r.category}\n{'kept' if r.kept else 'rolled back'}" for r in results]
     axis.set_xticks(place, labels)
