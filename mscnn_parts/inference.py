@@ -115,20 +115,9 @@ class Networks:
 
     def _at_once(self, batch_size: int) -> int:
         """How many images to run at a time: of more than 32 pixels fewer, for memory's sake; a CPU is as fast then."""
-        fitting = max(1, self.PIXELS // self._size**2)
-        return batch_size if self._size <= 32 else min(batch_size, fitting // 8 * 8 or fitting)  # see `in_batches`
-
-    # What is asked for at every decision is looked up once: a single image takes few milliseconds.
-
-    @functools.cached_property
-    def _size(self) -> int:
-        """Pixels at which Stage 1 works."""
-        return self.stage1.get_layer("whitening").input.shape[1]
-
-    @functools.cached_property
-    def _widths(self) -> list[int]:
-        """Of the parts of `feature_extractor`: C, T and 2 D."""
-        return [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
+        size = self.stage1.get_layer("whitening").input.shape[1]
+        fitting = max(1, self.PIXELS // size**2)
+        return batch_size if size <= 32 else min(batch_size, fitting // 8 * 8 or fitting)  # see `in_batches`
 
     @functools.cached_property
     def stage1_graph(self) -> Callable:
@@ -168,10 +157,10 @@ class Networks:
     ) -> tuple[Stage1Outputs, np.ndarray]:
         """What a graph gives, by its parts: Stage 1's outputs, and features (B, views, K or none)."""
         both = in_batches(graph, images, self._at_once(batch_size))
+        widths = [self.stage1.get_layer(name).output.shape[-1] for name in ("logits", "block1", "whitened")]
         parts = np.stack(np.split(both, self.views, axis=1))  # (views, B, C + T + 2 D + K)
-        categories, channels, filters = self._widths
-        outputs = split_outputs(parts, categories, channels, filters // 2)
-        return outputs, parts[..., sum(self._widths) :].swapaxes(0, 1)
+        outputs = split_outputs(parts, widths[0], widths[1], widths[2] // 2)
+        return outputs, parts[..., sum(widths) :].swapaxes(0, 1)
 
     def stage2_log_odds(self, images: np.ndarray, category: int, batch_size: int = 512) -> np.ndarray:
         """Log-odds that the images show `category`, by its Stage 2 network, the mean over the views: float64 (B,).

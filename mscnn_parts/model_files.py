@@ -166,23 +166,26 @@ def checked_network(network: str | dict | keras.Model) -> str | keras.Model:
     Raises:
         MSCNNError: an unknown name, or a layer or class that a model file could not bring back.
     """
-    if isinstance(network, dict):
+    if from_file := isinstance(network, dict):
         network = keras.saving.deserialize_keras_object(network)
     if isinstance(network, str):
         check_stage1(network)
         return network
     if not isinstance(network, keras.Model):
         raise MSCNNError(f"network is a {type(network).__name__}: give a name, such as resnet, or a keras.Model.")
-    kinds = _classes_in(network)
-    if keras.layers.Lambda in kinds:  # Keras does not load functions from files that may be anyone's
-        raise MSCNNError("network has a Lambda layer, which no model file can bring back: write a registered layer.")
-    for kind in kinds:
+    for kind in _classes_in(network):
         registered = keras.saving.get_registered_object(keras.saving.get_registered_name(kind))
         if not kind.__module__.startswith("keras.") and registered is None:
             raise MSCNNError(
                 f"{kind.__name__} is not registered, so that no model file could name it: put "
                 "@keras.saving.register_keras_serializable() above the class."
             )
+    if not from_file:
+        try:
+            keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(network))
+        except Exception as error:  # a network fails in many ways: a lambda, a constructor without its arguments
+            reason = str(error).splitlines()[0][:200]
+            raise MSCNNError(f"No model file could bring this network back: {reason}") from error
     return network
 
 

@@ -171,7 +171,8 @@ def check_image_size(size: int) -> None:
 def check_stage1(name: str) -> None:
     """Raises MSCNNError unless there is a network of that name."""
     if name not in NETWORKS:
-        raise MSCNNError(f"Unknown stage1 '{name}'.{did_you_mean(name, NETWORKS)} Choose among: {', '.join(NETWORKS)}.")
+        near = did_you_mean(str(name), NETWORKS)
+        raise MSCNNError(f"Unknown stage1 '{name}'.{near} Choose among: {', '.join(NETWORKS)}.")
 
 
 def _parameter(default: Any, text: str) -> Any:
