@@ -131,9 +131,11 @@ def batches_for(row: Row, data: mscnn.Dataset, seed: int) -> tf.data.Dataset:
     return batches.prefetch(2)
 
 
-def compiled(row: Row, network: keras.Model, batches: tf.data.Dataset, steps: int) -> float:
-    """Compiles the network for the row, and returns the peak of its learning rate."""
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=row.label_smoothing)
+def compiled(
+    row: Row, network: keras.Model, batches: tf.data.Dataset, steps: int, loss: keras.Loss | None = None
+) -> float:
+    """Compiles the network for the row, and returns the peak of its learning rate; None: the row's cross-entropy."""
+    loss = loss or keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=row.label_smoothing)
     make, rate = tuning.optimizers(mscnn.Recipe(1, BATCH))[row.optimizer], row.rate
     if not rate:
         network.compile(loss=loss, jit_compile=False)
@@ -243,8 +245,7 @@ def rare_categories(form: Form) -> dict[str, dict[str, list[float]]]:
         counts = np.bincount(data.train.labels, minlength=len(data.category_names))
         for name, (loss, weighted) in losses.items():
             network, batches = network_for(BASE, data, seed), batches_for(BASE, data, seed)
-            compiled(BASE, network, batches, len(batches) * form.epochs)
-            network.compile(network.optimizer, loss, jit_compile=False)
+            compiled(BASE, network, batches, len(batches) * form.epochs, loss)
             weights = dict(enumerate(counts.mean() / np.maximum(1, counts))) if weighted else None
             network.fit(batches, epochs=form.epochs, verbose=0, shuffle=False, class_weight=weights)
             hits = softmax(network, data.test.images).argmax(axis=1) == data.test.labels

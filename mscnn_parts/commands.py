@@ -172,7 +172,7 @@ def decide(arguments: Sequence[str]) -> int:
     write_atomically(path_from(given.csv, Path()), write)
     print(f"Pictures decided: {len(pictures) - len(errors)}, not read: {len(errors)}. Table: {given.csv}")
     if errors:
-        print(f"Not read, for example: {errors[0]['path']}: {errors[0]['error']}", file=sys.stderr)
+        print(f"Not read, for example: {errors[0]['error']}", file=sys.stderr)
     return int(bool(errors))
 
 

@@ -286,12 +286,11 @@ class MultiStageCNN(keras.Model):
             >>> decisions.reasons().tolist()
             ['out of distribution', 'out of distribution']
         """
-        coefficients = self.calibration_coefficients.numpy()
-        if not np.isfinite(coefficients).all():
+        if not self.is_calibrated:
             raise MSCNNError("Stage 2 is not trained and calibrated yet: run notebook 03_stage2_training first.")
         threshold = self.threshold if threshold is None else checked_thresholds(threshold, len(self.category_names))
         scores, statistics = self.scores(images, batch_size), self.ood_statistics
-        log_odds, terms = combine(scores, coefficients, statistics)
+        log_odds, terms = combine(scores, self.calibration_coefficients.numpy(), statistics)
         return decide_on(scores, log_odds, ood_score(terms, statistics), threshold)
 
     # ---- calibration

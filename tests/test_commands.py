@@ -63,9 +63,11 @@ def test_a_line_never_reads_as_certain_of_what_was_rejected(reason, decision, ex
 def test_a_table_has_a_row_for_each_picture(trained_model_path, pictures, tmp_path, tiny_data, capsys):
     table = tmp_path / "table.csv"
     assert mscnn.main(["decide", str(trained_model_path), str(pictures), "--csv", str(table)]) == 1, "one is damaged"
-    assert "Files left out, which are no pictures by their names: 1\n" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Files left out, which are no pictures by their names: 1\n" in told
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
+    assert f"Not read, for example: {rows[3]['error']}\n" in told
     assert [row["path"].rpartition("/")[2] for row in rows] == ["a.png", "b.PNG", "c.png", "damaged.jpg"]
     assert "cannot be read" in rows[3]["error"] and not rows[3]["decision"]
     expected = mscnn.load_model(trained_model_path).decide(tiny_data.test.images[:3])
@@ -73,10 +75,11 @@ def test_a_table_has_a_row_for_each_picture(trained_model_path, pictures, tmp_pa
     assert [row["reason"] for row in rows[:3]] == expected.reasons().tolist()
 
 
-def test_json_lines_by_suffix_and_a_threshold(trained_model_path, pictures, tmp_path):
+def test_json_lines_by_suffix_and_a_threshold(trained_model_path, pictures, tmp_path, capsys):
     table = tmp_path / "table.jsonl"
     good = [str(pictures / "a.png"), str(pictures / "b.PNG")]
     assert mscnn.main(["decide", str(trained_model_path), *good, "--csv", str(table), "--threshold", "1"]) == 0
+    assert "Not read" not in capsys.readouterr().err
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     assert [row["decision"] for row in rows] == ["OTHER", "OTHER"]
 
