@@ -166,7 +166,8 @@ class MultiStageCNN(keras.Model):
             weights: None: random ones also where the network has some from ImageNet.
         """
         keras.utils.set_random_seed(seed)
-        policy = policy or (fastest_policy() if network == "compact" else "float32")
+        pretrained = isinstance(network, str) and network_named(network).pretrained  # and tried in float32 alone
+        policy = policy or ("float32" if pretrained else fastest_policy())
         mean, std = data.channel_statistics()
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,

@@ -12,7 +12,7 @@ import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, build_cnn
 from mscnn_parts import networks
 from mscnn_parts.kernels import images_per_row, pack_rows
-from mscnn_parts.layers import RANDOM_FLIP, FusedBatchNormalization, RandomFlipCrop, WhiteningConv
+from mscnn_parts.layers import RANDOM_FLIP, BatchNormalization, FusedBatchNormalization, RandomFlipCrop, WhiteningConv
 from mscnn_parts.networks import whitening_kernel
 
 # ------------------------------------------------------------------------------------------------------------
@@ -233,22 +233,27 @@ def test_whitening_stands_still_however_the_network_is_set():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# FusedBatchNormalization against Keras' own
+# FusedBatchNormalization and BatchNormalization against Keras' own
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def twins():
+@pytest.fixture(params=[FusedBatchNormalization, BatchNormalization])
+def twins(request):
     """Our layer and Keras' own in the same state, and a batch."""
     rng = np.random.default_rng(0)
     x = rng.normal(3, 2, (16, 6, 5, 4)).astype(np.float32)
-    beta, mean, variance = rng.normal(size=4), rng.normal(size=4), rng.uniform(1, 2, 4)
-    ours = FusedBatchNormalization(momentum=0.8, epsilon=1e-2)
-    theirs = keras.layers.BatchNormalization(momentum=0.8, epsilon=1e-2, scale=False)
-    for layer, offset in ((ours, beta / FusedBatchNormalization.OFFSET_GAIN), (theirs, beta)):
+    (gamma, beta, mean), variance = rng.normal(size=(3, 4)), rng.uniform(1, 2, 4)
+    common, scaled = {"momentum": 0.8, "epsilon": 1e-2}, request.param is BatchNormalization
+    ours, theirs = request.param(**common), keras.layers.BatchNormalization(**common, scale=scaled)
+    for layer in (ours, theirs):
         layer.build(x.shape)
-        layer.set_weights([offset, mean, variance])
+        layer.set_weights([*[gamma] * scaled, beta / offset_gain(layer), mean, variance])
     return ours, theirs, tf.constant(x)
+
+
+def offset_gain(layer: keras.layers.Layer) -> float:
+    """What the stored offset is multiplied by."""
+    return getattr(layer, "OFFSET_GAIN", 1.0)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -282,15 +287,16 @@ def test_gradients_equal_keras(twins, training):
     ours, theirs, x = twins
     pull = tf.constant(np.random.default_rng(1).normal(size=x.shape).astype(np.float32))
     found = []
-    for layer, offset in ((ours, ours.offset), (theirs, theirs.beta)):
+    for layer in (ours, theirs):
         with tf.GradientTape() as tape:
             tape.watch(x)
             loss = tf.reduce_sum(pull * layer(x, training=training) ** 2)
-        found.append(tape.gradient(loss, [x, offset.value]))
-    (x_ours, offset_ours), (x_theirs, offset_theirs) = found
+        found.append(tape.gradient(loss, [x, *(weight.value for weight in layer.trainable_weights)]))
+    (x_ours, *scale_ours, offset_ours), (x_theirs, *scale_theirs, offset_theirs) = found
     assert np.allclose(x_ours, x_theirs, atol=1e-3)
+    assert np.allclose(scale_ours, scale_theirs, rtol=1e-3)
     # The offset is stored divided by the gain, so its gradient is multiplied by it.
-    assert np.allclose(offset_ours, offset_theirs * FusedBatchNormalization.OFFSET_GAIN, rtol=1e-3)
+    assert np.allclose(offset_ours, offset_theirs * offset_gain(ours), rtol=1e-3)
 
 
 def test_a_frozen_layer_keeps_its_statistics_and_uses_them(twins):
@@ -301,8 +307,9 @@ def test_a_frozen_layer_keeps_its_statistics_and_uses_them(twins):
     assert all(np.array_equal(*pair) for pair in zip(before, ours.get_weights(), strict=True))
 
 
-def test_statistics_stay_float32_where_the_rest_is_bfloat16():
-    layer = FusedBatchNormalization(dtype="mixed_bfloat16")
+@pytest.mark.parametrize("kind", [FusedBatchNormalization, BatchNormalization])
+def test_statistics_stay_float32_where_the_rest_is_bfloat16(kind):
+    layer = kind(dtype="mixed_bfloat16")
     out = layer(tf.random.normal((8, 4, 4, 3)), training=True)
     assert out.dtype == tf.bfloat16
     assert {one.dtype for one in layer.weights} == {"float32"}

@@ -168,7 +168,7 @@ def test_all_the_way(chosen, digits, tmp_path):
     name = chosen if isinstance(chosen, str) else "own"
     network = chosen if isinstance(chosen, str) else chosen(4)
     data = dataclasses.replace(digits, image_size={"own": 40, "mnist": 28}.get(name, 32))
-    model = MultiStageCNN.for_dataset(data, network=network, weights=None, stage2_widths=(8, 8))
+    model = MultiStageCNN.for_dataset(data, "float32", network=network, weights=None, stage2_widths=(8, 8))
     recipe = mscnn.default_recipe(len(data.train), 2, 64, name)
     mscnn.train_stage1(model, data, recipe)
     mscnn.train_stage2_base(model, data, recipe)
@@ -203,6 +203,13 @@ def test_all_the_way(chosen, digits, tmp_path):
     np.testing.assert_allclose(head(maps, training=False), logits, atol=1e-4 * scale)
     traces = mscnn.trace_decisions(again, data.test.images[:2])
     assert traces[0].stage1_map.ndim == traces[0].stage2_map.ndim == 2
+
+
+@pytest.mark.parametrize("name, expected", [("vgg", "bfloat16"), ("efficientnet_lite0", "float32")])
+def test_half_precision_is_for_networks_with_random_weights(name, expected, digits, monkeypatch):
+    monkeypatch.setattr("mscnn_parts.model.fastest_policy", lambda: "mixed_bfloat16")
+    model = MultiStageCNN.for_dataset(digits, network=name, weights=None)
+    assert model.stage1.get_layer("features").compute_dtype == expected
 
 
 def test_heads_never_move_their_trunk_and_end_with_it(digits):
