@@ -307,8 +307,8 @@ def recipes_section(figures: dict) -> str:
     return "\n".join([
         "## Optimizers of vgg", "",
         "Written by `python benchmarks/networks.py --recipes`: 6 epochs on 10,000 of CIFAR-10's train images in",
-        "batches of 128. Calibration split, 2,500 images, after the last epoch; median (minimum to maximum) over the seeds",
-        f"{', '.join(figures)}, differences seed by seed.", "",
+        "batches of 128. Calibration split, 2,500 images, after the last epoch; median (minimum to maximum)",
+        f"over the seeds {', '.join(figures)}, differences seed by seed.", "",
         *markdown(["optimizer", "accuracy", "against SGD, points"], rows), *origins_of(figures),
     ])  # fmt: skip
 
