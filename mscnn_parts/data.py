@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mscnn_parts.files import digest_of, in_chunks
-from mscnn_parts.on_disk import indexed, joined, unless_on_disk
+from mscnn_parts.on_disk import indexed, is_large, joined
 from mscnn_parts.settings import OTHER, MSCNNError
 
 IMAGE_SIZE = 32  # pixels, if nothing else is asked for; images are resized when they are loaded
@@ -122,10 +122,10 @@ class RawData:
         return digest_of(self.names, *labels, *(x for x in (self.x_train, self.x_test, self.x_held) if x is not None))
 
 
-def _resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N, h, w, channels) -> (N, size, size, channels), in chunks."""
+def _resized(images: np.ndarray, size: int, copied: bool) -> np.ndarray:
+    """uint8 (N, h, w, channels) -> (N, size, size, channels), in chunks; of that size already, a copy or itself."""
     if images.shape[1:3] == (size, size):
-        return unless_on_disk(images)
+        return np.asarray(images) if copied else images
     import tensorflow as tf
 
     resized = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
@@ -178,7 +178,9 @@ def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE
         held = len(rest) // 2
     calibration, certification = _stratified_split(rest, held, seed)
     side = min(size, max(IMAGE_SIZE, *train.images.shape[1:3]))
-    splits = [Split(_resized(s.images, side), s.labels) for s in (train, calibration, certification, test)]
+    splits = train, calibration, certification, test
+    copied = not any(is_large(split.images) for split in splits)  # all or none: a training joins two of them
+    splits = [Split(_resized(split.images, side, copied), split.labels) for split in splits]
     return Dataset(
         raw.name,
         raw.source,

@@ -19,7 +19,7 @@ import numpy as np
 from mscnn_parts.checks import check_categories_within, one_per_image
 from mscnn_parts.data import Dataset, Split
 from mscnn_parts.files import in_chunks
-from mscnn_parts.on_disk import unless_on_disk
+from mscnn_parts.on_disk import unless_large
 from mscnn_parts.settings import MSCNNError
 
 HASH_SIDE = 8  # a hash has 8 x 8 bits
@@ -52,7 +52,7 @@ def check_images(images: np.ndarray, where: str = "images") -> list[Finding]:
     """Checks that images (N, H, W, channels) are what the project's networks take: uint8 from 0 to 255."""
     if not len(images):
         return [Finding("no images", where, "there is none", "Look whether the right folder or file was read.")]
-    images, limits, single = unless_on_disk(images), [], []
+    images, limits, single = unless_large(images), [], []
     for chunk in map(np.asarray, in_chunks(images)):
         limits += [chunk.min(), chunk.max()]
         single.append(np.ptp(chunk.reshape(len(chunk), -1), axis=1) == 0)
@@ -112,7 +112,7 @@ def dhash(images: np.ndarray) -> np.ndarray:
     Args:
         images: (N, H, W, channels).
     """
-    images = unless_on_disk(images)
+    images = unless_large(images)
     return np.concatenate([np.empty((0, HASH_SIDE**2), bool), *(_dhash(np.asarray(c)) for c in in_chunks(images))])
 
 

@@ -128,6 +128,14 @@ class Trainer(keras.Model):
         self.network.save_weights(filepath, **kwargs)
 
 
+def validation_batch(network: keras.Model, batch_size: int) -> int:
+    """How many calibration images are measured at a time: 500, but of large images no more than training can hold."""
+    if not sees_images(network):
+        return 500
+    size = network.get_layer("whitening").input.shape[1]
+    return min(500, max(batch_size, 500 * 32**2 // size**2))
+
+
 def compile_trainer(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
@@ -211,7 +219,7 @@ def train_classifier(
     try:
         history = trainer.fit(
             trainer.batches(one_hot, recipe.batch_size, train, seed), epochs=recipe.epochs, shuffle=False, verbose=0,
-            validation_data=trainer.batches(one_hot, 500, calibration),
+            validation_data=trainer.batches(one_hot, validation_batch(network, recipe.batch_size), calibration),
             callbacks=[timer, EpochLines(small), *by_epoch, *callbacks, RestoreBestWeights(), *progress, *logs],
         )  # fmt: skip
     finally:  # also of a training that was interrupted

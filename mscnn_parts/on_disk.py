@@ -15,6 +15,8 @@ import numpy as np
 from mscnn_parts.files import check_writable, write_atomically
 from mscnn_parts.settings import MSCNNError
 
+LARGE = 500e6  # bytes of images that are not copied: a training reads them batch by batch from where they are
+
 
 class IndexedRows(np.lib.mixins.NDArrayOperatorsMixin):
     """Some rows of a larger array, in any order, which are read when they are needed: a stand-in for their array.
@@ -85,9 +87,14 @@ def indexed(images: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray
     return images if isinstance(images, IndexedRows) else cast(np.ndarray, IndexedRows(images, indices))
 
 
-def unless_on_disk(images: np.ndarray) -> np.ndarray:
-    """The array for which a stand-in stands; of images on disk the stand-in itself."""
-    return images if isinstance(images, IndexedRows) and images.on_disk else np.asarray(images)
+def is_large(images: np.ndarray) -> bool:
+    """Whether images are on disk, or a stand-in for so many that a copy of them is to be avoided."""
+    return isinstance(images, IndexedRows) and (images.on_disk or images.nbytes > LARGE)
+
+
+def unless_large(images: np.ndarray) -> np.ndarray:
+    """The array for which a stand-in stands; of large ones the stand-in itself."""
+    return images if is_large(images) else np.asarray(images)
 
 
 def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:

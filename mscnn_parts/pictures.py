@@ -155,20 +155,19 @@ def _read_parts(folder: Path, parts: Sequence[_Part], size: int) -> list[np.ndar
         MSCNNError: some images of a split cannot be read; or there is no room for them on the disk.
     """
     counts, free = [len(part.files) for part in parts], free_memory()
-    shape = (sum(counts), size, size, 3)
+    shape, images = (sum(counts), size, size, 3), (image for part in parts for image in _read_files(part, size))
     if free is None or math.prod(shape) <= free / 2:
-        arrays = [np.empty((count, *shape[1:]), np.uint8) for count in counts]
-        for part, array in zip(parts, arrays, strict=True):
-            for i, image in enumerate(_read_files(part, size)):
-                array[i] = image
-        return arrays
-    path = _cache_path(folder, parts, size)
-    print(
-        f"{shape[0]:,} images of {size} px, {math.prod(shape) / 1e6:,.0f} MB, do not fit in half of the free memory "
-        f"({free / 1e6:,.0f} MB): they are kept in {path} and read from there batch by batch.",
-        flush=True,
-    )
-    stored = file_of(path, shape, (image for part in parts for image in _read_files(part, size)))
+        stored = np.empty(shape, np.uint8)
+        for i, image in enumerate(images):
+            stored[i] = image
+    else:
+        path = _cache_path(folder, parts, size)
+        print(
+            f"{shape[0]:,} images of {size} px, {math.prod(shape) / 1e6:,.0f} MB, do not fit in half of the free "
+            f"memory ({free / 1e6:,.0f} MB): they are kept in {path} and read from there batch by batch.",
+            flush=True,
+        )
+        stored = file_of(path, shape, images)
     return [indexed(stored, indices) for indices in np.split(np.arange(len(stored)), np.cumsum(counts)[:-1])]
 
 

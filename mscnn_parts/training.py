@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mscnn_parts.callbacks import EpochTimer, ProgressBar
 from mscnn_parts.data import Dataset, train_and_calibration
-from mscnn_parts.fitting import Trainer, compile_trainer, seed_training, train_classifier
+from mscnn_parts.fitting import Trainer, compile_trainer, seed_training, train_classifier, validation_batch
 from mscnn_parts.layers import LogOdds
 from mscnn_parts.metrics import log_loss_by_category
 from mscnn_parts.networks import sees_images, weights_behind
@@ -144,13 +144,14 @@ class Stage2Trainer:
         self.head.category.assign(category)
         for variable in self.trainer.optimizer.variables:  # momentum and step count of the category before
             variable.assign(tf.zeros_like(variable))
+        at_once = validation_batch(self.network, self.batch_size)
         correct = np.float32(self.labels == category)  # (N,), 1 where it is correct to say `category`
         # In the calibration split the question is only asked where Stage 1 says `category`.
         asked = self.views * len(self.data.train) + np.flatnonzero(self.predicted == category)
         history = self.trainer.fit(
             self.trainer.batches(correct, self.batch_size, self._order(category, np.random.default_rng(seed))),
             epochs=self.HISTORY_POINTS, steps_per_epoch=self.steps, shuffle=False, verbose=0, callbacks=[timer],
-            validation_data=self.trainer.batches(correct, 500, asked) if len(asked) else None,
+            validation_data=self.trainer.batches(correct, at_once, asked) if len(asked) else None,
         ).history  # fmt: skip
         self.model.stage2_cnn(category).set_weights(self.network.get_weights())
         self.model.reset_calibration([category])

@@ -1147,7 +1147,7 @@ def numbers(split: Split) -> np.ndarray:
 @pytest.fixture
 def split(monkeypatch):
     """`split_data`, with the images left as small as they are."""
-    patch_rooms(monkeypatch, "_resized", lambda images, size: images)
+    patch_rooms(monkeypatch, "_resized", lambda images, *_: images)
     return split_data
 
 

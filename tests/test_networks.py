@@ -11,6 +11,7 @@ from conftest import tiny_images
 import mscnn_helpers as mscnn
 from mscnn_helpers import MSCNNError, build_cnn
 from mscnn_parts import networks
+from mscnn_parts.fitting import validation_batch
 from mscnn_parts.kernels import images_per_row, pack_rows
 from mscnn_parts.layers import RANDOM_FLIP, BatchNormalization, FusedBatchNormalization, RandomFlipCrop, WhiteningConv
 from mscnn_parts.networks import whitening_kernel
@@ -154,6 +155,13 @@ def test_augmentation_in_a_graph_heeds_a_new_seed():
 # ------------------------------------------------------------------------------------------------------------
 # Trainer
 # ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "expected"), [(16, 64, 500), (32, 512, 500), (64, 64, 125), (128, 64, 64)]
+)
+def test_large_images_are_validated_in_batches_of_the_training(size, batch_size, expected):
+    assert validation_batch(cnn((size, size, 3), widths=(4,)), batch_size) == expected
 
 
 def test_a_trainer_is_its_network_on_indices_and_on_images():

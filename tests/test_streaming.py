@@ -220,11 +220,15 @@ def test_train_and_calibration_are_joined_without_reading(on_disk, reads):
     assert len(both) == len(both.images) == len(on_disk.train) + len(on_disk.calibration)
 
 
-def test_splits_take_as_much_memory_as_the_images():
+@pytest.mark.parametrize("large, most", [(1e9, 1.2), (1e6, 0.1)])
+def test_splits_take_as_much_memory_as_the_images_and_large_ones_none(large, most, monkeypatch):
+    monkeypatch.setattr("mscnn_parts.on_disk.LARGE", large)
     images, labels = np.zeros((6000, 32, 32, 3), np.uint8), np.arange(6000) % 4
     tracemalloc.start()
     data = split_data(RawData("zeros", "", "abcd", images, labels), False, 0)
+    both = train_and_calibration(data) if large < images.nbytes else data.train
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(len(getattr(data, name)) for name in SPLITS) == 6000
-    assert peak < 1.2 * images.nbytes
+    assert peak < most * images.nbytes
+    assert isinstance(both.images, IndexedRows) == (large < images.nbytes)
