@@ -89,7 +89,8 @@ def measure(row: Row, seed: int) -> dict:
     data = mscnn.load_dataset(name, row.light_mode, seed, row.image_size, quarter_turns=row.quarter_turns)
     model = mscnn.MultiStageCNN.for_dataset(data, seed=seed, network=row.network, stage2_branch=row.stage2_branch)
     recipe, minutes, histories = mscnn.default_recipe(len(data.train), row.epochs, 0, row.network), {}, {}
-    for name, train in (TRAININGS | {"stage1": train_in_steps} if row.in_steps else TRAININGS).items():
+    trainings = {**TRAININGS, "stage1": train_in_steps} if row.in_steps else TRAININGS
+    for name, train in trainings.items():
         begun = time.perf_counter()
         histories[name] = train(model, data, recipe, seed)
         minutes[name] = (time.perf_counter() - begun) / 60
@@ -99,9 +100,9 @@ def measure(row: Row, seed: int) -> dict:
         model.save(path)
         size = path.stat().st_size / 1e6
     return {
-        **tested(model, data), "minutes": minutes, "MB": size, "parameters": model.stage1.count_params(),
-        "multiply_adds": multiply_adds(model.stage1), "val_accuracy": histories["stage1"]["val_accuracy"],
-        "images": [len(data.train), len(data.test)],
+        **tested(model, data), "policy": model.policy, "minutes": minutes, "MB": size,
+        "parameters": model.stage1.count_params(), "multiply_adds": multiply_adds(model.stage1),
+        "val_accuracy": histories["stage1"]["val_accuracy"], "images": [len(data.train), len(data.test)],
     }  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def table(figures: dict) -> str:
     """The section of RESULTS.md; `figures`: a row's name -> a seed -> what `measure` and `origin` say."""
     rows = [cells(name, figures.get(name, {})) for name in ROWS]
     origins = [
-        f"- {name}, seed {seed}: commit {one['commit']}, {one['device']}"
+        f"- {name}, seed {seed}: commit {one['commit']}, {one['device']}{policy_of(one) and f', {policy_of(one)}'}"
         for name in ROWS for seed, one in figures.get(name, {}).items()
     ]  # fmt: skip
     missed = [f"- {name}: {why}" for name, why in MISSED.items() if name in figures]
@@ -173,6 +174,11 @@ HEADER = [
     "of two stages", "AURC below softmax", "coverage and selective accuracy at 0.7", "parameters, multiply-adds",
     "model file", "training, decide()", "epochs", "to 90 %",
 ]  # fmt: skip
+
+
+def policy_of(one: dict) -> str:
+    """The dtype policy of a measurement; of the older ones that of `compact` is not known, the others had float32."""
+    return one.get("policy", "" if one["row"]["network"] == "compact" else "float32")
 
 
 def cells(name: str, seeds: dict) -> list[str]:
@@ -338,8 +344,9 @@ def main() -> None:
         made = origin(f'python benchmarks/networks.py --row "{name}" --seed {options.seed}')
         seeds = figures.get(name, {})
         measured = {**made, "row": ROWS[name]._asdict(), **measure(ROWS[name], options.seed)}
-        # Seeds of another row, of other epochs for example, would not be comparable.
-        same = [Row(**one["row"])._replace(target=0) == ROWS[name]._replace(target=0) for one in seeds.values()]
+        # Seeds of another row, of other epochs for example, or of another precision would not be comparable.
+        now = (ROWS[name]._replace(target=0), measured["policy"])
+        same = [(Row(**one["row"])._replace(target=0), policy_of(one)) == now for one in seeds.values()]
         others = dict(itertools.compress(seeds.items(), same))
         figures[name] = {**others, str(options.seed): measured}
         write_tables(figures)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mscnn_parts.files import digest_of, in_chunks
-from mscnn_parts.on_disk import indexed, is_large, joined
+from mscnn_parts.on_disk import indexed, is_large, is_on_disk, joined
 from mscnn_parts.settings import OTHER, MSCNNError
 
 IMAGE_SIZE = 32  # pixels, if nothing else is asked for; images are resized when they are loaded
@@ -20,7 +20,7 @@ IMAGE_SIZE = 32  # pixels, if nothing else is asked for; images are resized when
 class Split(NamedTuple):
     """Images uint8 (N, H, W, channels) and labels int64 (N,).
 
-    `IndexedRows` stand in for the array of images that do not fit in memory.
+    `IndexedRows` stand in for the array of images that are too many for memory, or for a copy.
     """
 
     images: np.ndarray
@@ -125,7 +125,7 @@ class RawData:
 def _resized(images: np.ndarray, size: int, copied: bool) -> np.ndarray:
     """uint8 (N, h, w, channels) -> (N, size, size, channels), in chunks; of that size already, a copy or itself."""
     if images.shape[1:3] == (size, size):
-        return np.asarray(images) if copied else images
+        return np.array(images) if copied else images  # a view would keep alive what it is a part of
     import tensorflow as tf
 
     resized = np.empty((len(images), size, size, images.shape[-1]), np.uint8)
@@ -179,7 +179,8 @@ def split_data(raw: RawData, light_mode: bool, seed: int, size: int = IMAGE_SIZE
     calibration, certification = _stratified_split(rest, held, seed)
     side = min(size, max(IMAGE_SIZE, *train.images.shape[1:3]))
     splits = train, calibration, certification, test
-    copied = not any(is_large(split.images) for split in splits)  # all or none: a training joins two of them
+    # All or none, since a training joins two of them. A tenth of what is in memory does not keep the rest alive.
+    copied = not any(map(is_on_disk if light_mode else is_large, [split.images for split in splits]))
     splits = [Split(_resized(split.images, side, copied), split.labels) for split in splits]
     return Dataset(
         raw.name,

@@ -129,7 +129,10 @@ class Trainer(keras.Model):
 
 
 def validation_batch(network: keras.Model, batch_size: int) -> int:
-    """How many calibration images are measured at a time: 500, but of large images no more than training can hold."""
+    """How many calibration images are measured at a time: as many pixels as 500 images of 32 have, or a training batch.
+
+    A network that sees features takes 500.
+    """
     if not sees_images(network):
         return 500
     size = network.get_layer("whitening").input.shape[1]
@@ -209,7 +212,7 @@ def train_classifier(
     train, calibration = np.split(np.arange(len(both)), [len(data.train)])
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
     trainer = compile_classifier(trainer_class(network, both.images), recipe, steps, optimizer)
-    del both  # the trainer has its own copy
+    del both  # the trainer has what it needs
     augmentation, timer = network.get_layer("augmentation"), EpochTimer()
     small = int(recipe.small_crops * recipe.epochs)
     by_epoch = [AlternatingFlip(augmentation), ProgressiveCrops(augmentation, small)]

@@ -119,15 +119,15 @@ class WhiteningConv(keras.layers.Layer):
         return (batch, height - 1, width - 1, 8 * channels)
 
 
-def normalized(
+def batch_normalize(
     layer: keras.layers.Layer, maps: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, training: bool
 ) -> tf.Tensor:
     """Maps (B, H, W, channels), normalized in one operation by the statistics of the batch or the layer's moving ones.
 
-    Frozen means that the statistics stand still, too. The variance that moves is the unbiased one, as in PyTorch.
+    In training the layer's statistics move, unless it is frozen. Their variance is the unbiased one, as in PyTorch.
 
     Args:
-        scale, offset: float32 (channels,).
+        layer: it has epsilon, momentum, moving_mean and moving_variance. scale, offset: float32 (channels,).
     """
     fused = tf.raw_ops.FusedBatchNormV3
     normalize = functools.partial(fused, x=maps, scale=scale, offset=offset, epsilon=layer.epsilon)
@@ -142,13 +142,19 @@ def normalized(
 
 @serializable
 class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras' `BatchNormalization`; of maps (B, H, W, channels) in one fused operation, which is faster on CPU."""
+    """Keras' `BatchNormalization`; of maps (B, H, W, channels) in one operation, which is faster on CPU.
+
+    Of maps, the variance that moves is the unbiased one, as in PyTorch, and so is the momentum.
+    """
+
+    def __init__(self, momentum: float = 0.9, epsilon: float = 1e-3, **kwargs):
+        super().__init__(momentum=momentum, epsilon=epsilon, **kwargs)
 
     def call(self, inputs, training=None, mask=None):
-        if len(inputs.shape) != 4:
+        if len(inputs.shape) != 4 or self.axis not in (-1, 3) or not (self.scale and self.center):
             return super().call(inputs, training, mask)
         scale, offset = (tf.convert_to_tensor(v.value) for v in (self.gamma, self.beta))
-        return normalized(self, inputs, scale, offset, training)
+        return batch_normalize(self, inputs, scale, offset, training)
 
 
 @serializable
@@ -175,7 +181,7 @@ class FusedBatchNormalization(keras.layers.Layer):
 
     def call(self, inputs, training=False):
         offset = tf.convert_to_tensor(self.offset.value) * self.OFFSET_GAIN  # (channels,)
-        return normalized(self, inputs, tf.ones_like(offset), offset, training)
+        return batch_normalize(self, inputs, tf.ones_like(offset), offset, training)
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:  # Keras would trace a graph to know it
         return input_shape

@@ -166,7 +166,9 @@ class MultiStageCNN(keras.Model):
             weights: None: random ones also where the network has some from ImageNet.
         """
         keras.utils.set_random_seed(seed)
-        pretrained = isinstance(network, str) and network_named(network).pretrained  # and tried in float32 alone
+        pretrained = (
+            isinstance(network, str) and network_named(network).pretrained
+        )  # fine-tuning was measured in float32 alone
         policy = policy or ("float32" if pretrained else fastest_policy())
         mean, std = data.channel_statistics()
         model = cls(

@@ -15,7 +15,7 @@ import numpy as np
 from mscnn_parts.files import check_writable, write_atomically
 from mscnn_parts.settings import MSCNNError
 
-LARGE = 500e6  # bytes of images that are not copied: a training reads them batch by batch from where they are
+LARGE = 500e6  # bytes; more images are not copied: a training reads them batch by batch, also where there is a GPU
 
 
 class IndexedRows(np.lib.mixins.NDArrayOperatorsMixin):
@@ -70,7 +70,7 @@ class IndexedRows(np.lib.mixins.NDArrayOperatorsMixin):
         first = int(self.indices[0]) if len(self) else 0
         in_a_row = np.array_equal(self.indices, np.arange(first, first + len(self)))  # these need no copy
         rows = self.array[first : first + len(self)] if in_a_row else self.array[self.indices]
-        return np.array(rows, dtype) if copy else np.asarray(rows, dtype)
+        return np.array(rows, dtype) if copy and in_a_row else np.asarray(rows, dtype)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         read = [np.asarray(array) if isinstance(array, IndexedRows) else array for array in inputs]
@@ -87,9 +87,14 @@ def indexed(images: np.ndarray, indices: np.ndarray | None = None) -> np.ndarray
     return images if isinstance(images, IndexedRows) else cast(np.ndarray, IndexedRows(images, indices))
 
 
+def is_on_disk(images: np.ndarray) -> bool:
+    """Whether images are a stand-in for images on disk."""
+    return isinstance(images, IndexedRows) and images.on_disk
+
+
 def is_large(images: np.ndarray) -> bool:
     """Whether images are on disk, or a stand-in for so many that a copy of them is to be avoided."""
-    return isinstance(images, IndexedRows) and (images.on_disk or images.nbytes > LARGE)
+    return is_on_disk(images) or (isinstance(images, IndexedRows) and images.nbytes > LARGE)
 
 
 def unless_large(images: np.ndarray) -> np.ndarray:

@@ -9,13 +9,13 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import tensorflow as tf
 
 from mscnn_parts.data import Dataset
 from mscnn_parts.files import code_folder, read_model_config
 from mscnn_parts.model_files import check_matches, load_model
 from mscnn_parts.networks import stage2_design, unnamed_branch
+from mscnn_parts.on_disk import is_on_disk
 from mscnn_parts.run_folder import (
     NOTEBOOKS,
     THRESHOLD_PARAMETERS,
@@ -82,7 +82,7 @@ def _tell_memory(data: Dataset) -> None:
     """Prints what a large data set takes of the memory, such as '2,091 images of 160 px: 161 MB of memory'."""
     images = [split.images for split in (data.train, data.calibration, data.certification, data.test)]
     taken = sum(array.nbytes for array in images)
-    if taken > TOLD_FROM and isinstance(data.train.images, np.ndarray):
+    if taken > TOLD_FROM and not is_on_disk(data.train.images):
         count, size = sum(map(len, images)), data.input_shape[0]
         print(f"{count:,} images of {size} px: {taken / 1e6:,.0f} MB of memory", flush=True)
 

@@ -162,6 +162,7 @@ def test_augmentation_in_a_graph_heeds_a_new_seed():
 )
 def test_large_images_are_validated_in_batches_of_the_training(size, batch_size, expected):
     assert validation_batch(cnn((size, size, 3), widths=(4,)), batch_size) == expected
+    assert validation_batch(networks.build_head("head", 8, 5), batch_size) == 500
 
 
 def test_a_trainer_is_its_network_on_indices_and_on_images():

@@ -107,6 +107,7 @@ def test_the_memory_of_a_large_data_set_is_told(settings, monkeypatch, capsys):
     validate_run(Run("01_data_and_light_mode", settings))
     assert " px: " not in capsys.readouterr().out
     patch_rooms(monkeypatch, "TOLD_FROM", 2e6)
+    patch_rooms(monkeypatch, "LARGE", 1e6)  # images that are not copied count, too
     validate_run(Run("01_data_and_light_mode", settings))
     assert "700 images of 32 px: 2 MB of memory\n" in capsys.readouterr().out
 

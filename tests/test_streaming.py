@@ -232,3 +232,11 @@ def test_splits_take_as_much_memory_as_the_images_and_large_ones_none(large, mos
     assert sum(len(getattr(data, name)) for name in SPLITS) == 6000
     assert peak < most * images.nbytes
     assert isinstance(both.images, IndexedRows) == (large < images.nbytes)
+
+
+def test_no_split_keeps_more_in_memory_than_it_is(folder, in_memory, monkeypatch):
+    assert all(getattr(in_memory, name).images.base is None for name in SPLITS)
+    monkeypatch.setattr("mscnn_parts.on_disk.LARGE", 1e5)
+    images, labels = np.zeros((20_000, 8, 8, 3), np.uint8), np.arange(20_000) % 4
+    light = split_data(RawData("zeros", "", "abcd", images, labels), True, 0, 8)
+    assert all(isinstance(getattr(light, name).images, np.ndarray) for name in SPLITS)

@@ -206,7 +206,7 @@ def test_all_the_way(chosen, digits, tmp_path):
 
 
 @pytest.mark.parametrize("name, expected", [("vgg", "bfloat16"), ("efficientnet_lite0", "float32")])
-def test_half_precision_is_for_networks_with_random_weights(name, expected, digits, monkeypatch):
+def test_half_precision_is_not_for_the_networks_of_imagenet(name, expected, digits, monkeypatch):
     monkeypatch.setattr("mscnn_parts.model.fastest_policy", lambda: "mixed_bfloat16")
     model = MultiStageCNN.for_dataset(digits, network=name, weights=None)
     assert model.stage1.get_layer("features").compute_dtype == expected

@@ -19,14 +19,14 @@ def build(x: keras.KerasTensor, categories: int, policy: str, normalized: bool =
         name = "features" if width == widths[-1] else f"block{block}"
         if normalized:
             x = layers.Conv2D(width, 3, padding="same", dtype=policy)(x)
-            x = BatchNormalization(momentum=0.9, dtype=policy)(x)
+            x = BatchNormalization(dtype=policy)(x)
         else:
             x = layers.Conv2D(width, 5, dtype=policy)(x)
         x = layers.ReLU(dtype=policy, name=name)(x)
         x = layers.MaxPooling2D(2, dtype=policy)(x)
     x = layers.Flatten(dtype=policy)(x)
     x = layers.Dense(256 if normalized else 128, dtype=policy)(x)
-    x = BatchNormalization(momentum=0.9, dtype=policy)(x) if normalized else x
+    x = BatchNormalization(dtype=policy)(x) if normalized else x
     x = layers.ReLU(dtype=policy)(x)
     x = layers.Dropout(0.5, dtype=policy)(x)
     return layers.Dense(categories, dtype="float32", name="logits")(x)

@@ -24,7 +24,7 @@ def build(
     """
     layers, size = keras.layers, x.shape[1]
     x = layers.Conv2D(64, 7, 1 if size <= 48 else 2, padding="same", use_bias=False, dtype=policy)(x)
-    x = BatchNormalization(momentum=0.9, dtype=policy)(x)
+    x = BatchNormalization(dtype=policy)(x)
     x = layers.ReLU(dtype=policy, name="block1")(x)
     if size > 128:
         x = layers.MaxPooling2D(3, 2, padding="same", dtype=policy)(x)
@@ -43,10 +43,10 @@ def basic_block(x: keras.KerasTensor, width: int, stride: int, policy: str, name
     layers, shortcut = keras.layers, x
     if stride > 1 or x.shape[-1] != width:
         shortcut = layers.Conv2D(width, 1, stride, use_bias=False, dtype=policy)(x)
-        shortcut = BatchNormalization(momentum=0.9, dtype=policy)(shortcut)
+        shortcut = BatchNormalization(dtype=policy)(shortcut)
     x = layers.Conv2D(width, 3, stride, padding="same", use_bias=False, dtype=policy)(x)
-    x = BatchNormalization(momentum=0.9, dtype=policy)(x)
+    x = BatchNormalization(dtype=policy)(x)
     x = layers.ReLU(dtype=policy)(x)
     x = layers.Conv2D(width, 3, padding="same", use_bias=False, dtype=policy)(x)
-    x = BatchNormalization(momentum=0.9, dtype=policy)(x)
+    x = BatchNormalization(dtype=policy)(x)
     return layers.ReLU(dtype=policy, name=name)(layers.Add(dtype=policy)([x, shortcut]))

@@ -15,12 +15,12 @@ def build(x: keras.KerasTensor, categories: int, policy: str) -> keras.KerasTens
             last = i == depth - 1
             name = ("features" if block == 3 else f"block{block}") if last else None
             x = layers.Conv2D(width, 3, padding="same", dtype=policy)(x)
-            x = BatchNormalization(momentum=0.9, dtype=policy)(x)
+            x = BatchNormalization(dtype=policy)(x)
             x = layers.ReLU(dtype=policy, name=name)(x)
         x = layers.MaxPooling2D(2, dtype=policy)(x)
     x = layers.Flatten(dtype=policy)(x)
     x = layers.Dense(512, dtype=policy)(x)
-    x = BatchNormalization(momentum=0.9, dtype=policy)(x)
+    x = BatchNormalization(dtype=policy)(x)
     x = layers.ReLU(dtype=policy)(x)
     x = layers.Dropout(0.5, dtype=policy)(x)
     return layers.Dense(categories, dtype="float32", name="logits")(x)
