@@ -250,6 +250,8 @@ def plot_risk_coverage(
         chosen = np.asarray((accepted or {}).get(label, False))
         if chosen.any():
             axis.plot(chosen.mean(), 1 - np.asarray(correct)[chosen].mean(), "o", color=line.get_color())
+    if accepted:
+        axis.plot([], [], "o", color="grey", label="what decide() accepts")
     axis.set(xlabel="coverage: share of images accepted", ylabel="selective risk: errors among them", xlim=(0, 1))
     axis.set_ylim(bottom=0)
     axis.set_title("Lower is better: fewer errors among the accepted images", fontsize=10)
