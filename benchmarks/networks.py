@@ -72,7 +72,7 @@ MISSED = {  # a row's name -> what was aimed at and why it was not reached
     "EuroSAT light mode, resnet": "neither it nor alexnet is correct on 90 % after 20 epochs: 1,660 images are few for "
     "networks with random weights.",
 }
-RECIPES = {  # what differs from the recipe of `vgg`
+RECIPES = {  # of `vgg`; Muon is the default
     "SGD": {"optimizer": "sgd", "optimizer_decay": 5e-4},
     "SGD, weight decay 5e-3": {"optimizer": "sgd", "optimizer_decay": 5e-3},
     "Muon": {"optimizer": "muon"},

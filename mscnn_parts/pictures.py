@@ -247,7 +247,7 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
         >>> read_image([white, white], (28, 28, 1)).shape
         (2, 28, 28, 1)
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(picture, (list, tuple)):
         images = [read_image(element, input_shape) for element in picture]
@@ -270,6 +270,8 @@ def read_image(picture: Images, input_shape: Sequence[int] = (IMAGE_SIZE, IMAGE_
         raise MSCNNError(f"{name} is a folder: give the path of a picture file.") from error
     except FileNotFoundError as error:
         raise MSCNNError(f"There is no image at {name}: give the path of a picture file.") from error
+    except UnidentifiedImageError as error:
+        raise MSCNNError(f"{name} cannot be read as an image: it is no picture, or damaged.") from error
     except Exception as error:  # a damaged file fails in many ways: each of Pillow's readers has its own
         reason = str(error) or type(error).__name__
         raise MSCNNError(f"{name} cannot be read as an image: {reason}") from error

@@ -169,7 +169,7 @@ def train_in_phases(
     best, weights = -1.0, stage1.get_weights()
     for phase, own in zip(recipe.phases, phase_recipes(recipe), strict=True):
         freed = f"groups {', '.join(map(str, phase.groups))} and the last layer" if phase.groups else "the last layer"
-        print(f"{phase.epochs} epochs with {freed} free, learning rate {phase.learning_rate:g}", flush=True)
+        print(f"Epochs: {phase.epochs} with {freed} free, learning rate {phase.learning_rate:g}", flush=True)
         if phase.groups:
             free_groups(stage1, network, phase.groups)
             found = train_classifier(stage1, data, own, seed, log_dir, callbacks)

@@ -55,6 +55,7 @@ class Network(NamedTuple):
 
 ADAM = {"optimizer": "adam", "optimizer_rate": 1e-3, "optimizer_decay": 1e-4, "label_smoothing": 0.0}
 SGD = {"optimizer": "sgd", "optimizer_rate": 0.05, "optimizer_decay": 5e-4, "label_smoothing": 0.1}
+MUON = {"optimizer": "muon", "label_smoothing": 0.1}  # for networks with BatchNormalization behind each convolution
 STAGED = {**ADAM, "label_smoothing": 0.1}
 LITE0_GROUPS = (
     ("stem",), ("block0_",), ("block1_", "block2_"), ("block3_", "block4_"), ("block5_", "block6_", "block7_"),
@@ -77,7 +78,7 @@ NETWORKS: dict[str, Network] = {
         "mnist", 28, 391_370, 7_771_936, "three convolutions with BatchNormalization, dense 256",
         {"normalized": True}, recipe=ADAM,
     ),
-    "vgg": Network("vgg", 32, 3_841_610, 192_892_192, "seven 3 x 3 convolutions, dense 512", recipe=SGD),
+    "vgg": Network("vgg", 32, 3_841_610, 192_892_192, "seven 3 x 3 convolutions, dense 512", recipe=MUON),
     "alexnet": Network(
         "alexnet", 96, 998_474, 84_109_344, "three convolutions with large kernels, one dense layer", recipe=ADAM,
     ),
