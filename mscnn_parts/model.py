@@ -166,10 +166,8 @@ class MultiStageCNN(keras.Model):
             weights: None: random ones also where the network has some from ImageNet.
         """
         keras.utils.set_random_seed(seed)
-        pretrained = (
-            isinstance(network, str) and network_named(network).pretrained
-        )  # fine-tuning was measured in float32 alone
-        policy = policy or ("float32" if pretrained else fastest_policy())
+        pretrained = network_named(network).pretrained
+        policy = policy or ("float32" if pretrained else fastest_policy())  # fine-tuning was measured in float32 alone
         mean, std = data.channel_statistics()
         model = cls(
             data.category_names, data.input_shape, mean, std, data.flip, data.name, data.fingerprint,
@@ -178,8 +176,8 @@ class MultiStageCNN(keras.Model):
         )  # fmt: skip
         if weights not in (None, "imagenet"):
             raise MSCNNError(f"weights is {weights!r}: give 'imagenet', or None for random ones.")
-        if weights and network_named(model.network).pretrained:
-            network_named(model.network).load_weights(model.stage1)
+        if weights and pretrained:
+            network_named(network).load_weights(model.stage1)
         set_whitening([model.stage1, model.stage2_base, *model.stage2.values()], data.train.images, mean, std)
         return model
 

@@ -103,7 +103,7 @@ def build_stages(
         stage1_widths: of `build_cnn`; empty: those for the size.
         common: input_shape, categories, mean, std, flip, policy, size and quarter_turns, see `build_cnn`.
     """
-    entry = network_named(network) if isinstance(network, str) else OWN
+    entry = network_named(network)
     compact = functools.partial(build_cnn, logit_scale=logit_scale, activation=activation, **common)
     if network == "compact":
         stage1 = compact(name="stage1", widths=stage1_widths or widths_for(common["size"], STAGE1_WIDTHS))
@@ -211,7 +211,7 @@ def stage2_design(
     Raises:
         MSCNNError: there are not so many blocks.
     """
-    entry = network_named(network) if isinstance(network, str) else OWN
+    entry = network_named(network)
     widths = tuple(widths or entry.stage2_widths or widths_for(size, STAGE2_WIDTHS))
     if not isinstance(stage2_branch, (int, np.integer)) or not -1 <= stage2_branch <= len(widths):
         raise MSCNNError(
@@ -225,7 +225,7 @@ def stage2_design(
 
 def unnamed_branch(network: str | dict) -> int:
     """The `stage2_branch` of a model file that names none, because it is older; `network` is of its configuration."""
-    return -1 if isinstance(network, str) and network_named(network).pretrained else 0
+    return -1 if network_named(network).pretrained else 0
 
 
 def branching_layer(base: keras.Model, behind: int) -> str:

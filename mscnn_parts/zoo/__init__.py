@@ -112,6 +112,6 @@ NETWORKS: dict[str, Network] = {
 OWN = Network("", 0, 0, 0, "a network of one's own", recipe=ADAM)
 
 
-def network_named(name: str) -> Network:
-    """The entry of a model's network; a name that is not among them stands for a network of one's own."""
-    return NETWORKS.get(name, OWN)
+def network_named(network: Any) -> Network:
+    """The entry of a model's network by its name; another name, or the network itself, is one of one's own."""
+    return NETWORKS.get(network, OWN) if isinstance(network, str) else OWN
